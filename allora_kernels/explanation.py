@@ -1,0 +1,37 @@
+"""What a call would do and why, in words and data."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from . import backend as _backend
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """`backend` and `reason` as the call would choose them; `plan` maps each step to what runs it."""
+
+    backend: str
+    reason: str
+    fallback: bool
+    plan: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"backend: {self.backend} ({self.reason})"]
+        lines += [f"  {step}: {what}" for step, what in self.plan.items()]
+        return "\n".join(lines)
+
+
+def explain(
+    rows: int, out_features: int, in_features: int, r: int, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype
+) -> Explanation:
+    """The `Explanation` of one call on ``x [rows, in_features]``."""
+    choice = _backend.choose(device, torch.promote_types(dtype, adapter_dtype))
+    plan = {}
+    if choice.name == "triton":
+        from csrc_triton import plan_steps
+
+        plan = plan_steps(rows, out_features, in_features, r, dtype, device)
+    else:
+        plan = {step: "torch" for step in ("down_project", "fused_linear", "weight_coefficient", "adapter_grads")}
+    return Explanation(choice.name, choice.reason, choice.fallback, plan)

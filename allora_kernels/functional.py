@@ -1,0 +1,177 @@
+"""`allora_linear`: validation, choice of the backend, autograd."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import backend as _backend
+from .coefficient_cache import CoefficientCache
+from .reference import NORMS, WEIGHT_NORMS
+
+MAX_RANK = 256
+
+
+def check_rule(r: int, eta: float, norm: str | None) -> None:
+    """Raise ValueError or TypeError unless `r`, `eta` and `norm` name an adapter this library can train."""
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"r must be an int, got {type(r).__name__}")
+    if not 1 <= r <= MAX_RANK:
+        raise ValueError(f"r must be between 1 and {MAX_RANK}, got {r}")
+    if isinstance(eta, bool) or not isinstance(eta, (int, float)):
+        raise TypeError(f"eta must be a float, got {type(eta).__name__}")
+    if not (math.isfinite(eta) and eta > 0):
+        raise ValueError(f"eta must be finite and > 0, got {eta}")
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
+
+
+def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> None:
+    named = {"x": x, "weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B}
+    for name, t in named.items():
+        if t is None and name == "bias":
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{name} must have a floating-point dtype, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{name} is on {t.device} but x is on {x.device}; move them to one device")
+    if weight.dim() != 2 or lora_A.dim() != 2 or lora_B.dim() != 2:
+        raise ValueError(
+            "weight must be [N, K], lora_A [R, K] and lora_B [N, R]; got "
+            f"weight {list(weight.shape)}, lora_A {list(lora_A.shape)}, lora_B {list(lora_B.shape)}"
+        )
+    n, k = weight.shape
+    r = lora_A.shape[0]
+    if n < 1 or k < 1:
+        raise ValueError(f"weight must have at least one row and one column, got {[n, k]}")
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise ValueError(f"x must be [..., K] with K = {k} as in weight {[n, k]}, got {list(x.shape)}")
+    if lora_A.shape[1] != k:
+        raise ValueError(f"lora_A must be [R, K] with K = {k} as in weight {[n, k]}, got {list(lora_A.shape)}")
+    if tuple(lora_B.shape) != (n, r):
+        raise ValueError(
+            f"lora_B must be [N, R] = {[n, r]} (N from weight, R from lora_A), got {list(lora_B.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"bias must be [N] = [{n}] as in weight {[n, k]}, got {list(bias.shape)}")
+    if torch.is_grad_enabled():
+        for name in ("weight", "bias"):
+            if named[name] is not None and named[name].requires_grad:
+                raise ValueError(f"{name} is frozen in ALLoRA and gets no gradient: call {name}.requires_grad_(False)")
+
+
+class _ALLoRALinear(torch.autograd.Function):
+    """``y = x Wᵀ + bias + S Bᵀ``. Saves x, S and the parameters themselves; S is an output only so that it can be
+    saved. Each step is called by name on the chosen backend's module, so this is the one place that orders them."""
+
+    @staticmethod
+    def forward(x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, cache):
+        steps = _backend.steps(backend)
+        s = steps.down_project(x, lora_A, dtype)
+        return steps.fused_linear(x, weight, bias, s, lora_B), s
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, lora_A, lora_B, _, eta, norm, backend, cache = inputs
+        _, s = output
+        needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
+        ctx.mark_non_differentiable(s)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            weight if needs_x else None, lora_A, lora_B, x if needs_a else None, s if needs_a or needs_b else None
+        )
+        ctx.rule = (eta, norm, backend, cache)
+
+    @staticmethod
+    def backward(ctx, g, _):
+        needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
+        if g is None:
+            return (None,) * 10
+        weight, lora_A, lora_B, x, s = ctx.saved_tensors
+        eta, norm, backend, cache = ctx.rule
+        steps = _backend.steps(backend)
+        dx = da = db = None
+        if needs_a or needs_b:
+            c = None
+            if norm in WEIGHT_NORMS:
+                compute = steps.weight_coefficient
+                c = compute(lora_A, lora_B, eta, norm) if cache is None else cache.get(lora_A, lora_B, eta, norm, compute)
+            dtype_a, dtype_b = lora_A.dtype if needs_a else None, lora_B.dtype if needs_b else None
+            ds, da, db = steps.adapter_grads(g, x, s, lora_B, c, eta, norm, needs_x, dtype_a, dtype_b)
+        elif needs_x:
+            ds = steps.down_project(g, lora_B.mT, _compute_dtype(g, lora_A, lora_B))
+        if needs_x:
+            dx = steps.fused_linear(g, weight.mT, None, ds, lora_A.mT)
+        return dx, None, None, da if needs_a else None, db if needs_b else None, None, None, None, None, None
+
+
+def _compute_dtype(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.promote_types(lora_A.dtype, lora_B.dtype))
+
+
+def apply(x, weight, bias, lora_A, lora_B, eta, norm, backend=None, cache: CoefficientCache | None = None) -> Tensor:
+    """`allora_linear` for a rule that `check_rule` has passed, with the layer's coefficient cache."""
+    _check_tensors(x, weight, bias, lora_A, lora_B)
+    if torch.is_autocast_enabled(x.device.type):
+        # The frozen product runs in autocast's dtype, as in nn.Linear. lora_A and lora_B stay as they are: kernels cast
+        # the tiles they load, so no copy is made and their gradients leave the fp32 accumulators unrounded.
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    else:
+        if x.dtype != weight.dtype:
+            raise ValueError(
+                f"x is {x.dtype} but weight is {weight.dtype}: cast x to the weight's dtype, or use torch.autocast"
+            )
+        dtype = _compute_dtype(x, lora_A, lora_B)
+    choice = _backend.choose(x.device, dtype, backend)
+    if choice.fallback and not torch.compiler.is_compiling():
+        _backend.warn_fallback(choice.reason)
+    rows = x.reshape(-1, x.shape[-1])
+    y, _ = _ALLoRALinear.apply(rows, weight, bias, lora_A, lora_B, dtype, eta, norm, choice.name, cache)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def allora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    eta: float = 2.0,
+    norm: str | None = "row",
+    backend: str | None = None,
+) -> Tensor:
+    """``y = x Wᵀ + bias + (x Aᵀ) Bᵀ`` with ALLoRA's gradients for A and B (arXiv 2410.09692).
+
+    The adapter's gradients are those of plain LoRA with ``G = dL/dy`` replaced by ``C ⊙ G``, where
+    ``C = (n + 1/η²)^(-1/2)`` and `norm` names n: ``"row"`` (the paper's) ‖(BA)[i,:]‖, ``"matrix"`` ‖BA‖_F, ``"factor"``
+    ‖B[i,:]‖ for dB and ‖A[j,:]‖ for dA, ``"entry"`` |(S Bᵀ)[m,i]|, ``"token"`` ‖(S Bᵀ)[m,:]‖, None for C = 1 (plain
+    LoRA). The gradient of x is never rescaled. C is a constant: no gradient flows through it.
+
+    Args:
+        x: ``[..., K]``, the weight's dtype (under autocast: any).
+        weight: ``[N, K]``, frozen.
+        bias: ``[N]`` or None, frozen.
+        lora_A: ``[R, K]``, 1 <= R <= 256, any floating dtype.
+        lora_B: ``[N, R]``, any floating dtype.
+        eta: η > 0; C is exactly η where the adapter is zero.
+        norm: the rule, see above.
+        backend: ``"triton"``, ``"eager"``, or None to choose (Triton for CUDA and ROCm tensors, and for any under
+            TRITON_INTERPRET=1).
+
+    Returns:
+        ``[..., N]`` in x's dtype. Low-rank products are computed in the widest dtype of x, lora_A and lora_B (under
+        autocast: in autocast's dtype) with fp32 accumulation; dA and dB have their parameters' dtypes.
+
+    Raises:
+        ValueError: shapes that do not fit, mixed devices, x and weight of different dtypes, a weight or bias that
+            requires grad, an unknown `norm` or `backend`, eta <= 0, ``backend="triton"`` where it cannot run.
+        TypeError: something that is no floating-point tensor where one is due.
+    """
+    if isinstance(lora_A, Tensor) and lora_A.dim() == 2:
+        check_rule(lora_A.shape[0], eta, norm)
+    return apply(x, weight, bias, lora_A, lora_B, eta, norm, backend)

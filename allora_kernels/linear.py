@@ -1,0 +1,163 @@
+"""`FusedALLoRALinear`: the layer, as a drop-in for `torch.nn.Linear`."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from . import backend as _backend
+from . import functional
+from .coefficient_cache import CoefficientCache
+from .explanation import Explanation, explain
+
+
+class FusedALLoRALinear(nn.Linear):
+    """A frozen linear layer with a trainable ALLoRA adapter: ``y = x Wᵀ + bias + (x Aᵀ) Bᵀ``.
+
+    No dropout and no alpha/r; instead the adapter's gradients are scaled by the inverse norm that `norm` names
+    (arXiv 2410.09692, see `allora_kernels.allora_linear`). `weight` and `bias` are frozen; `lora_A [r, in_features]`
+    (Kaiming-uniform, a=√5) and `lora_B [out_features, r]` (zero) are trained, so a new layer computes exactly its
+    frozen one.
+
+    Args:
+        in_features: K, the size of x's last dimension.
+        out_features: N, the size of y's last dimension.
+        r: rank of the adapter, 1 to 256.
+        eta: η > 0, the coefficient where the adapter is zero.
+        norm: ``"row"``, ``"matrix"``, ``"factor"``, ``"entry"``, ``"token"`` or None (plain LoRA).
+        bias: whether the frozen layer has a bias.
+        device, dtype: as in `torch.nn.Linear`.
+
+    Raises:
+        ValueError: r, eta, norm or a feature count out of range.
+        TypeError: r is no int or eta no number.
+    """
+
+    fan_in_fan_out: bool
+    """True where `weight` is stored [in_features, out_features], as in transformers' Conv1D."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 16,
+        *,
+        eta: float = 2.0,
+        norm: str | None = "row",
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        functional.check_rule(r, eta, norm)
+        if in_features < 1 or out_features < 1:
+            raise ValueError(f"in_features and out_features must be >= 1, got {in_features} and {out_features}")
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self._add_adapter(r, eta, norm, self.weight.dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        r: int = 16,
+        eta: float = 2.0,
+        norm: str | None = "row",
+        *,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> "FusedALLoRALinear":
+        """An adapted layer around `linear`'s own weight and bias, which are shared (not copied) and frozen.
+
+        Args:
+            linear: an `nn.Linear`, or transformers' Conv1D (weight stored [in_features, out_features]).
+            r, eta, norm: as in the constructor.
+            adapter_dtype: dtype of lora_A and lora_B; None for the weight's.
+
+        Raises:
+            TypeError: `linear` is neither, or is already adapted.
+            ValueError: r, eta or norm out of range. `linear` is untouched then.
+        """
+        functional.check_rule(r, eta, norm)
+        if isinstance(linear, FusedALLoRALinear):
+            raise TypeError("from_linear got a FusedALLoRALinear, which already has an adapter; pass its merge()")
+        fan_in_fan_out = is_conv1d(linear)
+        if not (fan_in_fan_out or isinstance(linear, nn.Linear)):
+            raise TypeError(f"from_linear takes an nn.Linear or transformers' Conv1D, got {type(linear).__name__}")
+        if not linear.weight.is_floating_point():
+            raise TypeError(
+                f"from_linear takes a floating-point weight, got {linear.weight.dtype} (a quantized layer keeps its own "
+                "forward pass)"
+            )
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.out_features, layer.in_features = linear.weight.mT.shape if fan_in_fan_out else linear.weight.shape
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.fan_in_fan_out = fan_in_fan_out
+        layer._add_adapter(r, eta, norm, adapter_dtype or linear.weight.dtype)
+        layer.train(linear.training)
+        return layer
+
+    def _add_adapter(self, r: int, eta: float, norm: str | None, dtype: torch.dtype) -> None:
+        self.fan_in_fan_out = getattr(self, "fan_in_fan_out", False)
+        self.r, self.eta, self.norm = r, float(eta), norm
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        like = {"device": self.weight.device, "dtype": dtype}
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **like))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **like))
+        self._coefficient = CoefficientCache()
+        self.reset_adapter()
+
+    def reset_adapter(self) -> None:
+        """Initialise the adapter as PEFT does: A Kaiming-uniform(a=√5), B zero. The layer then equals its frozen one."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def reset_parameters(self) -> None:
+        """As in `nn.Linear`; where there is an adapter, it is initialised too."""
+        super().reset_parameters()
+        if "lora_A" in self._parameters:
+            self.reset_adapter()
+
+    @property
+    def frozen_weight(self) -> Tensor:
+        """The frozen weight as ``[out_features, in_features]``, whichever way it is stored."""
+        return self.weight.mT if self.fan_in_fan_out else self.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        # Inside a compiled graph C is a node of the graph; a cache read at trace time would be frozen into it.
+        cache = None if torch.compiler.is_compiling() else self._coefficient
+        return functional.apply(
+            input, self.frozen_weight, self.bias, self.lora_A, self.lora_B, self.eta, self.norm, cache=cache
+        )
+
+    @torch.no_grad()
+    def merge(self) -> nn.Linear:
+        """A plain `nn.Linear` with weight ``W + BA`` (a copy, summed in fp32 or better, in the weight's dtype).
+
+        For inference and export. Do not train on it: in bf16 the sum rounds small later updates away.
+        """
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        product = self.lora_B.to(wide) @ self.lora_A.to(wide)
+        linear = nn.Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=self.weight.dtype
+        )
+        linear.weight = nn.Parameter((self.frozen_weight.to(wide) + product).to(self.weight.dtype), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
+        return linear.train(self.training)
+
+    def explain(self, rows: int = 2048) -> Explanation:
+        """Which backend a call on this layer takes and why, and the plan of each step for an input of `rows` rows."""
+        return explain(
+            rows, self.out_features, self.in_features, self.r, self.weight.device, self.weight.dtype, self.lora_A.dtype
+        )
+
+    def extra_repr(self) -> str:
+        choice = _backend.choose(self.weight.device, self.weight.dtype)
+        note = f" ({choice.reason})" if choice.fallback else ""
+        return f"{super().extra_repr()}, r={self.r}, eta={self.eta}, norm={self.norm!r}, backend={choice.name!r}{note}"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' Conv1D, a linear layer whose weight is stored [in_features, out_features]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module.weight, "ndim", 0) == 2

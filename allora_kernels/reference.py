@@ -1,0 +1,194 @@
+"""ALLoRA in plain torch: the specification every kernel is tested against.
+
+Shapes: ``x [M, K]``, ``weight [N, K]``, ``bias [N]``, ``lora_A [R, K]``, ``lora_B [N, R]``, ``s = x lora_Aᵀ [M, R]``,
+``g = dL/dy [M, N]``. The ALLoRA paper (arXiv 2410.09692) writes the update as ``W + AB``; the letters here are PEFT's,
+``W + BA``.
+
+Two independent statements of the same layer live here. `allora_linear` says only where the coefficient C enters and
+leaves every derivative to autograd. The steps (`down_project`, `fused_linear`, `weight_coefficient`, `adapter_grads`, ...)
+write the derivatives out; the eager backend runs them, and each has a Triton kernel of the same name.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORMS = ("row", "matrix", "factor", "entry", "token", None)
+WEIGHT_NORMS = ("row", "matrix", "factor")
+"""Rules whose coefficient depends on lora_A and lora_B alone, so it changes once per optimizer step."""
+
+
+def _at_least_fp32(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+# --- norms: none of them forms the N x K product BA -----------------------------------------------------------------
+
+
+def gram(factor: Tensor) -> Tensor:
+    """``F Fᵀ [R, R]`` of a factor ``F [R, L]``, in fp32 or better."""
+    factor = _at_least_fp32(factor)
+    return factor @ factor.mT
+
+
+def row_norms(lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """``‖(BA)[i,:]‖ [N]``, from ``B[i,:] (A Aᵀ) B[i,:]ᵀ``."""
+    b = _at_least_fp32(lora_B)
+    return ((b @ gram(lora_A).to(b.dtype)) * b).sum(dim=-1).clamp_min(0).sqrt()
+
+
+def matrix_norm(lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """``‖BA‖_F []``, from ``tr((BᵀB)(A Aᵀ))``."""
+    return (gram(lora_B.mT) * gram(lora_A)).sum().clamp_min(0).sqrt()
+
+
+def factor_norms(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """``(‖A[j,:]‖ [R], ‖B[i,:]‖ [N])``."""
+    return _at_least_fp32(lora_A).norm(dim=-1), _at_least_fp32(lora_B).norm(dim=-1)
+
+
+def token_norms(s: Tensor, lora_B: Tensor) -> Tensor:
+    """``‖(S Bᵀ)[m,:]‖ [M]``, from ``S[m,:] (BᵀB) S[m,:]ᵀ``."""
+    return row_norms(lora_B.mT, s)
+
+
+def entry_norms(s: Tensor, lora_B: Tensor) -> Tensor:
+    """``|(S Bᵀ)[m,i]| [M, N]``."""
+    return (_at_least_fp32(s) @ _at_least_fp32(lora_B).mT).abs()
+
+
+# --- the coefficient ------------------------------------------------------------------------------------------------
+
+
+def coefficient(n: Tensor, eta: float) -> Tensor:
+    """``C = (n + 1/η²)^(-1/2)`` for norms ``n`` of any shape (arXiv 2410.09692); exactly η where ``n = 0``."""
+    return (n + eta**-2).rsqrt()
+
+
+def weight_coefficient(lora_A: Tensor, lora_B: Tensor, eta: float, norm: str) -> Tensor:
+    """C of a weight-dependent rule, fp32 or better: ``"row"`` [N]; ``"matrix"`` [1]; ``"factor"`` [N + R], first the
+    coefficients of lora_B's rows, then those of lora_A's."""
+    if norm == "row":
+        n = row_norms(lora_A, lora_B)
+    elif norm == "matrix":
+        n = matrix_norm(lora_A, lora_B).reshape(1)
+    elif norm == "factor":
+        norms_a, norms_b = factor_norms(lora_A, lora_B)
+        n = torch.cat([norms_b, norms_a])
+    else:
+        raise AssertionError(f"norm={norm!r} has no weight-dependent coefficient")
+    return coefficient(n, eta)
+
+
+# --- the steps ------------------------------------------------------------------------------------------------------
+
+
+def down_project(x: Tensor, lora_A: Tensor, dtype: torch.dtype) -> Tensor:
+    """``S = x Aᵀ [M, R]`` in `dtype`; whatever else is low-rank is computed in S's dtype."""
+    return x.to(dtype) @ lora_A.to(dtype).mT
+
+
+def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, lora_B: Tensor) -> Tensor:
+    """``y = x Wᵀ + bias + S Bᵀ [M, N]`` in x's dtype. With ``(g, Wᵀ, None, ds, Aᵀ)`` it is ``dX = g W + ds A``."""
+    return F.linear(x, weight, bias) + (s @ lora_B.to(s.dtype).mT).to(x.dtype)
+
+
+def low_rank_add(y: Tensor, s: Tensor, lora_B: Tensor) -> None:
+    """``y += S Bᵀ`` in place, for a ``y [M, N]`` that another library's layer computed."""
+    y.add_((s @ lora_B.to(s.dtype).mT).to(y.dtype))
+
+
+def adapter_grads(
+    g: Tensor,
+    x: Tensor | None,
+    s: Tensor,
+    lora_B: Tensor,
+    c: Tensor | None,
+    eta: float,
+    norm: str | None,
+    need_ds: bool,
+    dtype_a: torch.dtype | None,
+    dtype_b: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dS = g B [M, R]`` (in S's dtype), ``dA = (g~ B)ᵀ x [R, K]`` and ``dB = g~ᵀ S [N, R]`` with ``g~ = C ⊙ g``.
+
+    `c` is `weight_coefficient`'s vector for the weight-dependent rules, else None. dS is never rescaled: dX needs it
+    as it is. A result whose `need_ds` is False or whose dtype is None is not computed and comes back empty; x may be
+    None where `dtype_a` is.
+
+    A coefficient that does not depend on the token leaves the sum over tokens, so it multiplies the small side (a row
+    of B, dA or dB) and not g.
+    """
+    compute = s.dtype
+    g, b = g.to(compute), lora_B.to(compute)
+    ds = da = db = s.new_empty(0)
+    scale_a = scale_b = c
+    g_scaled, s_scaled, b_scaled, c_token = g, s, b, None
+    if norm == "row":
+        b_scaled, scale_a = (c[:, None] * lora_B).to(compute), None
+    elif norm == "factor":
+        scale_b, scale_a = c.split([lora_B.shape[0], s.shape[1]])
+    elif norm == "token":
+        c_token = coefficient(token_norms(s, lora_B), eta)
+        s_scaled = (c_token[:, None] * s).to(compute)
+    elif norm == "entry":
+        g_scaled = (coefficient(entry_norms(s, lora_B), eta) * g).to(compute)
+
+    if need_ds:
+        ds = g @ b
+    if dtype_a is not None:
+        u = g_scaled @ b_scaled
+        if c_token is not None:
+            u = (c_token[:, None] * u).to(compute)
+        da = u.mT @ x.to(compute)
+        da = (da if scale_a is None else scale_a[:, None] * da).to(dtype_a)
+    if dtype_b is not None:
+        db = g_scaled.mT @ s_scaled
+        db = (db if scale_b is None else scale_b[:, None] * db).to(dtype_b)
+    return ds, da, db
+
+
+# --- the whole layer, by autograd -----------------------------------------------------------------------------------
+
+
+def _scale_gradient(t: Tensor, c: Tensor) -> Tensor:
+    """The value of `t`; the gradient of `t` times the constant `c`."""
+    return t.detach() + c.to(t.dtype) * (t - t.detach())
+
+
+def allora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    eta: float = 2.0,
+    norm: str | None = "row",
+) -> Tensor:
+    """``y = x Wᵀ + bias + (x Aᵀ) Bᵀ`` whose autograd gradients of lora_A and lora_B are ALLoRA's.
+
+    Any leading dimensions, dtype and device; differentiable in x, lora_A and lora_B. Two copies of the low-rank
+    branch are added: one carries the true gradient to x and treats the adapter as constant, the other, worth zero,
+    carries the rescaled gradient to the adapter and treats x as constant.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    compute = torch.promote_types(x.dtype, torch.promote_types(lora_A.dtype, lora_B.dtype))
+    a_const, b_const = lora_A.detach(), lora_B.detach()
+    s_const = down_project(rows.detach(), a_const, compute)
+
+    y = fused_linear(rows, weight, bias, down_project(rows, a_const, compute), b_const)
+
+    if norm == "factor":
+        c = weight_coefficient(a_const, b_const, eta, norm)[:, None]
+        lora_B = _scale_gradient(lora_B, c[: lora_B.shape[0]])
+        lora_A = _scale_gradient(lora_A, c[lora_B.shape[0] :])
+    branch = down_project(rows.detach(), lora_A, compute) @ lora_B.to(compute).mT
+    if norm in ("row", "matrix"):
+        branch = _scale_gradient(branch, weight_coefficient(a_const, b_const, eta, norm))
+    elif norm == "token":
+        branch = _scale_gradient(branch, coefficient(token_norms(s_const, b_const), eta)[:, None])
+    elif norm == "entry":
+        branch = _scale_gradient(branch, coefficient(entry_norms(s_const, b_const), eta))
+    y = y + (branch - branch.detach()).to(y.dtype)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
