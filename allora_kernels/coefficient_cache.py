@@ -40,7 +40,12 @@ class CoefficientCache:
         self._key = self._alias = self._value = None
 
     def get(
-        self, lora_A: Tensor, lora_B: Tensor, eta: float, norm: str, compute: Callable[[Tensor, Tensor, float, str], Tensor]
+        self,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        eta: float,
+        norm: str,
+        compute: Callable[[Tensor, Tensor, float, str], Tensor],
     ) -> Tensor:
         """C for these factors: remembered, or ``compute(lora_A, lora_B, eta, norm)`` remembered from now on."""
         if lora_A.is_cuda and torch.cuda.is_current_stream_capturing():

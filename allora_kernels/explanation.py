@@ -23,15 +23,21 @@ class Explanation:
 
 
 def explain(
-    rows: int, out_features: int, in_features: int, r: int, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype
+    rows: int,
+    out_features: int,
+    in_features: int,
+    r: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
 ) -> Explanation:
     """The `Explanation` of one call on ``x [rows, in_features]``."""
-    choice = _backend.choose(device, torch.promote_types(dtype, adapter_dtype))
-    plan = {}
+    compute = torch.promote_types(dtype, adapter_dtype)
+    choice = _backend.choose(device, compute)
     if choice.name == "triton":
         from csrc_triton import plan_steps
 
-        plan = plan_steps(rows, out_features, in_features, r, dtype, device)
+        plan = plan_steps(rows, out_features, in_features, r, dtype, compute, device)
     else:
         plan = {step: "torch" for step in ("down_project", "fused_linear", "weight_coefficient", "adapter_grads")}
     return Explanation(choice.name, choice.reason, choice.fallback, plan)

@@ -51,9 +51,7 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tenso
     if lora_A.shape[1] != k:
         raise ValueError(f"lora_A must be [R, K] with K = {k} as in weight {[n, k]}, got {list(lora_A.shape)}")
     if tuple(lora_B.shape) != (n, r):
-        raise ValueError(
-            f"lora_B must be [N, R] = {[n, r]} (N from weight, R from lora_A), got {list(lora_B.shape)}"
-        )
+        raise ValueError(f"lora_B must be [N, R] = {[n, r]} (N from weight, R from lora_A), got {list(lora_B.shape)}")
     if bias is not None and tuple(bias.shape) != (n,):
         raise ValueError(f"bias must be [N] = [{n}] as in weight {[n, k]}, got {list(bias.shape)}")
     if torch.is_grad_enabled():
@@ -97,7 +95,11 @@ class _ALLoRALinear(torch.autograd.Function):
             c = None
             if norm in WEIGHT_NORMS:
                 compute = steps.weight_coefficient
-                c = compute(lora_A, lora_B, eta, norm) if cache is None else cache.get(lora_A, lora_B, eta, norm, compute)
+                c = (
+                    compute(lora_A, lora_B, eta, norm)
+                    if cache is None
+                    else cache.get(lora_A, lora_B, eta, norm, compute)
+                )
             dtype_a, dtype_b = lora_A.dtype if needs_a else None, lora_B.dtype if needs_b else None
             ds, da, db = steps.adapter_grads(g, x, s, lora_B, c, eta, norm, needs_x, dtype_a, dtype_b)
         elif needs_x:

@@ -1,0 +1,241 @@
+"""The adapter's backward: one sweep over G and one over x, each in two deterministic stages.
+
+Stage 1 cuts the rows into segments and writes, for each, its own ``dBᵀ``- or ``dA``-shaped sum; on the way the sweep
+over G also yields ``dS = G B``, which dX needs. Stage 2 (`combine`) adds the segments in order. There are no atomics:
+the same inputs give the same bits. A rule of the coefficient C enters as what it multiplies:
+
+    row     C[i] of G's column i: B's rows (for dA), and dB's rows after the sum
+    matrix  one number: dA and dB after the sum
+    factor  dA's rows and dB's rows after the sum
+    token   C[m] of G's row m: S's rows (for dB) and dS's rows (for dA)
+    entry   C[m,i]: the tile of G itself, from the tile of S Bᵀ recomputed beside it
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .combine import combine
+from .row_norms import token_coefficient
+from .tiling import TRITON_DTYPE, coefficient, dot, dot_precision, launch, offsets
+
+
+@triton.jit(do_not_specialize=["M", "SEGMENT_M"])
+def _sweep_kernel(
+    v_ptr,
+    u_ptr,
+    f_ptr,
+    c_ptr,
+    outer_ptr,
+    projected_ptr,
+    scaled_ptr,
+    M,
+    L,
+    R,
+    stride_vm,
+    stride_vl,
+    stride_um,
+    stride_ur,
+    stride_fl,
+    stride_fr,
+    stride_c,
+    stride_op,
+    stride_ol,
+    stride_or,
+    SEGMENT_M,
+    inv_eta_squared,
+    NORM: tl.constexpr,
+    OUTER: tl.constexpr,
+    PROJECT: tl.constexpr,
+    PROJECT_SCALED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``outer[p] = V~ᵀ U~``, ``projected = V F`` and ``scaled = V~ F~`` for V [M, L], U [M, R], F [L, R]; ~ as NORM says.
+
+    One program owns segment p (SEGMENT_M rows), BLOCK_L columns of V and BLOCK_R of the rank: it writes one
+    [BLOCK_L, BLOCK_R] tile of outer [P, L, R], and its columns' share of projected and scaled [L/BLOCK_L, M, R].
+    Every tile of V is loaded once; accumulates in fp32.
+    """
+    pid_l = tl.program_id(0)
+    segment = tl.program_id(1)
+    offs_l = offsets(pid_l * BLOCK_L, BLOCK_L)
+    offs_r = offsets(tl.program_id(2) * BLOCK_R, BLOCK_R)
+    mask_l = offs_l < L
+    mask_r = offs_r < R
+    if PROJECT or PROJECT_SCALED:
+        f_ptrs = f_ptr + offs_l[:, None] * stride_fl + offs_r[None, :] * stride_fr
+        f = tl.load(f_ptrs, mask=mask_l[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_L, BLOCK_R]
+        f_scaled = f
+        if NORM == "row":
+            f_scaled = f * tl.load(c_ptr + offs_l * stride_c, mask=mask_l, other=0.0)[:, None]
+
+    start = segment * SEGMENT_M
+    stop = min(start + SEGMENT_M, M)
+    acc = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
+    for m in range(start, stop, BLOCK_M):
+        offs_m = offsets(m, BLOCK_M)
+        mask_m = offs_m < stop
+        v_ptrs = v_ptr + offs_m[:, None] * stride_vm + offs_l[None, :] * stride_vl
+        v = tl.load(v_ptrs, mask=mask_m[:, None] & mask_l[None, :], other=0.0)  # [BLOCK_M, BLOCK_L]
+        v_scaled = v
+        if NORM == "entry":
+            product = tl.zeros((BLOCK_M, BLOCK_L), tl.float32)
+            for r in tl.range(0, R, BLOCK_R, num_stages=1):
+                offs_i = offsets(r, BLOCK_R)
+                mask_i = offs_i < R
+                s_ptrs = u_ptr + offs_m[:, None] * stride_um + offs_i[None, :] * stride_ur
+                b_ptrs = f_ptr + offs_i[:, None] * stride_fr + offs_l[None, :] * stride_fl
+                s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_i[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+                b = tl.load(b_ptrs, mask=mask_i[:, None] & mask_l[None, :], other=0.0)  # [BLOCK_R, BLOCK_L]
+                product = dot(s, b, product, DTYPE, PRECISION)
+            v_scaled = v * coefficient(tl.abs(product), inv_eta_squared)
+
+        projected_ptrs = (pid_l.to(tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :]
+        mask_mr = mask_m[:, None] & mask_r[None, :]
+        zeros = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        if PROJECT:
+            tl.store(projected_ptr + projected_ptrs, dot(v, f, zeros, DTYPE, PRECISION), mask=mask_mr)
+        if PROJECT_SCALED:
+            tl.store(scaled_ptr + projected_ptrs, dot(v_scaled, f_scaled, zeros, DTYPE, PRECISION), mask=mask_mr)
+        if OUTER:
+            u_ptrs = u_ptr + offs_m[:, None] * stride_um + offs_r[None, :] * stride_ur
+            u = tl.load(u_ptrs, mask=mask_mr, other=0.0)  # [BLOCK_M, BLOCK_R]
+            if NORM == "token":
+                u = u * tl.load(c_ptr + offs_m * stride_c, mask=mask_m, other=0.0)[:, None]
+            acc = dot(tl.trans(v_scaled), u, acc, DTYPE, PRECISION)
+    if OUTER:
+        outer_ptrs = (
+            outer_ptr + segment.to(tl.int64) * stride_op + offs_l[:, None] * stride_ol + offs_r[None, :] * stride_or
+        )
+        tl.store(outer_ptrs, acc, mask=mask_l[:, None] & mask_r[None, :])
+
+
+def _sweep(
+    v: Tensor,
+    u: Tensor,
+    f: Tensor | None,
+    c: Tensor | None,
+    eta: float,
+    norm: str | None,
+    outer_shape: str,
+    need_projected: bool,
+    need_scaled: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Stage 1 over one matrix v [M, L]: (outer [P, L, R] or, for `outer_shape` "RL", [P, R, L]; projected [T, M, R];
+    scaled [T, M, R]), fp32, None where not asked for. M >= 1."""
+    (M, L), R, arch = v.shape, u.shape[1], configs.arch_of(v.device)
+    config = configs.pick_config("sweep_entry" if norm == "entry" else "sweep", M, L, 0, R, v.dtype, arch, u.dtype)
+    tiles_l, tiles_r = triton.cdiv(L, config.BLOCK_N), triton.cdiv(R, config.BLOCK_R)
+    # Every segment costs an [L, R] partial sum, every tile of L an [M, R] one: enough of them to fill the chip, no more.
+    segments = configs.num_splits(tiles_l * tiles_r, M, 2 * config.BLOCK_M, arch)
+    segment_m = triton.cdiv(triton.cdiv(M, segments), config.BLOCK_M) * config.BLOCK_M
+    segments = triton.cdiv(M, segment_m)
+
+    fp32 = {"device": v.device, "dtype": torch.float32}
+    outer = projected = scaled = None
+    outer_strides = (0, 0, 0)
+    if outer_shape == "LR":
+        outer = torch.empty(segments, L, R, **fp32)
+        outer_strides = outer.stride()
+    elif outer_shape == "RL":
+        outer = torch.empty(segments, R, L, **fp32)
+        outer_strides = outer.mT.stride()
+    if need_projected:
+        projected = torch.empty(tiles_l, M, R, **fp32)
+    if need_scaled:
+        scaled = torch.empty(tiles_l, M, R, **fp32)
+    launch(
+        _sweep_kernel,
+        (tiles_l, segments, tiles_r),
+        v,
+        u,
+        f,
+        c,
+        outer,
+        projected,
+        scaled,
+        M,
+        L,
+        R,
+        *v.stride(),
+        *u.stride(),
+        *((0, 0) if f is None else f.stride()),
+        0 if c is None else c.stride(0),
+        *outer_strides,
+        segment_m,
+        eta**-2,
+        NORM=norm,
+        OUTER=outer is not None,
+        PROJECT=need_projected,
+        PROJECT_SCALED=need_scaled,
+        DTYPE=TRITON_DTYPE[u.dtype],
+        PRECISION=dot_precision(u.dtype, v.dtype, u.dtype),
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_L=config.BLOCK_N,
+        BLOCK_R=config.BLOCK_R,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return outer, projected, scaled
+
+
+def adapter_grads(
+    g: Tensor,
+    x: Tensor | None,
+    s: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    eta: float,
+    norm: str | None,
+    need_ds: bool,
+    dtype_a: torch.dtype | None,
+    dtype_b: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dS = g B [M, R]`` (s's dtype), ``dA = (g~ B)ᵀ x [R, K]`` and ``dB = g~ᵀ S [N, R]`` with ``g~ = C ⊙ g``.
+
+    g [M, N], x [M, K], s [M, R] and b [N, R] of any strides; c as from `weight_coefficient` for the weight-dependent
+    rules, else None. What is not needed (`need_ds` False, a dtype None) comes back empty; x may be None without dA.
+    """
+    (M, N), R, need_da, need_db = g.shape, s.shape[1], dtype_a is not None, dtype_b is not None
+    ds = da = db = s.new_empty(0)
+    if M == 0:
+        ds = s.new_empty(0, R) if need_ds else ds
+        da = s.new_zeros(R, x.shape[1], dtype=dtype_a) if need_da else da
+        db = s.new_zeros(N, R, dtype=dtype_b) if need_db else db
+        return ds, da, db
+
+    scale_a = scale_b = scale_ds = None
+    if norm == "row":
+        scale_b = c
+    elif norm == "matrix":
+        scale_a, scale_b = c.expand(R), c.expand(N)
+    elif norm == "factor":
+        scale_b, scale_a = c[:N], c[N:]
+    elif norm == "token":
+        c = scale_ds = token_coefficient(s, b, eta)
+
+    # Where C does not touch the sum over G's columns, dS serves dA too (times C[m] for "token").
+    separate = norm in ("row", "entry")
+    need_scaled = need_da and separate
+    need_projected = need_ds or (need_da and not separate)
+    outer_b, projected, scaled = _sweep(g, s, b, c, eta, norm, "LR" if need_db else "", need_projected, need_scaled)
+    if need_ds:
+        ds = combine(projected, s.dtype)
+    if need_db:
+        db = combine(outer_b, dtype_b, scale_b)
+    if need_da:
+        if separate:
+            u = combine(scaled, s.dtype)
+        elif scale_ds is not None or not need_ds:
+            u = combine(projected, s.dtype, scale_ds)
+        else:
+            u = ds
+        outer_a, _, _ = _sweep(x, u, None, None, eta, None, "RL", False, False)
+        da = combine(outer_a, dtype_a, scale_a)
+    return ds, da, db

@@ -1,0 +1,219 @@
+"""Gram matrices, and the ALLoRA coefficient C of every rule that needs a norm of a whole row or matrix.
+
+Nothing here forms the N x K product BA: ``‖(BA)[i,:]‖² = B[i,:] (A Aᵀ) B[i,:]ᵀ``, ``‖BA‖_F² = Σ (A Aᵀ) ⊙ (BᵀB)`` and
+``‖(S Bᵀ)[m,:]‖² = S[m,:] (BᵀB) S[m,:]ᵀ``. All norms are taken in fp32, whatever the factors' dtypes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .combine import combine
+from .tiling import coefficient, dot, launch, offsets
+
+_BLOCK_R = 32
+_BLOCK_L = 64
+
+
+@triton.jit
+def _gram_kernel(
+    f_ptr,
+    partial_ptr,
+    L,
+    R,
+    stride_fr,
+    stride_fl,
+    SPLIT_L,
+    BLOCK_R: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """``partial[p] = F[:, part p] F[:, part p]ᵀ`` for F [R, L], partial [P, R, R], part p = SPLIT_L columns.
+
+    One program writes one [BLOCK_R, BLOCK_R] tile of one part; accumulates in fp32.
+    """
+    offs_i = offsets(tl.program_id(0) * BLOCK_R, BLOCK_R)
+    offs_j = offsets(tl.program_id(1) * BLOCK_R, BLOCK_R)
+    part = tl.program_id(2)
+    mask_i = offs_i < R
+    mask_j = offs_j < R
+    start = part * SPLIT_L
+    stop = min(start + SPLIT_L, L)
+    acc = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
+    for l in range(start, stop, BLOCK_L):
+        offs_l = offsets(l, BLOCK_L)
+        mask_l = offs_l < stop
+        rows_ptrs = f_ptr + offs_i[:, None] * stride_fr + offs_l[None, :] * stride_fl
+        columns_ptrs = f_ptr + offs_l[:, None] * stride_fl + offs_j[None, :] * stride_fr
+        rows = tl.load(rows_ptrs, mask=mask_i[:, None] & mask_l[None, :], other=0.0)  # [BLOCK_R, BLOCK_L]
+        columns = tl.load(columns_ptrs, mask=mask_l[:, None] & mask_j[None, :], other=0.0)  # [BLOCK_L, BLOCK_R]
+        acc = dot(rows, columns, acc, tl.float32, "ieee")
+    partial_ptrs = partial_ptr + part.to(tl.int64) * R * R + offs_i[:, None] * R + offs_j[None, :]
+    tl.store(partial_ptrs, acc, mask=mask_i[:, None] & mask_j[None, :])
+
+
+def gram(factor: Tensor) -> Tensor:
+    """``F Fᵀ [R, R]`` in fp32 for a factor [R, L] of any strides."""
+    R, L = factor.shape
+    tiles = triton.cdiv(R, _BLOCK_R)
+    parts = configs.num_splits(tiles * tiles, L, 4 * _BLOCK_L, configs.arch_of(factor.device), waves=1)
+    split_l = triton.cdiv(triton.cdiv(L, parts), _BLOCK_L) * _BLOCK_L
+    parts = max(1, triton.cdiv(L, split_l)) if L else 1
+    partial = torch.empty(parts, R, R, device=factor.device, dtype=torch.float32)
+    launch(
+        _gram_kernel,
+        (tiles, tiles, parts),
+        factor,
+        partial,
+        L,
+        R,
+        *factor.stride(),
+        split_l,
+        BLOCK_R=_BLOCK_R,
+        BLOCK_L=_BLOCK_L,
+        num_warps=4,
+        num_stages=2,
+    )
+    return partial[0] if parts == 1 else combine(partial, torch.float32)
+
+
+@triton.jit(do_not_specialize=["L"])
+def _quadratic_coefficient_kernel(
+    v_ptr,
+    q_ptr,
+    c_ptr,
+    L,
+    R,
+    stride_vl,
+    stride_vr,
+    inv_eta_squared,
+    BLOCK_L: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``c[l] = C(√(v[l,:] Q v[l,:]ᵀ))`` for v [L, R], Q [R, R] fp32 contiguous, c [L] fp32.
+
+    One program writes BLOCK_L coefficients; the quadratic form is clamped at 0, below which only rounding takes it.
+    """
+    offs_l = offsets(tl.program_id(0) * BLOCK_L, BLOCK_L)
+    mask_l = offs_l < L
+    form = tl.zeros((BLOCK_L,), tl.float32)
+    for j in range(0, R, BLOCK_R):
+        offs_j = offsets(j, BLOCK_R)
+        mask_j = offs_j < R
+        product = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
+        for i in range(0, R, BLOCK_R):
+            offs_i = offsets(i, BLOCK_R)
+            mask_i = offs_i < R
+            v_ptrs = v_ptr + offs_l[:, None] * stride_vl + offs_i[None, :] * stride_vr
+            q_ptrs = q_ptr + offs_i[:, None] * R + offs_j[None, :]
+            v = tl.load(v_ptrs, mask=mask_l[:, None] & mask_i[None, :], other=0.0)  # [BLOCK_L, BLOCK_R]
+            q = tl.load(q_ptrs, mask=mask_i[:, None] & mask_j[None, :], other=0.0)  # [BLOCK_R, BLOCK_R]
+            product = dot(v, q, product, tl.float32, "ieee")
+        v_ptrs = v_ptr + offs_l[:, None] * stride_vl + offs_j[None, :] * stride_vr
+        v = tl.load(v_ptrs, mask=mask_l[:, None] & mask_j[None, :], other=0.0).to(tl.float32)
+        form += tl.sum(product * v, axis=1)
+    c = coefficient(tl.sqrt(tl.maximum(form, 0.0)), inv_eta_squared)
+    tl.store(c_ptr + offs_l, c, mask=mask_l)
+
+
+def quadratic_coefficient(v: Tensor, q: Tensor, eta: float) -> Tensor:
+    """``C(√(v[l,:] Q v[l,:]ᵀ)) [L]`` in fp32 for v [L, R] of any strides and a Gram matrix q [R, R]."""
+    L, R = v.shape
+    c = torch.empty(L, device=v.device, dtype=torch.float32)
+    if L == 0:
+        return c
+    launch(
+        _quadratic_coefficient_kernel,
+        (triton.cdiv(L, _BLOCK_L),),
+        v,
+        q,
+        c,
+        L,
+        R,
+        *v.stride(),
+        eta**-2,
+        BLOCK_L=_BLOCK_L,
+        BLOCK_R=configs.block_r(R, _BLOCK_R),
+        num_warps=4,
+        num_stages=1,
+    )
+    return c
+
+
+@triton.jit
+def _matrix_coefficient_kernel(gram_a_ptr, gram_b_ptr, c_ptr, NUMEL, inv_eta_squared, BLOCK: tl.constexpr):
+    """``c = C(√(Σ (A Aᵀ) ⊙ (BᵀB)))`` for two contiguous Gram matrices of NUMEL elements, c [1]; one program."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, NUMEL, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        mask = offs < NUMEL
+        total += tl.load(gram_a_ptr + offs, mask=mask, other=0.0) * tl.load(gram_b_ptr + offs, mask=mask, other=0.0)
+    norm = tl.sqrt(tl.maximum(tl.sum(total, axis=0), 0.0))
+    tl.store(c_ptr, coefficient(norm, inv_eta_squared))
+
+
+@triton.jit
+def _row_coefficient_kernel(
+    f_ptr,
+    c_ptr,
+    L,
+    D,
+    stride_fl,
+    stride_fd,
+    inv_eta_squared,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``c[l] = C(‖F[l,:]‖)`` for F [L, D], c [L] fp32; one program writes BLOCK_L of them."""
+    offs_l = offsets(tl.program_id(0) * BLOCK_L, BLOCK_L)
+    mask_l = offs_l < L
+    squares = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        offs_d = offsets(d, BLOCK_D)
+        f_ptrs = f_ptr + offs_l[:, None] * stride_fl + offs_d[None, :] * stride_fd
+        f = tl.load(f_ptrs, mask=mask_l[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)
+        squares += f * f
+    norms = tl.sqrt(tl.sum(squares, axis=1))
+    tl.store(c_ptr + offs_l, coefficient(norms, inv_eta_squared), mask=mask_l)
+
+
+def _row_coefficient(factor: Tensor, c: Tensor, eta: float, block_l: int, block_d: int) -> None:
+    L, D = factor.shape
+    launch(
+        _row_coefficient_kernel,
+        (triton.cdiv(L, block_l),),
+        factor,
+        c,
+        L,
+        D,
+        *factor.stride(),
+        eta**-2,
+        BLOCK_L=block_l,
+        BLOCK_D=block_d,
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+def weight_coefficient(a: Tensor, b: Tensor, eta: float, norm: str) -> Tensor:
+    """C in fp32 of a weight-dependent rule, for a [R, K] and b [N, R] of any strides: ``"row"`` [N]; ``"matrix"`` [1];
+    ``"factor"`` [N + R], first the coefficients of b's rows, then those of a's."""
+    (N, R), device = b.shape, a.device
+    if norm == "row":
+        return quadratic_coefficient(b, gram(a), eta)
+    if norm == "matrix":
+        c = torch.empty(1, device=device, dtype=torch.float32)
+        launch(_matrix_coefficient_kernel, (1,), gram(a), gram(b.mT), c, R * R, eta**-2, BLOCK=1024, num_warps=4)
+        return c
+    assert norm == "factor", norm
+    c = torch.empty(N + R, device=device, dtype=torch.float32)
+    _row_coefficient(b, c[:N], eta, block_l=64, block_d=16)
+    # A has few, long rows: a program a row, so that they run side by side.
+    _row_coefficient(a, c[N:], eta, block_l=1, block_d=1024)
+    return c
+
+
+def token_coefficient(s: Tensor, b: Tensor, eta: float) -> Tensor:
+    """C [M] in fp32 of the rule ``"token"``, for s [M, R] and b [N, R]."""
+    return quadratic_coefficient(s, gram(b.mT), eta)

@@ -1,0 +1,118 @@
+"""What the kernels share: tile order, 64-bit offsets, dots and casts that mean the same on a GPU and in the interpreter."""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def offsets(start, BLOCK: tl.constexpr):
+    """``start + [0, BLOCK)`` as int64: multiplied by a stride it may pass 2^31 elements."""
+    return start + tl.arange(0, BLOCK).to(tl.int64)
+
+
+INTERPRETED = tl.constexpr(not isinstance(offsets, triton.JITFunction))
+"""Whether these kernels were built for Triton's interpreter (TRITON_INTERPRET=1 when they were first imported)."""
+
+
+@triton.jit
+def grouped_tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
+    """Tile (m, n) of program `pid`, GROUP_M rows of tiles at a time so that neighbours in time share W's tiles in L2."""
+    group = pid // (GROUP_M * num_n)
+    first_m = group * GROUP_M
+    rows = min(num_m - first_m, GROUP_M)
+    within = pid % (GROUP_M * num_n)
+    return first_m + within % rows, within // rows
+
+
+@triton.jit
+def narrow(t, DTYPE: tl.constexpr):
+    """The tile `t` in DTYPE, rounded to nearest even."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        # The interpreter truncates to bf16, so the rounding is done on the bits before.
+        bits = t.to(tl.float32).to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        t = tl.where(t == t, rounded, t)
+    return t.to(DTYPE)
+
+
+@triton.jit
+def _dot_narrow(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    if INTERPRETED:
+        # The interpreter multiplies bf16 as if it were an integer type; in fp32 the same products are exact.
+        return tl.dot(narrow(a, DTYPE).to(tl.float32), narrow(b, DTYPE).to(tl.float32), acc)
+    return tl.dot(a.to(DTYPE), b.to(DTYPE), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _dot_split(a, b, acc, PARTS: tl.constexpr):
+    """``acc + a b`` from bf16 dots: an fp32 operand is the sum of PARTS bf16 tiles, fp16 of two, bf16 is one.
+
+    8 bits of mantissa a part: PARTS=3 is as exact as fp32, PARTS=2 leaves 2^-16, enough under a 16-bit result. An
+    infinite operand gives nan.
+    """
+    PARTS_A: tl.constexpr = 1 if a.dtype == tl.bfloat16 else (2 if a.dtype == tl.float16 else PARTS)
+    PARTS_B: tl.constexpr = 1 if b.dtype == tl.bfloat16 else (2 if b.dtype == tl.float16 else PARTS)
+    a0 = narrow(a, tl.bfloat16)
+    b0 = narrow(b, tl.bfloat16)
+    if PARTS_A > 1:
+        rest_a = a.to(tl.float32) - a0.to(tl.float32)
+        a1 = narrow(rest_a, tl.bfloat16)
+    if PARTS_B > 1:
+        rest_b = b.to(tl.float32) - b0.to(tl.float32)
+        b1 = narrow(rest_b, tl.bfloat16)
+    # Smallest products first, so that the sum loses least.
+    if PARTS_A > 2:
+        acc = _dot_narrow(rest_a - a1.to(tl.float32), b0, acc, tl.bfloat16, "ieee")
+    if PARTS_B > 2:
+        acc = _dot_narrow(a0, rest_b - b1.to(tl.float32), acc, tl.bfloat16, "ieee")
+    if PARTS > 2 and PARTS_A > 1 and PARTS_B > 1:
+        acc = _dot_narrow(a1, b1, acc, tl.bfloat16, "ieee")
+    if PARTS_A > 1:
+        acc = _dot_narrow(a1, b0, acc, tl.bfloat16, "ieee")
+    if PARTS_B > 1:
+        acc = _dot_narrow(a0, b1, acc, tl.bfloat16, "ieee")
+    return _dot_narrow(a0, b0, acc, tl.bfloat16, "ieee")
+
+
+@triton.jit
+def dot(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """``acc + a b`` with fp32 accumulation, the operands in DTYPE; PRECISION as from `dot_precision`."""
+    if PRECISION == "split3":
+        return _dot_split(a, b, acc, 3)
+    elif PRECISION == "split2":
+        return _dot_split(a, b, acc, 2)
+    else:
+        return _dot_narrow(a, b, acc, DTYPE, PRECISION)
+
+
+@triton.jit
+def coefficient(n, inv_eta_squared):
+    """``C = (n + 1/η²)^(-1/2)`` for norms n."""
+    return 1.0 / tl.sqrt(n + inv_eta_squared)
+
+
+def dot_precision(dtype: torch.dtype, x_dtype: torch.dtype, out_dtype: torch.dtype) -> str:
+    """How a dot in `dtype` is computed where one operand comes from x and the result is stored in `out_dtype`.
+
+    fp32 is IEEE unless torch's own switch allows tf32. fp32 factors under a 16-bit x run on the 16-bit matrix units, split
+    into as many bf16 parts as the result can show.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    if x_dtype != torch.float32:
+        return "split3" if out_dtype == torch.float32 else "split2"
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None
+    return "tf32" if tf32 else "ieee"
+
+
+TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
+    """``kernel[grid](*args, **options)`` on the device of the first argument, a tensor."""
+    device = args[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, **options)

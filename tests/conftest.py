@@ -1,0 +1,33 @@
+"""Where the kernels run: on a GPU if there is one, else by Triton's interpreter on CPU tensors."""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+
+if not HAS_GPU:
+    # Kernels are built for the interpreter or for a GPU when they are first imported. The variable is taken back, so
+    # that tests of models take the eager backend on the CPU as a user's would; kernel tests set it again.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import csrc_triton  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
+
+
+def pytest_collection_modifyitems(items):
+    no_gpu = pytest.mark.skip(reason="needs a CUDA GPU")
+    for item in items:
+        if "gpu" in item.keywords and not HAS_GPU:
+            item.add_marker(no_gpu)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """The device of a kernel test: "cpu" by the interpreter, "cuda" for real."""
+    if request.param == "cpu":
+        if HAS_GPU:
+            pytest.skip("the kernels are built for the GPU in this process")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return request.param

@@ -1,0 +1,74 @@
+import pytest
+import torch
+from cases import SHAPES, WIDE_RANK, dtypes, layouts, shape_id
+from red_zones import in_red_zone, poisoned_outputs
+
+import csrc_triton
+from allora_kernels import reference
+from allora_kernels.testing import assert_close, make_inputs
+from csrc_triton import configs
+
+norms = pytest.mark.parametrize("norm", reference.NORMS)
+ETA = 1.3
+
+
+def arguments(inputs, norm):
+    compute = torch.promote_types(inputs.x.dtype, inputs.lora_A.dtype)
+    s = reference.down_project(inputs.x, inputs.lora_A, compute)
+    c = None
+    if norm in reference.WEIGHT_NORMS:
+        c = reference.weight_coefficient(inputs.lora_A, inputs.lora_B, ETA, norm)
+    return inputs.g, inputs.x, s, inputs.lora_B, c
+
+
+def check(g, x, s, b, c, norm, need_ds=True, need_a=True, need_b=True):
+    needs = (need_ds, b.dtype if need_a else None, b.dtype if need_b else None)
+    exact_needs = (need_ds, torch.float64 if need_a else None, torch.float64 if need_b else None)
+    tensors = (g, x, s, b, c)
+    doubles = [None if t is None else t.double() for t in tensors]
+    with poisoned_outputs():
+        ours = csrc_triton.adapter_grads(*map(in_red_zone, tensors), ETA, norm, *needs)
+    eager = reference.adapter_grads(*tensors, ETA, norm, *needs)
+    exact = reference.adapter_grads(*doubles, ETA, norm, *exact_needs)
+    for name, *results in zip(("ds", "da", "db"), ours, eager, exact):
+        assert_close(*results, name)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, WIDE_RANK], ids=shape_id)
+@dtypes
+@norms
+def test_matches_the_reference(device, shape, dtypes, norm):
+    check(*arguments(make_inputs(*shape, *dtypes, device=device), norm), norm)
+
+
+@layouts
+@norms
+def test_takes_any_strides(device, layout, norm):
+    g, x, s, b, c = arguments(make_inputs(37, 53, 41, 16, device=device), norm)
+    check(layout(g), layout(x), layout(s), layout(b), c, norm)
+
+
+@norms
+@pytest.mark.parametrize(
+    "needs", [(True, True, False), (True, False, True), (False, True, False), (False, False, True)]
+)
+def test_only_what_is_needed(device, norm, needs):
+    _, need_a, _ = needs
+    g, x, s, b, c = arguments(make_inputs(37, 53, 41, 3, device=device), norm)
+    check(g, x if need_a else None, s, b, c, norm, *needs)
+
+
+@norms
+@pytest.mark.parametrize("segments", [1, 2, 5])
+def test_segments_add_up(device, norm, segments, monkeypatch):
+    monkeypatch.setattr(configs, "num_splits", lambda *args, **kwargs: segments)
+    check(*arguments(make_inputs(130, 53, 70, 3, device=device), norm), norm)
+
+
+@norms
+def test_the_same_bits_every_run(device, norm):
+    args = arguments(make_inputs(130, 257, 53, 40, device=device), norm)
+    first = csrc_triton.adapter_grads(*args, ETA, norm, True, torch.float32, torch.float32)
+    for _ in range(9 if device == "cuda" else 1):
+        again = csrc_triton.adapter_grads(*args, ETA, norm, True, torch.float32, torch.float32)
+        assert all(torch.equal(a, b) for a, b in zip(first, again))
