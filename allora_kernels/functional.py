@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import backend as _backend
 from .coefficient_cache import CoefficientCache
@@ -62,7 +63,10 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tenso
 
 class _ALLoRALinear(torch.autograd.Function):
     """``y = x Wᵀ + bias + S Bᵀ``. Saves x, S and the parameters themselves; S is an output only so that it can be
-    saved. Each step is called by name on the chosen backend's module, so this is the one place that orders them."""
+    saved. Each step is called by name on the chosen backend's module, so this is the one place that orders them.
+
+    Differentiable once: a rescaled gradient is the gradient of no function, so it has no derivative to give.
+    """
 
     @staticmethod
     def forward(x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, cache):
@@ -83,6 +87,7 @@ class _ALLoRALinear(torch.autograd.Function):
         ctx.rule = (eta, norm, backend, cache)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g, _):
         needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         if g is None:

@@ -203,7 +203,8 @@ def adapter_grads(
     rules, else None. What is not needed (`need_ds` False, a dtype None) comes back empty; x may be None without dA.
     """
     (M, N), R, need_da, need_db = g.shape, s.shape[1], dtype_a is not None, dtype_b is not None
-    ds = da = db = s.new_empty(0)
+    # Three tensors: an op's results may not share storage.
+    ds, da, db = (s.new_empty(0) for _ in range(3))
     if M == 0:
         ds = s.new_empty(0, R) if need_ds else ds
         da = s.new_zeros(R, x.shape[1], dtype=dtype_a) if need_da else da

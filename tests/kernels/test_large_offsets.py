@@ -1,0 +1,71 @@
+"""Elements more than 2^31 apart. The buffers are virtual memory of which only the touched pages ever exist."""
+
+import pytest
+import torch
+
+import csrc_triton
+from allora_kernels import reference
+from allora_kernels.testing import assert_close, make_inputs
+
+FAR = 2**31 + 8
+
+
+def far_apart(t, dim):
+    """A copy of the [2, n] or [n, 2] tensor `t` whose two slices along `dim` lie FAR elements apart."""
+    other = t.shape[1 - dim]
+    buffer = torch.empty(FAR + 2 * other + 8, dtype=t.dtype, device=t.device)
+    strides = (FAR, 1) if dim == 0 else (1, FAR)
+    return buffer.as_strided(t.shape, strides).copy_(t)
+
+
+@pytest.fixture
+def inputs(device):
+    return make_inputs(2, 41, 53, 3, torch.float16, device=device)
+
+
+def doubles(*tensors):
+    return [None if t is None else t.double() for t in tensors]
+
+
+def test_rows_of_x_and_w(inputs):
+    x, s = far_apart(inputs.x, 0), reference.down_project(inputs.x, inputs.lora_A, torch.float16)
+    weight, b = far_apart(inputs.weight[:2], 0), inputs.lora_B[:2]
+    args = (x, weight, None, s, b)
+    exact = reference.fused_linear(*doubles(inputs.x, inputs.weight[:2], None, s, b))
+    assert_close(csrc_triton.fused_linear(*args), reference.fused_linear(*args), exact, "y")
+
+
+def test_columns_of_x(inputs):
+    x, a = far_apart(inputs.x[:, :2], 1), inputs.lora_A[:, :2]
+    s = csrc_triton.down_project(x, a, torch.float16)
+    exact = reference.down_project(*doubles(inputs.x[:, :2], a), torch.float64)
+    assert_close(s, reference.down_project(x, a, torch.float16), exact, "s")
+
+
+def test_rows_of_g_and_x(inputs):
+    s = reference.down_project(inputs.x, inputs.lora_A, torch.float16)
+    rest = (s, inputs.lora_B, None)
+    near, far = (inputs.g, inputs.x, *rest), (far_apart(inputs.g, 0), far_apart(inputs.x, 0), *rest)
+    ours = csrc_triton.adapter_grads(*far, 2.0, None, True, torch.float16, torch.float16)
+    eager = reference.adapter_grads(*near, 2.0, None, True, torch.float16, torch.float16)
+    exact = reference.adapter_grads(*doubles(*near), 2.0, None, True, torch.float64, torch.float64)
+    for name, *results in zip(("ds", "da", "db"), ours, eager, exact):
+        assert_close(*results, name)
+
+
+def test_rows_of_y_in_place(inputs):
+    s = reference.down_project(inputs.x, inputs.lora_A, torch.float16)
+    y = far_apart(inputs.g, 0)
+    eager, exact = inputs.g.clone(), inputs.g.double()
+    csrc_triton.low_rank_add(y, s, inputs.lora_B)
+    reference.low_rank_add(eager, s, inputs.lora_B)
+    reference.low_rank_add(exact, *doubles(s, inputs.lora_B))
+    assert_close(y, eager, exact, "y")
+
+
+@pytest.mark.parametrize("norm", reference.WEIGHT_NORMS)
+def test_rows_of_a_factor(inputs, norm):
+    a, b = far_apart(inputs.lora_A[:2], 0), inputs.lora_B[:, :2]
+    c = csrc_triton.weight_coefficient(a, b, 2.0, norm)
+    exact = reference.weight_coefficient(*doubles(inputs.lora_A[:2], b), 2.0, norm)
+    assert_close(c, reference.weight_coefficient(a, b, 2.0, norm), exact, "C")

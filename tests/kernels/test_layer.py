@@ -1,0 +1,75 @@
+"""`FusedALLoRALinear` and `allora_linear` on the Triton backend, against the reference and against eager autograd."""
+
+import pytest
+import torch
+
+from allora_kernels import FusedALLoRALinear, allora_linear, reference
+from allora_kernels.testing import assert_close, make_inputs
+
+norms = pytest.mark.parametrize("norm", reference.NORMS)
+
+
+def run(f, inputs, norm, leading=None, **kwargs):
+    x, weight, bias, lora_A, lora_B, g = inputs
+    if leading:
+        x, g = x.view(*leading, -1), g.view(*leading, -1)
+    leaves = [t.detach().requires_grad_() for t in (x, lora_A, lora_B)]
+    y = f(leaves[0], weight, bias, *leaves[1:], eta=1.5, norm=norm, **kwargs)
+    return y, *torch.autograd.grad(y, leaves, g)
+
+
+@norms
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32)])
+def test_values_and_gradients(device, norm, dtypes):
+    inputs = make_inputs(60, 53, 41, 5, *dtypes, device=device)
+    results = [
+        run(allora_linear, inputs, norm, (3, 4, 5), backend="triton"),
+        run(allora_linear, inputs, norm, (3, 4, 5), backend="eager"),
+        run(reference.allora_linear, inputs.to(torch.float64), norm, (3, 4, 5)),
+    ]
+    for name, *values in zip(("y", "dx", "da", "db"), *results):
+        assert_close(*values, name)
+
+
+def test_it_is_chosen_where_it_can_run(device):
+    layer = FusedALLoRALinear(8, 4, device=device)
+    explanation = layer.explain()
+    assert explanation.backend == "triton" and not explanation.fallback
+    assert all("Triton" in plan for plan in explanation.plan.values())
+    assert "backend='triton'" in repr(layer)
+
+
+def test_eager_is_taken_for_double_precision(device):
+    layer = FusedALLoRALinear(8, 4, device=device, dtype=torch.float64)
+    assert layer.explain().backend == "eager" and "float64" in layer.explain().reason
+    with pytest.raises(ValueError, match="float64"):
+        allora_linear(*make_inputs(2, 3, 4, 2, torch.float64, device=device)[:5], backend="triton")
+
+
+@norms
+def test_the_layer_caches_what_changes_once_per_step(device, norm, monkeypatch):
+    from allora_kernels import ops
+
+    calls = []
+    original = ops.weight_coefficient
+    monkeypatch.setattr(ops, "weight_coefficient", lambda *args: calls.append(1) or original(*args))
+    layer = FusedALLoRALinear(8, 4, r=2, norm=norm, device=device)
+    optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.1)
+    for _ in range(2):
+        for _ in range(3):
+            layer(torch.randn(5, 8, device=device)).sum().backward()
+        optimizer.step()
+    assert len(calls) == (2 if norm in reference.WEIGHT_NORMS else 0)
+
+
+def test_autocast_runs_the_kernels_in_its_dtype(device):
+    layer = FusedALLoRALinear(41, 53, r=3, device=device)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(7, 41, device=device, requires_grad=True)
+    with torch.autocast(device, torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert x.grad.dtype == layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
+    exact = x.double() @ (layer.weight + layer.lora_B @ layer.lora_A).double().T + layer.bias.double()
+    assert (y.double() - exact).abs().max() < 0.1

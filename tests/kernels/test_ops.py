@@ -1,0 +1,77 @@
+"""The torch.library face of the kernels: schemas, fakes, autograd keys, and fullgraph compilation."""
+
+import pytest
+import torch
+
+from allora_kernels import FusedALLoRALinear, allora_linear, reference
+from allora_kernels.testing import make_inputs
+
+ops = pytest.importorskip("allora_kernels.ops")
+
+norms = pytest.mark.parametrize("norm", reference.NORMS)
+
+
+@pytest.fixture(params=[(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=["fp32", "bf16-fp32"])
+def inputs(request, device):
+    return make_inputs(7, 19, 23, 3, *request.param, device=device)
+
+
+@pytest.fixture
+def s(inputs):
+    return reference.down_project(inputs.x, inputs.lora_A, inputs.lora_A.dtype)
+
+
+def test_opcheck_of_the_forward_ops(inputs, s):
+    torch.library.opcheck(ops.down_project, (inputs.x, inputs.lora_A, inputs.lora_A.dtype))
+    torch.library.opcheck(ops.fused_linear, (inputs.x, inputs.weight, inputs.bias, s, inputs.lora_B))
+    torch.library.opcheck(ops.fused_linear, (inputs.g, inputs.weight.mT, None, s, inputs.lora_A.mT))
+    torch.library.opcheck(ops.low_rank_add, (inputs.g.clone(), s, inputs.lora_B))
+
+
+@pytest.mark.parametrize("norm", reference.WEIGHT_NORMS)
+def test_opcheck_of_the_coefficient(inputs, norm):
+    torch.library.opcheck(ops.weight_coefficient, (inputs.lora_A, inputs.lora_B, 2.0, norm))
+
+
+@norms
+@pytest.mark.parametrize("need", [(True, True, True), (False, True, False), (True, False, True), (False, False, True)])
+def test_opcheck_of_the_backward(inputs, s, norm, need):
+    need_ds, need_a, need_b = need
+    c = None
+    if norm in reference.WEIGHT_NORMS:
+        c = reference.weight_coefficient(inputs.lora_A, inputs.lora_B, 2.0, norm)
+    dtype = inputs.lora_A.dtype
+    args = (inputs.g, inputs.x if need_a else None, s, inputs.lora_B, c, 2.0, norm, need_ds)
+    torch.library.opcheck(ops.adapter_grads, (*args, dtype if need_a else None, dtype if need_b else None))
+
+
+@norms
+def test_fullgraph_compile_gives_the_eager_values(device, norm):
+    inputs = make_inputs(7, 19, 23, 3, device=device)
+    x, weight, bias, lora_A, lora_B, g = inputs
+    leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
+
+    def f(x, lora_A, lora_B):
+        return allora_linear(x, weight, bias, lora_A, lora_B, norm=norm, backend="triton")
+
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    y, plain = compiled(*leaves), f(*leaves)
+    assert torch.equal(y, plain)
+    for ours, expected in zip(torch.autograd.grad(y, leaves, g), torch.autograd.grad(plain, leaves, g)):
+        assert torch.equal(ours, expected)
+
+
+def test_a_compiled_layer_sees_its_parameters_change(device):
+    layer = FusedALLoRALinear(23, 19, r=3, device=device)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(7, 23, device=device)
+    for _ in range(2):
+        grads = []
+        for f in (compiled, layer):
+            layer.zero_grad()
+            f(x).square().sum().backward()
+            grads.append((layer.lora_A.grad.clone(), layer.lora_B.grad.clone()))
+        for ours, expected in zip(*grads):
+            assert torch.equal(ours, expected)
+        with torch.no_grad():
+            layer.lora_B.normal_()

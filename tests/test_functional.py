@@ -1,0 +1,217 @@
+"""`allora_linear` as torch code: derivatives, what is computed and saved, dtypes, and bad input."""
+
+import math
+
+import pytest
+import torch
+
+from allora_kernels import allora_linear, backend, functional, reference
+from allora_kernels.testing import make_inputs
+
+norms = pytest.mark.parametrize("norm", reference.NORMS)
+
+
+@pytest.fixture
+def inputs():
+    return make_inputs(6, 5, 7, 3, torch.float64)
+
+
+@norms
+def test_gradients_are_the_references(inputs, norm):
+    x, weight, bias, lora_A, lora_B, g = inputs
+    leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
+
+    def run(f):
+        return torch.autograd.grad(f(x, weight, bias, lora_A, lora_B, eta=0.7, norm=norm), leaves, g)
+
+    torch.testing.assert_close(run(allora_linear), run(reference.allora_linear), rtol=1e-12, atol=1e-12)
+
+
+def test_plain_lora_passes_gradcheck(inputs):
+    x, weight, bias, lora_A, lora_B, _ = inputs
+    leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
+
+    def f(x, lora_A, lora_B):
+        return allora_linear(x, weight, bias, lora_A, lora_B, norm=None)
+
+    assert torch.autograd.gradcheck(f, leaves)
+
+
+def test_a_second_derivative_is_refused(inputs):
+    x, weight, bias, lora_A, lora_B, _ = inputs
+    y = allora_linear(x.requires_grad_(), weight, bias, lora_A.requires_grad_(), lora_B)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@norms
+@pytest.mark.parametrize("needed", [("x",), ("lora_A",), ("lora_B",), ("x", "lora_B"), ("lora_A", "lora_B")])
+def test_only_needed_gradients_are_computed(inputs, norm, needed, monkeypatch):
+    tensors = inputs._asdict()
+    g = tensors.pop("g")
+    for name in needed:
+        tensors[name].requires_grad_()
+    seen = []
+    original = reference.adapter_grads
+    monkeypatch.setattr(reference, "adapter_grads", lambda *args: seen.append(args) or original(*args))
+    allora_linear(**tensors, norm=norm).backward(g)
+    assert {name for name, t in tensors.items() if t is not None and t.grad is not None} == set(needed)
+    if needed == ("x",):
+        assert seen == []
+    else:
+        (call,) = seen
+        need_ds, dtype_a, dtype_b = call[-3:]
+        assert (need_ds, dtype_a is not None, dtype_b is not None) == tuple(
+            n in needed for n in ("x", "lora_A", "lora_B")
+        )
+
+
+def test_saves_x_and_s_and_nothing_else_of_the_inputs_length(inputs):
+    x, weight, bias, lora_A, lora_B, _ = inputs
+    parameters = {t.data_ptr() for t in (weight, lora_A.requires_grad_(), lora_B.requires_grad_())}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        allora_linear(x.requires_grad_(), weight, bias, lora_A, lora_B)
+    of_the_call = [t for t in saved if t.data_ptr() not in parameters]
+    assert sorted(tuple(t.shape) for t in of_the_call) == [(6, 3), (6, 7)]
+    assert any(t.data_ptr() == x.data_ptr() for t in of_the_call)
+
+
+def test_a_frozen_adapter_saves_nothing_of_the_inputs_length(inputs):
+    x, weight, bias, lora_A, lora_B, _ = inputs
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        allora_linear(x.requires_grad_(), weight, bias, lora_A, lora_B)
+    assert {t.data_ptr() for t in saved} <= {t.data_ptr() for t in (weight, lora_A, lora_B)}
+
+
+@norms
+def test_an_empty_batch_has_zero_gradients(inputs, norm):
+    x, weight, bias, lora_A, lora_B, _ = inputs
+    leaves = [t.requires_grad_() for t in (lora_A, lora_B)]
+    y = allora_linear(x[:0].view(0, 2, 7), weight, bias, *leaves, norm=norm)
+    assert y.shape == (0, 2, 5)
+    for grad, leaf in zip(torch.autograd.grad(y.sum(), leaves), leaves):
+        assert torch.equal(grad, torch.zeros_like(leaf))
+
+
+def test_one_row_without_a_batch_dimension(inputs):
+    x, weight, bias, lora_A, lora_B, _ = inputs
+    y = allora_linear(x[0], weight, bias, lora_A, lora_B)
+    assert y.shape == (5,)
+    torch.testing.assert_close(y, allora_linear(x, weight, bias, lora_A, lora_B)[0])
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+def test_dtypes(adapter_dtype):
+    x, weight, bias, lora_A, lora_B, g = make_inputs(6, 5, 7, 3, torch.bfloat16, adapter_dtype)
+    leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
+    y = allora_linear(x, weight, bias, lora_A, lora_B)
+    assert y.dtype == torch.bfloat16
+    for grad, leaf in zip(torch.autograd.grad(y, leaves, g), leaves):
+        assert grad.dtype == leaf.dtype
+
+
+def test_under_autocast_it_is_the_call_in_autocasts_dtype():
+    x, weight, bias, lora_A, lora_B, _ = make_inputs(6, 5, 7, 3)
+    leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = allora_linear(x, weight, bias, lora_A, lora_B)
+    assert y.dtype == torch.bfloat16
+    exact = reference.allora_linear(*make_inputs(6, 5, 7, 3).to(torch.float64)[:5])
+    assert 0 < (y.double() - exact).abs().max() < 0.05
+    y.sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in leaves)
+
+
+def test_the_graph_compiles_whole(inputs):
+    x, weight, bias, lora_A, lora_B, g = inputs
+    leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
+
+    def f(x, lora_A, lora_B):
+        return allora_linear(x, weight, bias, lora_A, lora_B)
+
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    ours = torch.autograd.grad(compiled(*leaves), leaves, g)
+    torch.testing.assert_close(ours, torch.autograd.grad(f(*leaves), leaves, g))
+
+
+BAD = {
+    "x of another width": ({"x": lambda t: t[:, :3]}, ValueError, r"x must be .* K = 7"),
+    "x without dimensions": ({"x": lambda t: t[0, 0]}, ValueError, "x must be"),
+    "x of integers": ({"x": lambda t: t.long()}, TypeError, "x must have a floating-point dtype"),
+    "x not a tensor": ({"x": lambda t: t.tolist()}, TypeError, "x must be a Tensor, got list"),
+    "x in another dtype": ({"x": lambda t: t.float()}, ValueError, "cast x to the weight's dtype, or use torch.autocast"),
+    "weight with three dimensions": ({"weight": lambda t: t[None]}, ValueError, r"weight must be \[N, K\]"),
+    "an empty weight": ({"weight": lambda t: t[:0]}, ValueError, "at least one row"),
+    "bias of another length": ({"bias": lambda t: t[:2]}, ValueError, r"bias must be \[N\] = \[5\]"),
+    "lora_A of another width": ({"lora_A": lambda t: t[:, :3]}, ValueError, r"lora_A must be \[R, K\] with K = 7"),
+    "lora_A without rows": ({"lora_A": lambda t: t[:0]}, ValueError, "r must be between 1 and 256, got 0"),
+    "lora_B transposed": ({"lora_B": lambda t: t.T}, ValueError, r"lora_B must be \[N, R\] = \[5, 3\]"),
+    "lora_B on another device": ({"lora_B": lambda t: t.to("meta")}, ValueError, "lora_B is on meta but x is on cpu"),
+    "a trained weight": ({"weight": lambda t: t.requires_grad_()}, ValueError, "weight is frozen"),
+    "a trained bias": ({"bias": lambda t: t.requires_grad_()}, ValueError, "bias is frozen"),
+}
+
+
+@pytest.mark.parametrize("change, error, message", BAD.values(), ids=BAD)
+def test_bad_tensors_are_named(inputs, change, error, message):
+    tensors = inputs._asdict()
+    tensors.pop("g")
+    for name, f in change.items():
+        tensors[name] = f(tensors[name])
+    with pytest.raises(error, match=message):
+        allora_linear(**tensors)
+
+
+@pytest.mark.parametrize(
+    "kwargs, error, message",
+    [
+        ({"eta": 0.0}, ValueError, "eta must be finite and > 0, got 0.0"),
+        ({"eta": -1}, ValueError, "eta must be finite and > 0, got -1"),
+        ({"eta": math.nan}, ValueError, "got nan"),
+        ({"eta": math.inf}, ValueError, "got inf"),
+        ({"eta": "2"}, TypeError, "eta must be a float, got str"),
+        ({"norm": "rows"}, ValueError, "norm must be one of .*'row'.*got 'rows'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_bad_rules_are_named(inputs, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        allora_linear(*inputs[:5], **kwargs)
+
+
+def test_ranks_over_the_limit_are_refused():
+    with pytest.raises(ValueError, match="r must be between 1 and 256, got 257"):
+        allora_linear(*make_inputs(2, 300, 300, 257)[:5])
+
+
+def test_triton_on_cpu_tensors_says_what_would_work(inputs):
+    with pytest.raises(ValueError, match=r"backend='triton' cannot run here: .*float64.*backend='eager' can"):
+        allora_linear(*inputs[:5], backend="triton")
+    with pytest.raises(ValueError, match="cpu tensors.*TRITON_INTERPRET=1"):
+        allora_linear(*inputs.to(torch.float32)[:5], backend="triton")
+
+
+def test_a_machine_without_triton_has_the_eager_backend(inputs, monkeypatch):
+    monkeypatch.setattr(backend, "TRITON_INSTALLED", False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    choice = backend.choose(torch.device("cpu"), torch.float32)
+    assert choice.name == "eager" and "not installed" in choice.reason
+    with pytest.raises(ValueError, match="pip install triton"):
+        allora_linear(*inputs.to(torch.float32)[:5], backend="triton")
+
+
+def test_a_gpu_that_falls_back_is_told_once(monkeypatch):
+    choice = backend.choose(torch.device("cuda"), torch.float64)
+    assert choice.name == "eager" and choice.fallback and "float64" in choice.reason
+    assert not backend.choose(torch.device("cpu"), torch.float64).fallback
+
+    monkeypatch.setattr(functional._backend, "choose", lambda *args: choice._replace(reason="a test"))
+    backend.warn_fallback.cache_clear()
+    inputs = make_inputs(2, 3, 4, 1)
+    with pytest.warns(RuntimeWarning, match="eager backend on a GPU: a test") as caught:
+        for _ in range(3):
+            allora_linear(*inputs[:5])
+    assert len(caught) == 1
