@@ -1,7 +1,19 @@
 """ALLoRA fine-tuning at almost the cost of the frozen layer: fused Triton kernels behind a drop-in `nn.Linear`."""
 
+from .adapt import AdaptReport, adapter_layers, adapter_parameters, apply_allora, merge_adapter
+from .checkpoint import load_adapter, save_adapter
 from .functional import allora_linear
 from .linear import FusedALLoRALinear
 
-__all__ = ["FusedALLoRALinear", "allora_linear"]
+__all__ = [
+    "AdaptReport",
+    "FusedALLoRALinear",
+    "adapter_layers",
+    "adapter_parameters",
+    "allora_linear",
+    "apply_allora",
+    "load_adapter",
+    "merge_adapter",
+    "save_adapter",
+]
 __version__ = "0.1.0"

@@ -23,7 +23,7 @@ class CoefficientCache:
     not touch the counter and are covered separately: optimizers that write through ``.data`` (and sharding libraries,
     which keep the counter on purpose) are caught by a hook on every ``torch.optim.Optimizer.step``; a CUDA graph
     replays its optimizer step without any Python, so a cache that has seen a capture never answers again. Writing
-    through ``.data`` by hand is invisible to torch too: call `clear` after it.
+    through ``.data`` by hand is invisible: call `clear` after it.
     """
 
     def __init__(self) -> None:

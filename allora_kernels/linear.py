@@ -112,6 +112,10 @@ class FusedALLoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
+    def clear_coefficient(self) -> None:
+        """Forget the cached coefficient C. Only a write through ``.data`` by hand needs it: the layer sees any other."""
+        self._coefficient.clear()
+
     def reset_parameters(self) -> None:
         """As in `nn.Linear`; where there is an adapter, it is initialised too."""
         super().reset_parameters()

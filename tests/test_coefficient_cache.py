@@ -158,7 +158,7 @@ def test_never_stale_across_optimizer_steps(layer, optimizer, foreach):
 def test_clear_covers_writing_through_data_by_hand(layer):
     assert_fresh(layer)
     layer.lora_B.data.mul_(3)
-    layer._coefficient.clear()
+    layer.clear_coefficient()
     assert_fresh(layer)
 
 

@@ -142,7 +142,11 @@ BAD = {
     "x without dimensions": ({"x": lambda t: t[0, 0]}, ValueError, "x must be"),
     "x of integers": ({"x": lambda t: t.long()}, TypeError, "x must have a floating-point dtype"),
     "x not a tensor": ({"x": lambda t: t.tolist()}, TypeError, "x must be a Tensor, got list"),
-    "x in another dtype": ({"x": lambda t: t.float()}, ValueError, "cast x to the weight's dtype, or use torch.autocast"),
+    "x in another dtype": (
+        {"x": lambda t: t.float()},
+        ValueError,
+        "cast x to the weight's dtype, or use torch.autocast",
+    ),
     "weight with three dimensions": ({"weight": lambda t: t[None]}, ValueError, r"weight must be \[N, K\]"),
     "an empty weight": ({"weight": lambda t: t[:0]}, ValueError, "at least one row"),
     "bias of another length": ({"bias": lambda t: t[:2]}, ValueError, r"bias must be \[N\] = \[5\]"),
@@ -190,7 +194,7 @@ def test_ranks_over_the_limit_are_refused():
 def test_triton_on_cpu_tensors_says_what_would_work(inputs):
     with pytest.raises(ValueError, match=r"backend='triton' cannot run here: .*float64.*backend='eager' can"):
         allora_linear(*inputs[:5], backend="triton")
-    with pytest.raises(ValueError, match="cpu tensors.*TRITON_INTERPRET=1"):
+    with pytest.raises(ValueError, match=r"cpu tensors.*TRITON_INTERPRET=1"):
         allora_linear(*inputs.to(torch.float32)[:5], backend="triton")
 
 

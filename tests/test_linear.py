@@ -115,7 +115,9 @@ def test_a_fallback_shows_in_repr(layer, monkeypatch):
     assert "backend='eager' (no kernels here)" in repr(layer)
 
 
-@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
 def test_copies_compute_the_same_and_are_their_own(layer, copy_of):
     x, g = torch.randn(4, 7), torch.randn(4, 5)
     layer(x).backward(g)
@@ -184,13 +186,13 @@ def test_bad_arguments_leave_the_linear_as_it_was(kwargs, error, message):
 
 
 def test_bad_layers_are_named():
-    with pytest.raises(ValueError, match="in_features and out_features must be >= 1, got 0 and 5"):
+    with pytest.raises(ValueError, match=r"in_features and out_features must be >= 1, got 0 and 5"):
         FusedALLoRALinear(0, 5)
-    with pytest.raises(TypeError, match="takes an nn.Linear or transformers' Conv1D, got Embedding"):
+    with pytest.raises(TypeError, match=r"takes an nn.Linear or transformers' Conv1D, got Embedding"):
         FusedALLoRALinear.from_linear(nn.Embedding(3, 4))
     with pytest.raises(TypeError, match="already has an adapter"):
         FusedALLoRALinear.from_linear(FusedALLoRALinear(7, 5))
     quantized = nn.Linear(7, 5)
     quantized.weight = nn.Parameter(torch.zeros(5, 7, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match="floating-point weight, got torch.int8"):
+    with pytest.raises(TypeError, match=r"floating-point weight, got torch.int8"):
         FusedALLoRALinear.from_linear(quantized)

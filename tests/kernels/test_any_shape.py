@@ -10,9 +10,7 @@ from allora_kernels.testing import assert_close, make_inputs
 sizes = st.integers(1, 100)
 
 
-@settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     M=st.integers(0, 100),
     N=sizes,

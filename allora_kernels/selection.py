@@ -1,0 +1,249 @@
+"""Which of a model's modules get an adapter, which are trained whole, and why the others do not."""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import UninitializedParameter
+
+from .linear import FusedALLoRALinear, is_conv1d
+
+ADAPTABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """`model` without torch.compile's and data parallelism's wrappers, whose prefixes do not belong in names."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    while True:
+        if isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def clean_name(name: str) -> str:
+    """A module's or parameter's name without what compiling, checkpointing or sharding a part of the model puts in."""
+    for prefix in _WRAPPER_PREFIXES:
+        name = name.replace(prefix, "")
+    return name
+
+
+def module_names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module but `model` itself: all the names it can be reached by, cleaned."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module is not model and clean_name(name) not in names.setdefault(module, []):
+            names[module].append(clean_name(name))
+    return names
+
+
+def _matcher(names: str | Collection[str], argument: str) -> Callable[[str], bool]:
+    if isinstance(names, str):
+        pattern = _compile(names, argument)
+        return lambda name: pattern.fullmatch(name) is not None
+    names = _name_list(names, argument)
+    return lambda name: any(name == n or name.endswith(f".{n}") for n in names)
+
+
+def _name_list(names: Collection[str], argument: str) -> tuple[str, ...]:
+    if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{argument} must be a list of module names, got {names!r}")
+    if "" in names:
+        raise ValueError(f"{argument} must not contain an empty name, got {names!r}")
+    return tuple(names)
+
+
+def _compile(pattern: str, argument: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{argument}: {pattern!r} is not a regular expression: {error}") from None
+
+
+def matches_end(pattern: str, name: str, argument: str) -> bool:
+    """Whether the regular expression `pattern` matches all of `name`, or what follows one of its dots."""
+    _compile(pattern, argument)
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def pattern_value(patterns: Mapping[str, object] | None, name: str, default, argument: str):
+    """The value of the first of `patterns` that matches the end of a module's name, as PEFT reads rank_pattern."""
+    if patterns is not None and not isinstance(patterns, Mapping):
+        raise TypeError(f"{argument} must map regular expressions to values, got {type(patterns).__name__}")
+    for pattern, value in (patterns or {}).items():
+        if matches_end(pattern, name, argument):
+            return value
+    return default
+
+
+def some(names: Collection[str], most: int = 6, separator: str = ", ") -> str:
+    """The first `most` of `names`, for a message."""
+    names = list(names)
+    return separator.join(names[:most]) + (f"{separator}... ({len(names)} in all)" if len(names) > most else "")
+
+
+def module_slots(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """Each module below `model`: every (parent, attribute) it hangs at."""
+    slots: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child is not None:
+                slots.setdefault(child, []).append((parent, attribute))
+    return slots
+
+
+# --- which layers ---------------------------------------------------------------------------------------------------
+
+
+def check_unadapted(model: nn.Module) -> nn.Module:
+    """`model` unwrapped; ValueError unless adapters can be put on it: it has none,
+    its parameters exist, and it is no linear layer itself."""
+    model, outermost = unwrap(model), model
+    if isinstance(model, FusedALLoRALinear):
+        raise ValueError("the model is itself a FusedALLoRALinear, so it already has an adapter")
+    if isinstance(model, nn.Linear) or is_conv1d(model):
+        raise ValueError(
+            f"the model is itself a {type(model).__name__}, which cannot be replaced in place: use "
+            "FusedALLoRALinear.from_linear(linear)"
+        )
+    for name, module in outermost.named_modules():
+        kinds = {cls.__name__ for cls in type(module).__mro__}
+        if "FusedALLoRALinear" in kinds:
+            raise ValueError(f"the model already has adapters (at {name}): merge_adapter(model) first")
+        if "BaseTunerLayer" in kinds:
+            raise ValueError(f"the model already has PEFT adapters (at {name}): merge_and_unload() them first")
+        if kinds & {"DistributedDataParallel", "FullyShardedDataParallel"}:
+            raise ValueError(f"put adapters on the model before {type(module).__name__} wraps it, so that it sees them")
+        if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
+            raise ValueError(f"{name} is not initialised yet: call the model on a batch first")
+    return model
+
+
+def find_saved(
+    model: nn.Module, modules_to_save: Collection[str] | None, must_match: bool = True
+) -> dict[str, nn.Module]:
+    """The outermost modules whose name ends in one of `modules_to_save`, by name."""
+    wanted = _name_list(modules_to_save, "modules_to_save") if modules_to_save is not None else ()
+    all_names = module_names(model)
+    found = {ns[0]: m for m, ns in all_names.items() if any(n.endswith(w) for n in ns for w in wanted)}
+    inner = {child for module in found.values() for child in module.modules() if child is not module}
+    found = {name: module for name, module in found.items() if module not in inner}
+    for w in wanted if must_match else ():
+        if not any(name.endswith(w) for names in all_names.values() for name in names):
+            children = some([name for name, _ in model.named_children()])
+            raise ValueError(f"modules_to_save: no module's name ends in {w!r}; the model's own parts are {children}")
+
+    inside = {module for top in found.values() for module in top.modules()}
+    owner = {p: name for name, top in found.items() for p in top.parameters()}
+    for p, name in owner.items():
+        if not p.is_floating_point():
+            raise ValueError(f"modules_to_save: {name} has a {p.dtype} parameter (quantized?), which cannot be trained")
+    for module in model.modules():
+        for key, p in module._parameters.items():
+            if module not in inside and p is not None and p in owner:
+                other = ".".join([*all_names.get(module, [])[:1], key])
+                raise ValueError(
+                    f"modules_to_save: {owner[p]} shares a parameter with {other} (tied weights), which would change "
+                    "unsaved: name both modules, or untie them"
+                )
+    return found
+
+
+def select_layers(
+    model: nn.Module,
+    target_modules: str | Collection[str],
+    exclude_modules: str | Collection[str] | None,
+    saved: Mapping[str, nn.Module],
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """``(layers to adapt by name, {name of a module left alone: reason})``, see `apply_allora`."""
+    everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+    wanted = (lambda name: True) if everything else _matcher(target_modules, "target_modules")
+    excluded = _matcher(exclude_modules if exclude_modules is not None else (), "exclude_modules")
+    heads = _output_heads(model) if everything else {}
+    in_saved = {module for top in saved.values() for module in top.modules()}
+    all_names, slots = module_names(model), module_slots(model)
+
+    layers, skipped = {}, {}
+    for module, names in all_names.items():
+        if module in in_saved or not any(map(wanted, names)) or (everything and not _looks_linear(module)):
+            continue
+        reason = "in exclude_modules" if any(map(excluded, names)) else heads.get(module) or obstacle(module, slots)
+        if reason:
+            skipped[names[0]] = reason
+        else:
+            layers[names[0]] = module
+    if not isinstance(target_modules, str):
+        dotted = [f".{name}" for names in all_names.values() for name in names]
+        for target in target_modules:
+            if not any(name.endswith(f".{target}") for name in dotted):
+                skipped[target] = "target_modules names it, but the model has no such module"
+    return layers, skipped
+
+
+def _output_heads(model: nn.Module) -> dict[nn.Module, str]:
+    get_output = getattr(model, "get_output_embeddings", None)
+    head = get_output() if callable(get_output) else None
+    if head is not None:
+        return {head: "output head, which all-linear leaves out"}
+    if not any(cls.__name__.endswith("ForSequenceClassification") for cls in type(model).__mro__):
+        return {}
+    reason = "classification head, which all-linear leaves out (name it in modules_to_save to train it)"
+    heads = [getattr(model, attribute, None) for attribute in ("score", "classifier")]
+    return {module: reason for head in heads if isinstance(head, nn.Module) for module in head.modules()}
+
+
+def _looks_linear(module: nn.Module) -> bool:
+    """Also True for other libraries' (quantized) linear layers, so that they are reported and not forgotten."""
+    sized = hasattr(module, "in_features") and hasattr(module, "out_features") and not module._modules
+    return isinstance(module, nn.Linear) or is_conv1d(module) or sized
+
+
+def obstacle(module: nn.Module, slots: Mapping[nn.Module, list[tuple[nn.Module, str]]]) -> str | None:
+    """Why `module`, which hangs in `slots`, cannot be adapted; None where it can."""
+    kind = type(module).__name__
+    if not (isinstance(module, nn.Linear) or is_conv1d(module)):
+        return f"{kind} is neither nn.Linear nor transformers' Conv1D"
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.dtype not in ADAPTABLE_DTYPES:
+        return f"{kind} with a {str(weight.dtype).removeprefix('torch.')} weight (quantized)"
+    if type(weight) is not nn.Parameter:
+        return f"{kind} whose weight is no plain nn.Parameter (quantized, sharded or parametrized)"
+    for parent, attribute in slots[module]:
+        if _reads_weight_of(parent, attribute):
+            return f"{type(parent).__name__} reads this layer's weight itself, so an adapter would have no effect"
+    own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    if own_forward or "forward" in module.__dict__:
+        return f"{kind} with a forward pass of its own, which the adapted layer would not run"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"{kind} with hooks, which the adapted layer would not run: register them after the adapters"
+    if 0 in weight.shape:
+        return f"{kind} with an empty weight"
+    return None
+
+
+def _reads_weight_of(parent: nn.Module, attribute: str) -> bool:
+    if isinstance(parent, nn.MultiheadAttention) or type(parent).__name__ == "WavLMAttention":
+        return True
+    # Mamba's fused kernels take these three weights. State-space parameters tell a Mamba mixer, whatever its class.
+    return attribute in ("x_proj", "dt_proj", "out_proj") and {"A_log", "D"} <= parent._parameters.keys()
+
+
+def nothing_matches(model: nn.Module, target_modules, skipped: Mapping[str, str]) -> str:
+    """The message for a `select_layers` that found no layer."""
+    existing = [names[0] for module, names in module_names(model).items() if _looks_linear(module)]
+    if not existing:
+        return f"target_modules={target_modules!r}: the model has no linear layers at all"
+    because = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:6])
+    return (
+        f"target_modules={target_modules!r} leaves no layer to adapt{f' ({because})' if because else ''}. "
+        f"The model's linear layers: {some(existing)}"
+    )

@@ -1,0 +1,136 @@
+"""What only a GPU can show. The suites under tests/kernels run there too, on CUDA tensors."""
+
+import copy
+
+import pytest
+import torch
+
+from allora_kernels import FusedALLoRALinear, allora_linear, reference
+from allora_kernels.testing import assert_close, make_inputs
+
+pytestmark = pytest.mark.gpu
+
+norms = pytest.mark.parametrize("norm", reference.NORMS)
+
+
+def run(f, inputs, norm, **kwargs):
+    x, weight, bias, lora_A, lora_B, g = inputs
+    leaves = [t.detach().requires_grad_() for t in (x, lora_A, lora_B)]
+    y = f(leaves[0], weight, bias, *leaves[1:], norm=norm, **kwargs)
+    return y.detach(), *torch.autograd.grad(y, leaves, g)
+
+
+def check(inputs, norm):
+    results = [
+        run(allora_linear, inputs, norm, backend="triton"),
+        run(allora_linear, inputs, norm, backend="eager"),
+        run(reference.allora_linear, inputs.to(torch.float64), norm),
+    ]
+    for name, *values in zip(("y", "dx", "da", "db"), *results):
+        assert_close(*values, name)
+
+
+@norms
+@pytest.mark.parametrize("shape", [(2048, 4096, 4096, 16), (513, 1024, 4096, 64), (300, 4864, 896, 8)])
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+def test_shapes_of_real_models(norm, shape, adapter_dtype):
+    check(make_inputs(*shape, torch.bfloat16, adapter_dtype, device="cuda"), norm)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float16,) * 2, (torch.float16, torch.float32), (torch.float32,) * 2])
+@pytest.mark.parametrize("norm", ["row", "entry"])
+def test_other_dtypes(dtypes, norm):
+    check(make_inputs(1000, 1536, 2048, 16, *dtypes, device="cuda"), norm)
+
+
+@pytest.mark.parametrize("r", [1, 2, 7, 8, 16, 24, 32, 48, 64, 100, 128, 200, 256])
+def test_ranks(r):
+    check(make_inputs(700, 1100, 1300, r, torch.bfloat16, device="cuda"), "row")
+
+
+@norms
+def test_the_same_bits_every_run(norm):
+    inputs = make_inputs(2048, 4096, 4096, 16, torch.bfloat16, device="cuda")
+    first = run(allora_linear, inputs, norm)
+    for _ in range(9):
+        for again, before in zip(run(allora_linear, inputs, norm), first):
+            assert torch.equal(again, before)
+
+
+def test_fp32_is_ieee_unless_torch_allows_tf32():
+    inputs = make_inputs(512, 512, 4096, 16, device="cuda")
+    exact = reference.allora_linear(*inputs.to(torch.float64)[:5])
+    errors = {}
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            errors[precision] = (allora_linear(*inputs[:5]).double() - exact).abs().max().item()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert errors["highest"] < 2e-5 < errors["high"]
+
+
+@pytest.fixture
+def step():
+    layer = FusedALLoRALinear(1024, 1536, r=16, device="cuda", dtype=torch.bfloat16)
+    optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=1e-2)
+    x = torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def step():
+        optimizer.zero_grad(set_to_none=False)
+        layer(x).square().mean().backward()
+        optimizer.step()
+
+    step.layer = layer
+    return step
+
+
+@norms
+def test_a_training_step_does_not_wait_for_the_device(step, norm):
+    step.layer.norm = norm
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@norms
+def test_a_whole_step_is_captured_in_a_cuda_graph(step, norm):
+    step.layer.norm = norm
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    start = copy.deepcopy(step.layer.state_dict())
+    for _ in range(4):
+        step()
+    expected = copy.deepcopy(step.layer.state_dict())
+
+    step.layer.load_state_dict(start)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    step.layer.load_state_dict(start)
+    for _ in range(4):
+        graph.replay()
+    for name, t in step.layer.state_dict().items():
+        assert torch.equal(t, expected[name]), name
+
+    # A call outside of the graph, after replays that no version counter saw.
+    step()
+    after = copy.deepcopy(step.layer.state_dict())
+    step.layer.load_state_dict(expected)
+    step()
+    for name, t in step.layer.state_dict().items():
+        assert torch.equal(t, after[name]), name
+
+
+def test_tensors_on_a_device_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    check(make_inputs(130, 257, 53, 40, torch.bfloat16, device="cuda:1"), "row")

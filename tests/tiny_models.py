@@ -1,0 +1,76 @@
+"""Random models small enough to build in milliseconds, and what the tests of adapters ask of any model."""
+
+import torch
+import transformers
+from torch import nn
+from transformers import logging
+
+from allora_kernels.adapt import adapter_parameters
+
+logging.set_verbosity_error()
+
+VOCAB = 40
+_SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+_GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "pad_token_id": 0}
+_CONFIGS = {
+    "Bert": _SIZES,
+    "Roberta": {**_SIZES, "max_position_embeddings": 32},
+    "DistilBert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+    "Llama": {**_SIZES, "num_key_value_heads": 1, "pad_token_id": 0},
+    "GPT2": _GPT2,
+    "T5": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},
+    "OPT": {**_SIZES, "ffn_dim": 32, "word_embed_proj_dim": 16},
+    "Mixtral": {**_SIZES, "num_key_value_heads": 1, "num_local_experts": 2},
+    "ViT": {**_SIZES, "image_size": 8, "patch_size": 4},
+    "Mamba": {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
+    "WavLM": {
+        **_SIZES, "conv_dim": (8,), "conv_stride": (4,), "conv_kernel": (4,), "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2,
+    },
+}  # fmt: skip
+
+
+def transformer(family: str, head: str, **config) -> nn.Module:
+    """``transformer("Bert", "ForMaskedLM")``: the same weights at every call, in eval mode."""
+    torch.manual_seed(0)
+    settings = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, **_CONFIGS[family], **config}
+    model = getattr(transformers, family + head)(getattr(transformers, f"{family}Config")(**settings))
+    return model.eval()
+
+
+def bert(**config) -> nn.Module:
+    return transformer("Bert", "ForSequenceClassification", num_labels=3, **config)
+
+
+def llama(**config) -> nn.Module:
+    return transformer("Llama", "ForCausalLM", **config)
+
+
+def gpt2(**config) -> nn.Module:
+    return transformer("GPT2", "LMHeadModel", **config)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    ids = torch.arange(14).reshape(2, 7) * 5 % VOCAB
+    return model(input_ids=ids).logits
+
+
+@torch.no_grad()
+def pretend_to_train(model: nn.Module) -> nn.Module:
+    """Give every trainable parameter random values, so that no adapter is zero."""
+    generator = torch.Generator().manual_seed(1)
+    assert adapter_parameters(model)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    return model
+
+
+def photograph(model: nn.Module):
+    """Everything of a model that a function which fails must leave as it was; compare two by `==`."""
+    modules = [(name, id(m), sorted(m.__dict__)) for name, m in model.named_modules(remove_duplicate=False)]
+    flags = [(name, id(p), p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)]
+    lazy = torch.nn.parameter.UninitializedParameter
+    values = {name: t.tolist() for name, t in model.state_dict().items() if not (isinstance(t, lazy) or t.is_meta)}
+    return modules, flags, values
