@@ -68,7 +68,7 @@ def test_fp32_is_ieee_unless_torch_allows_tf32():
             errors[precision] = (allora_linear(*inputs[:5]).double() - exact).abs().max().item()
     finally:
         torch.set_float32_matmul_precision(before)
-    assert errors["highest"] < 2e-5 < errors["high"]
+    assert 20 * errors["highest"] < errors["high"]
 
 
 @pytest.fixture
