@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _live_caches: "weakref.WeakSet[CoefficientCache]" = weakref.WeakSet()
@@ -55,8 +55,7 @@ class CoefficientCache:
             return compute(lora_A, lora_B, eta, norm)
         try:
             key = (*_stamp(lora_A), *_stamp(lora_B), eta, norm, compute)
-        except RuntimeError:
-            # torch.func's tensors have no storage to recognise them by.
+        except _Unrecognisable:
             return compute(lora_A, lora_B, eta, norm)
         if key != self._key:
             self._value = compute(lora_A, lora_B, eta, norm)
@@ -72,5 +71,15 @@ class CoefficientCache:
         return type(self), ()
 
 
+class _Unrecognisable(Exception):
+    """A tensor that cannot be recognised by where its values lie and how often they were written."""
+
+
 def _stamp(t: Tensor) -> tuple:
-    return t.data_ptr(), t._version, t.shape, t.stride(), t.dtype, t.device
+    if type(t) not in (Tensor, nn.Parameter):
+        raise _Unrecognisable
+    try:
+        return t.data_ptr(), t._version, t.shape, t.stride(), t.dtype, t.device
+    except RuntimeError:
+        # torch.func's tensors look plain, but have no storage; tensors made in inference mode have no version.
+        raise _Unrecognisable from None

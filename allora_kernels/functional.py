@@ -118,10 +118,16 @@ def _compute_dtype(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.promote_types(lora_A.dtype, lora_B.dtype))
 
 
+def _autocasts(x: Tensor) -> bool:
+    """Whether torch.autocast would cast x for a linear layer: never a double, and not every device type has it."""
+    kind = x.device.type
+    return x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def apply(x, weight, bias, lora_A, lora_B, eta, norm, backend=None, cache: CoefficientCache | None = None) -> Tensor:
     """`allora_linear` for a rule that `check_rule` has passed, with the layer's coefficient cache."""
     _check_tensors(x, weight, bias, lora_A, lora_B)
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocasts(x):
         # The frozen product runs in autocast's dtype, as in nn.Linear. lora_A and lora_B stay as they are: kernels cast
         # the tiles they load, so no copy is made and their gradients leave the fp32 accumulators unrounded.
         dtype = torch.get_autocast_dtype(x.device.type)

@@ -196,3 +196,56 @@ def test_bad_layers_are_named():
     quantized.weight = nn.Parameter(torch.zeros(5, 7, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TypeError, match=r"floating-point weight, got torch.int8"):
         FusedALLoRALinear.from_linear(quantized)
+
+
+def test_meta_and_fake_tensors_have_their_shapes():
+    from torch._subclasses import FakeTensorMode
+
+    meta = FusedALLoRALinear(7, 5, r=3, device="meta")
+    meta(torch.empty(4, 7, device="meta")).sum().backward()
+    with FakeTensorMode():
+        fake = FusedALLoRALinear(7, 5, r=3)
+        fake(torch.empty(4, 7)).sum().backward()
+    for layer in (meta, fake):
+        assert layer.lora_A.grad.shape == (3, 7) and layer.lora_B.grad.shape == (5, 3)
+
+
+def test_inference_mode_and_training_after_it(layer):
+    x = torch.randn(4, 7)
+    with torch.inference_mode():
+        y = layer(x)
+    trained = layer(x)
+    assert torch.equal(y, trained)
+    trained.sum().backward()
+    assert layer.lora_B.grad.any()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(layer, use_reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    x, g = torch.randn(4, 7, requires_grad=True), torch.randn(4, 5)
+    leaves = (x, layer.lora_A, layer.lora_B)
+    grads = []
+    for call in (layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant)):
+        for t in leaves:
+            t.grad = None
+        call(x).backward(g)
+        grads.append([t.grad for t in leaves])
+    for plain, checkpointed in zip(*grads):
+        assert torch.equal(plain, checkpointed)
+
+
+def test_saved_tensors_may_be_offloaded(layer):
+    x = torch.randn(4, 7, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), layer.lora_B)
+    with torch.autograd.graph.save_on_cpu():
+        (offloaded,) = torch.autograd.grad(layer(x).square().sum(), layer.lora_B)
+    assert torch.equal(offloaded, expected)
+
+
+def test_a_compiled_layer_takes_batches_of_any_length(layer):
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (2, 5, 9):
+        x = torch.randn(rows, 7)
+        torch.testing.assert_close(compiled(x), layer(x))
