@@ -42,6 +42,20 @@ def test_columns_of_x(inputs):
     assert_close(s, reference.down_project(x, a, torch.float16), exact, "s")
 
 
+def test_steps_over_columns_that_lie_far_apart(device):
+    # No column is 2^31 elements from the next, but a step of the loop is.
+    x, weight, _, a, b, _ = make_inputs(2, 3, 70, 3, torch.float16, device=device)
+    stride = 2**25 + 8
+    far = torch.empty(70 * stride, dtype=x.dtype, device=device).as_strided((2, 70), (1, stride)).copy_(x)
+    s = csrc_triton.down_project(far, a, torch.float16)
+    assert_close(
+        s, reference.down_project(x, a, torch.float16), reference.down_project(*doubles(x, a), torch.float64), "s"
+    )
+    rest = (weight, None, s, b)
+    y = csrc_triton.fused_linear(far, *rest)
+    assert_close(y, reference.fused_linear(x, *rest), reference.fused_linear(*doubles(x, *rest)), "y")
+
+
 def test_rows_of_g_and_x(inputs):
     s = reference.down_project(inputs.x, inputs.lora_A, torch.float16)
     rest = (s, inputs.lora_B, None)
