@@ -27,6 +27,7 @@ def explain(
     out_features: int,
     in_features: int,
     r: int,
+    norm: str | None,
     device: torch.device,
     dtype: torch.dtype,
     adapter_dtype: torch.dtype,
@@ -37,7 +38,7 @@ def explain(
     if choice.name == "triton":
         from csrc_triton import plan_steps
 
-        plan = plan_steps(rows, out_features, in_features, r, dtype, compute, device)
+        plan = plan_steps(rows, out_features, in_features, r, norm, dtype, compute, device)
     else:
-        plan = {step: "torch" for step in ("down_project", "fused_linear", "weight_coefficient", "adapter_grads")}
+        plan = dict.fromkeys(("down_project", "fused_linear", "adapter_grads"), "torch")
     return Explanation(choice.name, choice.reason, choice.fallback, plan)

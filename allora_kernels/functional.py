@@ -1,6 +1,6 @@
 """`allora_linear`: validation, choice of the backend, autograd."""
 
-import math
+import contextlib
 
 import torch
 from torch import Tensor
@@ -11,18 +11,20 @@ from .coefficient_cache import CoefficientCache
 from .reference import NORMS, WEIGHT_NORMS
 
 MAX_RANK = 256
+ETA_RANGE = (1e-18, 1e18)
+"""Where 1/η² is a normal fp32 number."""
 
 
 def check_rule(r: int, eta: float, norm: str | None) -> None:
     """Raise ValueError or TypeError unless `r`, `eta` and `norm` name an adapter this library can train."""
-    if isinstance(r, bool) or not isinstance(r, int):
+    if isinstance(r, bool) or not isinstance(r, (int, torch.SymInt)):
         raise TypeError(f"r must be an int, got {type(r).__name__}")
     if not 1 <= r <= MAX_RANK:
         raise ValueError(f"r must be between 1 and {MAX_RANK}, got {r}")
     if isinstance(eta, bool) or not isinstance(eta, (int, float)):
         raise TypeError(f"eta must be a float, got {type(eta).__name__}")
-    if not (math.isfinite(eta) and eta > 0):
-        raise ValueError(f"eta must be finite and > 0, got {eta}")
+    if not ETA_RANGE[0] <= eta <= ETA_RANGE[1]:
+        raise ValueError(f"eta must be finite and > 0 (from {ETA_RANGE[0]} to {ETA_RANGE[1]}), got {eta}")
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
 
@@ -76,7 +78,7 @@ class _ALLoRALinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, lora_A, lora_B, _, eta, norm, backend, cache = inputs
+        x, weight, _, lora_A, lora_B, dtype, eta, norm, backend, cache = inputs
         _, s = output
         needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         ctx.mark_non_differentiable(s)
@@ -84,16 +86,23 @@ class _ALLoRALinear(torch.autograd.Function):
         ctx.save_for_backward(
             weight if needs_x else None, lora_A, lora_B, x if needs_a else None, s if needs_a or needs_b else None
         )
-        ctx.rule = (eta, norm, backend, cache)
+        ctx.settings = (dtype, eta, norm, backend, cache)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g, _):
-        needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         if g is None:
             return (None,) * 10
+        # The steps choose their dtypes themselves; a backward pass inside autocast must not change them.
+        with _no_autocast(g.device.type):
+            dx, da, db = _ALLoRALinear._gradients(ctx, g)
+        return dx, None, None, da, db, None, None, None, None, None
+
+    @staticmethod
+    def _gradients(ctx, g):
+        needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         weight, lora_A, lora_B, x, s = ctx.saved_tensors
-        eta, norm, backend, cache = ctx.rule
+        dtype, eta, norm, backend, cache = ctx.settings
         steps = _backend.steps(backend)
         dx = da = db = None
         if needs_a or needs_b:
@@ -108,10 +117,15 @@ class _ALLoRALinear(torch.autograd.Function):
             dtype_a, dtype_b = lora_A.dtype if needs_a else None, lora_B.dtype if needs_b else None
             ds, da, db = steps.adapter_grads(g, x, s, lora_B, c, eta, norm, needs_x, dtype_a, dtype_b)
         elif needs_x:
-            ds = steps.down_project(g, lora_B.mT, _compute_dtype(g, lora_A, lora_B))
+            ds = steps.down_project(g, lora_B.mT, dtype)
         if needs_x:
             dx = steps.fused_linear(g, weight.mT, None, ds, lora_A.mT)
-        return dx, None, None, da if needs_a else None, db if needs_b else None, None, None, None, None, None
+        return dx, da if needs_a else None, db if needs_b else None
+
+
+def _no_autocast(kind: str) -> contextlib.AbstractContextManager:
+    available = torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if available else contextlib.nullcontext()
 
 
 def _compute_dtype(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> torch.dtype:
@@ -125,21 +139,23 @@ def _autocasts(x: Tensor) -> bool:
 
 
 def apply(x, weight, bias, lora_A, lora_B, eta, norm, backend=None, cache: CoefficientCache | None = None) -> Tensor:
-    """`allora_linear` for a rule that `check_rule` has passed, with the layer's coefficient cache."""
+    """`allora_linear` with the layer's coefficient cache."""
     _check_tensors(x, weight, bias, lora_A, lora_B)
+    check_rule(lora_A.shape[0], eta, norm)
+    widest = dtype = _compute_dtype(x, lora_A, lora_B)
     if _autocasts(x):
         # The frozen product runs in autocast's dtype, as in nn.Linear. lora_A and lora_B stay as they are: kernels cast
         # the tiles they load, so no copy is made and their gradients leave the fp32 accumulators unrounded.
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    else:
-        if x.dtype != weight.dtype:
-            raise ValueError(
-                f"x is {x.dtype} but weight is {weight.dtype}: cast x to the weight's dtype, or use torch.autocast"
-            )
-        dtype = _compute_dtype(x, lora_A, lora_B)
-    choice = _backend.choose(x.device, dtype, backend)
+    elif x.dtype != weight.dtype:
+        raise ValueError(
+            f"x is {x.dtype} but weight is {weight.dtype}: cast x to the weight's dtype, or use torch.autocast"
+        )
+    elif bias is not None and bias.dtype != weight.dtype:
+        raise ValueError(f"bias is {bias.dtype} but weight is {weight.dtype}: cast it, or use torch.autocast")
+    choice = _backend.choose(x.device, widest, backend)
     if choice.fallback and not torch.compiler.is_compiling():
         _backend.warn_fallback(choice.reason)
     rows = x.reshape(-1, x.shape[-1])
@@ -182,9 +198,8 @@ def allora_linear(
 
     Raises:
         ValueError: shapes that do not fit, mixed devices, x and weight of different dtypes, a weight or bias that
-            requires grad, an unknown `norm` or `backend`, eta <= 0, ``backend="triton"`` where it cannot run.
+            requires grad, an unknown `norm` or `backend`, eta not in [1e-18, 1e18], ``backend="triton"`` where it cannot
+            run.
         TypeError: something that is no floating-point tensor where one is due.
     """
-    if isinstance(lora_A, Tensor) and lora_A.dim() == 2:
-        check_rule(lora_A.shape[0], eta, norm)
     return apply(x, weight, bias, lora_A, lora_B, eta, norm, backend)

@@ -113,7 +113,8 @@ class FusedALLoRALinear(nn.Linear):
         nn.init.zeros_(self.lora_B)
 
     def clear_coefficient(self) -> None:
-        """Forget the cached coefficient C. Only a write through ``.data`` by hand needs it: the layer sees any other."""
+        """Forget the cached coefficient C, after a write to lora_A or lora_B that torch cannot see: through ``.data`` or a
+        NumPy view by hand, or from another process."""
         self._coefficient.clear()
 
     def reset_parameters(self) -> None:
@@ -153,7 +154,14 @@ class FusedALLoRALinear(nn.Linear):
     def explain(self, rows: int = 2048) -> Explanation:
         """Which backend a call on this layer takes and why, and the plan of each step for an input of `rows` rows."""
         return explain(
-            rows, self.out_features, self.in_features, self.r, self.weight.device, self.weight.dtype, self.lora_A.dtype
+            rows,
+            self.out_features,
+            self.in_features,
+            self.r,
+            self.norm,
+            self.weight.device,
+            self.weight.dtype,
+            self.lora_A.dtype,
         )
 
     def extra_repr(self) -> str:

@@ -3,7 +3,7 @@
 A launcher is called on CPU tensors with the architecture pretended and every launch caught before it runs; what was
 caught is compiled by Triton for the target, and the numbers are read from the machine code.
 
-    python -m bench.offline_compile [--arch sm_90 ...] [--dtype bfloat16 ...] [--rank 16 ...] [--json]
+    python -m bench.offline_compile [--arch sm_90 ...] [--dtype bfloat16 ...] [--rank 16 ...] [--shape M N K] [--json]
 
 Must not run under TRITON_INTERPRET=1, where the kernels have no machine code.
 """
@@ -142,12 +142,12 @@ def launches(dtype: torch.dtype, adapter_dtype: torch.dtype, r: int, m: int = 20
         )
 
 
-def compile_all(archs, dtypes, ranks) -> list[Compiled]:
-    """Every distinct launch of every launcher for each architecture, (dtype, adapter dtype) and rank."""
+def compile_all(archs, dtypes, ranks, shape=(2048, 4096, 4096)) -> list[Compiled]:
+    """Every distinct launch of every launcher for each architecture, (dtype, adapter dtype) and rank, at (M, N, K)."""
     results = []
     for arch, (dtype, adapter_dtype), r in itertools.product(archs, dtypes, ranks):
         seen = set()
-        for case, call in launches(dtype, adapter_dtype, r):
+        for case, call in launches(dtype, adapter_dtype, r, *shape):
             for kernel, args, kwargs in catch_launches(call, arch):
                 shapes = [(t.shape, t.stride(), t.dtype) if isinstance(t, torch.Tensor) else t for t in args]
                 identity = repr((kernel.__name__, shapes, kwargs))
@@ -164,10 +164,11 @@ def main() -> None:
         "--dtype", nargs="+", default=["bfloat16", "float16"], help="bfloat16, or bfloat16/float32 for fp32 adapters"
     )
     parser.add_argument("--rank", nargs="+", type=int, default=[16])
+    parser.add_argument("--shape", nargs=3, type=int, default=(2048, 4096, 4096), metavar=("M", "N", "K"))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     dtypes = [tuple(getattr(torch, name) for name in (d.split("/") * 2)[:2]) for d in options.dtype]
-    results = compile_all(options.arch, dtypes, options.rank)
+    results = compile_all(options.arch, dtypes, options.rank, options.shape)
     if options.json:
         print(json.dumps([dataclasses.asdict(result) for result in results]))
         return

@@ -45,31 +45,29 @@ def ours(inputs: Inputs) -> Provider:
     return Provider(layer, (layer.lora_A, layer.lora_B), "row")
 
 
-class _MaterialisedRowRule(torch.autograd.Function):
+class _EagerALLoRA(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, lora_A, lora_B):
-        ctx.save_for_backward(lora_A, lora_B)
-        return y.view_as(y)
+    def forward(ctx, x, weight, bias, lora_A, lora_B):
+        s = x.to(lora_A.dtype) @ lora_A.T
+        ctx.save_for_backward(x, s, weight, lora_A, lora_B)
+        return F.linear(x, weight, bias) + (s @ lora_B.T).to(x.dtype)
 
     @staticmethod
     def backward(ctx, g):
-        lora_A, lora_B = ctx.saved_tensors
-        product = lora_B.float() @ lora_A.float()
-        return (g * (product.norm(dim=1) + 0.25).rsqrt()).to(g.dtype), None, None
+        x, s, weight, lora_A, lora_B = ctx.saved_tensors
+        c = ((lora_B.float() @ lora_A.float()).norm(dim=1) + 0.25).rsqrt()
+        wide = g.to(lora_A.dtype)
+        scaled = (c * wide).to(wide.dtype)
+        dx = g @ weight + (wide @ lora_B @ lora_A).to(x.dtype)
+        return dx, None, None, (scaled @ lora_B).T @ x.to(wide.dtype), scaled.T @ s
 
 
 def eager(inputs: Inputs) -> Provider:
-    """ALLoRA as one would write it first: autograd, with BA materialised for its row norms."""
+    """ALLoRA written directly: the formulas of rule "row" in an autograd function, with BA materialised for its norms."""
     lora_A, lora_B = (t.clone().requires_grad_() for t in (inputs.lora_A, inputs.lora_B))
-
-    def forward(x):
-        low_rank = x.detach().to(lora_A.dtype) @ lora_A.T @ lora_B.T
-        adapter = _MaterialisedRowRule.apply(low_rank, lora_A.detach(), lora_B.detach())
-        true_gradient = x.to(lora_A.dtype) @ lora_A.detach().T @ lora_B.detach().T
-        y = F.linear(x, inputs.weight, inputs.bias) + true_gradient.to(x.dtype)
-        return y + (adapter - adapter.detach()).to(x.dtype)
-
-    return Provider(forward, (lora_A, lora_B), "row")
+    return Provider(
+        lambda x: _EagerALLoRA.apply(x, inputs.weight, inputs.bias, lora_A, lora_B), (lora_A, lora_B), "row"
+    )
 
 
 def peft(inputs: Inputs) -> Provider:

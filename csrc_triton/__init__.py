@@ -3,7 +3,7 @@
 import torch
 
 from . import configs
-from .adapter_grad import adapter_grads
+from .adapter_grad import adapter_grads, sweep_op
 from .down_project import down_project
 from .fused_linear import fused_linear
 from .low_rank_add import low_rank_add
@@ -25,6 +25,7 @@ def plan_steps(
     out_features: int,
     in_features: int,
     r: int,
+    norm: str | None,
     dtype: torch.dtype,
     compute: torch.dtype,
     device: torch.device,
@@ -33,14 +34,18 @@ def plan_steps(
     arch = configs.arch_of(device)
     M, N, K = rows, out_features, in_features
 
-    def plan(op, n, k, widest):
-        return f"Triton on {arch}, {configs.pick_config(op, M, n, k, r, widest, arch)}"
+    def plan(op, n, k):
+        return f"Triton on {arch}, {configs.pick_config(op, M, n, k, r, dtype, arch, compute)}"
 
-    return {
-        "down_project": plan("down_project", 0, K, compute),
-        "fused_linear (y)": plan("fused_linear", N, K, dtype),
-        "fused_linear (dx)": plan("fused_linear", K, N, dtype),
-        "adapter_grads (sweep over g)": plan("sweep", N, 0, compute),
-        "adapter_grads (sweep over x)": plan("sweep", K, 0, compute),
-        "weight_coefficient": f"Triton on {arch}, once per optimizer step",
+    steps = {
+        "down_project": plan("down_project", 0, K),
+        "fused_linear (y)": plan("fused_linear", N, K),
+        "fused_linear (dx)": plan("fused_linear", K, N),
+        "adapter_grads (sweep over g)": plan(sweep_op(norm), N, 0),
+        "adapter_grads (sweep over x)": plan(sweep_op(None), K, 0),
     }
+    if norm in ("row", "matrix", "factor"):
+        steps["weight_coefficient"] = f"Triton on {arch}, once per optimizer step"
+    elif norm == "token":
+        steps["token_coefficient"] = f"Triton on {arch}"
+    return steps

@@ -116,6 +116,11 @@ def _sweep_kernel(
         tl.store(outer_ptrs, acc, mask=mask_l[:, None] & mask_r[None, :])
 
 
+def sweep_op(norm: str | None) -> str:
+    """The sweep's name in `configs`: recomputing the tile of S Bᵀ takes other block sizes."""
+    return "sweep_entry" if norm == "entry" else "sweep"
+
+
 def _sweep(
     v: Tensor,
     u: Tensor,
@@ -123,66 +128,88 @@ def _sweep(
     c: Tensor | None,
     eta: float,
     norm: str | None,
-    outer_shape: str,
-    need_projected: bool,
-    need_scaled: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Stage 1 over one matrix v [M, L]: (outer [P, L, R] or, for `outer_shape` "RL", [P, R, L]; projected [T, M, R];
-    scaled [T, M, R]), fp32, None where not asked for. M >= 1."""
+    outer_layout: str,
+    projected: Tensor | None,
+    scaled: Tensor | None,
+) -> Tensor | None:
+    """Both stages of the sums over v's columns, the first of those over its rows; v [M, L], M >= 1.
+
+    Fills `projected` and `scaled` [M, R], where they are wanted. Returns the segments' sums of ``V~ᵀ U~`` in fp32:
+    [P, L, R] for `outer_layout` "LR", [P, R, L] for "RL", None for "".
+    """
     (M, L), R, arch = v.shape, u.shape[1], configs.arch_of(v.device)
-    config = configs.pick_config("sweep_entry" if norm == "entry" else "sweep", M, L, 0, R, v.dtype, arch, u.dtype)
+    config = configs.pick_config(sweep_op(norm), M, L, 0, R, v.dtype, arch, u.dtype)
     tiles_l, tiles_r = triton.cdiv(L, config.BLOCK_N), triton.cdiv(R, config.BLOCK_R)
-    # Every segment costs an [L, R] partial sum, every tile of L an [M, R] one: enough of them to fill the chip, no more.
-    segments = configs.num_splits(tiles_l * tiles_r, M, 2 * config.BLOCK_M, arch)
-    segment_m = triton.cdiv(triton.cdiv(M, segments), config.BLOCK_M) * config.BLOCK_M
-    segments = triton.cdiv(M, segment_m)
+    # Every tile of columns has its own [rows, R] share of projected and scaled. A long v is swept a chunk of rows at a
+    # time, so that they take little memory and stay in the L2 cache.
+    wanted = [t for t in (projected, scaled) if t is not None]
+    chunk_m = _round_up(
+        min(M, configs.SCRATCH_BYTES // (4 * tiles_l * R * len(wanted))) if wanted else M, config.BLOCK_M
+    )
+    chunks = triton.cdiv(M, chunk_m)
+    # Every segment costs an [L, R] partial sum: enough of them to fill the chip, no more.
+    segments = configs.num_splits(tiles_l * tiles_r, min(M, chunk_m), 2 * config.BLOCK_M, arch)
+    segment_m = _round_up(triton.cdiv(min(M, chunk_m), segments), config.BLOCK_M)
+    segments = triton.cdiv(min(M, chunk_m), segment_m)
 
     fp32 = {"device": v.device, "dtype": torch.float32}
-    outer = projected = scaled = None
-    outer_strides = (0, 0, 0)
-    if outer_shape == "LR":
-        outer = torch.empty(segments, L, R, **fp32)
-        outer_strides = outer.stride()
-    elif outer_shape == "RL":
-        outer = torch.empty(segments, R, L, **fp32)
-        outer_strides = outer.mT.stride()
-    if need_projected:
-        projected = torch.empty(tiles_l, M, R, **fp32)
-    if need_scaled:
-        scaled = torch.empty(tiles_l, M, R, **fp32)
-    launch(
-        _sweep_kernel,
-        (tiles_l, segments, tiles_r),
-        v,
-        u,
-        f,
-        c,
-        outer,
-        projected,
-        scaled,
-        M,
-        L,
-        R,
-        *v.stride(),
-        *u.stride(),
-        *((0, 0) if f is None else f.stride()),
-        0 if c is None else c.stride(0),
-        *outer_strides,
-        segment_m,
-        eta**-2,
-        NORM=norm,
-        OUTER=outer is not None,
-        PROJECT=need_projected,
-        PROJECT_SCALED=need_scaled,
-        DTYPE=TRITON_DTYPE[u.dtype],
-        PRECISION=dot_precision(u.dtype, v.dtype, u.dtype),
-        BLOCK_M=config.BLOCK_M,
-        BLOCK_L=config.BLOCK_N,
-        BLOCK_R=config.BLOCK_R,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    return outer, projected, scaled
+    outer = None
+    if outer_layout:
+        shape = (L, R) if outer_layout == "LR" else (R, L)
+        # The last chunk may be shorter and have fewer segments.
+        total = (chunks - 1) * segments + triton.cdiv(M - (chunks - 1) * chunk_m, segment_m)
+        outer = torch.empty(total, *shape, **fp32)
+    shares = [torch.empty(tiles_l, min(M, chunk_m), R, **fp32) for _ in wanted]
+
+    for chunk in range(chunks):
+        rows = slice(chunk * chunk_m, min(M, (chunk + 1) * chunk_m))
+        num_rows = rows.stop - rows.start
+        # The same memory for every chunk, contiguous for its number of rows.
+        parts = [share.view(-1)[: tiles_l * num_rows * R].view(tiles_l, num_rows, R) for share in shares]
+        projected_part = parts[0] if projected is not None else None
+        scaled_part = parts[-1] if scaled is not None else None
+        outer_part = None if outer is None else outer[chunk * segments : (chunk + 1) * segments]
+        if outer_layout == "RL":
+            outer_part = outer_part.mT
+        launch(
+            _sweep_kernel,
+            (tiles_l, triton.cdiv(num_rows, segment_m), tiles_r),
+            v[rows],
+            u[rows],
+            f,
+            c[rows] if norm == "token" else c,
+            outer_part,
+            projected_part,
+            scaled_part,
+            num_rows,
+            L,
+            R,
+            *v.stride(),
+            *u.stride(),
+            *((0, 0) if f is None else f.stride()),
+            0 if c is None else c.stride(0),
+            *((0, 0, 0) if outer_part is None else outer_part.stride()),
+            segment_m,
+            eta**-2,
+            NORM=norm,
+            OUTER=outer is not None,
+            PROJECT=projected is not None,
+            PROJECT_SCALED=scaled is not None,
+            DTYPE=TRITON_DTYPE[u.dtype],
+            PRECISION=dot_precision(u.dtype, v.dtype, u.dtype),
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_L=config.BLOCK_N,
+            BLOCK_R=config.BLOCK_R,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        for target, part in zip(wanted, parts):
+            combine(part, target.dtype, out=target[rows])
+    return outer
+
+
+def _round_up(size: int, step: int) -> int:
+    return max(1, triton.cdiv(size, step)) * step
 
 
 def adapter_grads(
@@ -211,7 +238,7 @@ def adapter_grads(
         db = s.new_zeros(N, R, dtype=dtype_b) if need_db else db
         return ds, da, db
 
-    scale_a = scale_b = scale_ds = None
+    scale_a = scale_b = None
     if norm == "row":
         scale_b = c
     elif norm == "matrix":
@@ -219,24 +246,22 @@ def adapter_grads(
     elif norm == "factor":
         scale_b, scale_a = c[:N], c[N:]
     elif norm == "token":
-        c = scale_ds = token_coefficient(s, b, eta)
+        c = token_coefficient(s, b, eta)
 
-    # Where C does not touch the sum over G's columns, dS serves dA too (times C[m] for "token").
+    def rows_of_r():
+        return torch.empty(M, R, device=s.device, dtype=s.dtype)
+
+    # u is g~ B. Where C does not touch the sum over g's columns it is dS, for "token" times C[m].
     separate = norm in ("row", "entry")
-    need_scaled = need_da and separate
-    need_projected = need_ds or (need_da and not separate)
-    outer_b, projected, scaled = _sweep(g, s, b, c, eta, norm, "LR" if need_db else "", need_projected, need_scaled)
-    if need_ds:
-        ds = combine(projected, s.dtype)
+    ds = rows_of_r() if need_ds else ds
+    u = rows_of_r() if need_da and (separate or not need_ds) else ds
+    projected = ds if need_ds else (u if need_da and not separate else None)
+    scaled = u if need_da and separate else None
+    outer = _sweep(g, s, b, c, eta, norm, "LR" if need_db else "", projected, scaled)
     if need_db:
-        db = combine(outer_b, dtype_b, scale_b)
+        db = combine(outer, dtype_b, scale_b)
     if need_da:
-        if separate:
-            u = combine(scaled, s.dtype)
-        elif scale_ds is not None or not need_ds:
-            u = combine(projected, s.dtype, scale_ds)
-        else:
-            u = ds
-        outer_a, _, _ = _sweep(x, u, None, None, eta, None, "RL", False, False)
-        da = combine(outer_a, dtype_a, scale_a)
+        # C[m] of "token" multiplies the rows of u, which the sweep does to its second operand.
+        outer = _sweep(x, u, None, c, eta, norm if norm == "token" else None, "RL", None, None)
+        da = combine(outer, dtype_a, scale_a)
     return ds, da, db

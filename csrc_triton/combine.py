@@ -37,10 +37,14 @@ def _combine_kernel(
     tl.store(out_ptr + offs, narrow(acc, OUT_DTYPE), mask=mask)
 
 
-def combine(partial: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
-    """Sum ``partial [P, I, J]`` (fp32, contiguous, P >= 1) over p into ``[I, J]`` of `dtype`, rows times ``scale [I]``."""
+def combine(partial: Tensor, dtype: torch.dtype, scale: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """Sum ``partial [P, I, J]`` (fp32, contiguous, P >= 1) over p into ``[I, J]`` of `dtype`, rows times ``scale [I]``.
+
+    `out`, where it is given, is contiguous and of that dtype.
+    """
     num_partials, rows, columns = partial.shape
-    out = torch.empty(rows, columns, device=partial.device, dtype=dtype)
+    if out is None:
+        out = torch.empty(rows, columns, device=partial.device, dtype=dtype)
     numel = out.numel()
     if numel == 0:
         return out

@@ -39,6 +39,9 @@ NUM_SMS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148,
 
 DEFAULT_NUM_SMS = 64
 
+SCRATCH_BYTES = 32 * 2**20
+"""What the sweep over G may use for its sums over columns: they fit the L2 cache of a data-centre GPU."""
+
 # By operation, then by (architecture, kind): BLOCK_M, BLOCK_N, BLOCK_K, the widest BLOCK_R, num_warps, num_stages. The
 # kinds are "16" (16-bit x and factors), "mixed" (16-bit x, fp32 factors; "mixed-fp16" where fp16 x, which takes two bf16
 # parts, needs smaller tiles) and "32" (fp32 x). "*" is any architecture: its entries compile within 48 KB of shared
@@ -71,7 +74,7 @@ _TABLES = {
         ("interpreter", "*"): (64, 64, 0, 64, 1, 1),
     },
     "sweep": {
-        ("sm_90", "16"): (64, 128, 0, 64, 4, 3),
+        ("sm_90", "16"): (64, 256, 0, 64, 8, 3),
         ("sm_90", "mixed"): (64, 128, 0, 32, 8, 3),
         ("sm_90", "mixed-fp16"): (32, 64, 0, 16, 4, 2),
         ("gfx942", "16"): (32, 128, 0, 32, 4, 2),
@@ -108,8 +111,14 @@ def pick_config(
     else:
         kinds = ("16", "*")
     table = _TABLES[op]
-    key = next(key for key in itertools.product((arch, "*"), kinds) if key in table)
+    # Loads of rows that do not begin at a multiple of 16 elements cannot be wide, and their addresses fill the registers:
+    # the smaller tile, spread over twice the threads.
+    unaligned = (N % 16 or K % 16 or R % 8) and arch != "interpreter"
+    archs = ("*",) if unaligned else (arch, "*")
+    key = next(key for key in itertools.product(archs, kinds) if key in table)
     m, n, k, r, warps, stages = table[key]
+    if unaligned:
+        warps *= 2
     return Config(m, n, k, block_r(R, r), warps, stages)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import configs
 from .combine import combine
-from .tiling import coefficient, dot, launch, offsets
+from .tiling import coefficient, dot, launch, offsets, sqrt_of_square
 
 _BLOCK_R = 32
 _BLOCK_L = 64
@@ -113,7 +113,7 @@ def _quadratic_coefficient_kernel(
         v_ptrs = v_ptr + offs_l[:, None] * stride_vl + offs_j[None, :] * stride_vr
         v = tl.load(v_ptrs, mask=mask_l[:, None] & mask_j[None, :], other=0.0).to(tl.float32)
         form += tl.sum(product * v, axis=1)
-    c = coefficient(tl.sqrt(tl.maximum(form, 0.0)), inv_eta_squared)
+    c = coefficient(sqrt_of_square(form), inv_eta_squared)
     tl.store(c_ptr + offs_l, c, mask=mask_l)
 
 
@@ -149,8 +149,7 @@ def _matrix_coefficient_kernel(gram_a_ptr, gram_b_ptr, c_ptr, NUMEL, inv_eta_squ
         offs = start + tl.arange(0, BLOCK)
         mask = offs < NUMEL
         total += tl.load(gram_a_ptr + offs, mask=mask, other=0.0) * tl.load(gram_b_ptr + offs, mask=mask, other=0.0)
-    norm = tl.sqrt(tl.maximum(tl.sum(total, axis=0), 0.0))
-    tl.store(c_ptr, coefficient(norm, inv_eta_squared))
+    tl.store(c_ptr, coefficient(sqrt_of_square(tl.sum(total, axis=0)), inv_eta_squared))
 
 
 @triton.jit

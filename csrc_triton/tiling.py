@@ -89,6 +89,12 @@ def dot(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def sqrt_of_square(square):
+    """The norm whose square was computed, where rounding may have taken it below 0; a nan stays one."""
+    return tl.sqrt(tl.where(square < 0.0, 0.0, square))
+
+
+@triton.jit
 def coefficient(n, inv_eta_squared):
     """``C = (n + 1/η²)^(-1/2)`` for norms n."""
     return 1.0 / tl.sqrt(n + inv_eta_squared)

@@ -1,6 +1,8 @@
 """The cached coefficient is computed once per optimizer step and is never stale."""
 
+import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,11 +178,42 @@ def test_a_cuda_graph_capture_turns_the_cache_off(layer, calls, monkeypatch):
     cache.get(*args)
     cache.get(*args)
     assert len(calls) == 1
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    cache.get(*args)
+    with capture(monkeypatch) as context:
+        context.setattr(torch.Tensor, "is_cuda", True)
+        cache.get(*args)
     # A replay changes the parameters with no Python running, so nothing may be remembered after it either.
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     cache.get(*args)
     cache.get(*args)
     assert len(calls) == 4
+
+
+def test_a_captured_optimizer_step_turns_every_cache_off(layer, calls, monkeypatch):
+    from allora_kernels import coefficient_cache
+
+    monkeypatch.setattr(coefficient_cache._steps, "captured", False)
+    optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.1)
+    backward(layer)
+    with capture(monkeypatch):
+        optimizer.step()
+    for factor in (2, 3):
+        # What a replay does: new values, no version, no Python.
+        layer.lora_B.data.mul_(factor)
+        assert_fresh(layer)
+
+
+@contextlib.contextmanager
+def capture(monkeypatch):
+    with monkeypatch.context() as context:
+        context.setattr(torch.cuda, "is_available", lambda: True)
+        context.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        yield context
+
+
+def test_another_stream_computes_its_own(layer, calls, monkeypatch):
+    streams = iter([1, 1, 1, 1, 2, 2])
+    args = (layer.lora_A, layer.lora_B, 2.0, "row", reference.weight_coefficient)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=next(streams)))
+    for expected in (1, 1, 2):
+        layer._coefficient.get(*args)
+        assert len(calls) == expected

@@ -125,6 +125,43 @@ def test_under_autocast_it_is_the_call_in_autocasts_dtype():
     assert all(t.grad.dtype == torch.float32 for t in leaves)
 
 
+def test_a_frozen_adapter_under_autocast_has_the_same_gradient_of_x():
+    x, weight, bias, lora_A, lora_B, _ = make_inputs(6, 5, 7, 3)
+    grads = []
+    for trained in (True, False):
+        x, lora_A = x.detach().requires_grad_(), lora_A.detach().requires_grad_(trained)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = allora_linear(x, weight, bias, lora_A, lora_B)
+        grads.append(torch.autograd.grad(y.sum(), x)[0])
+    assert torch.equal(*grads)
+
+
+@norms
+def test_a_backward_pass_inside_autocast_is_the_one_outside(norm):
+    x, weight, bias, lora_A, lora_B, _ = make_inputs(6, 5, 7, 3)
+    leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = allora_linear(x, weight, bias, lora_A, lora_B, norm=norm)
+        inside = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
+    for a, b in zip(inside, torch.autograd.grad(y.sum(), leaves)):
+        assert torch.equal(a, b)
+
+
+def test_autocast_leaves_doubles_alone(inputs):
+    with torch.autocast("cpu", torch.bfloat16):
+        y = allora_linear(*inputs[:5])
+    assert torch.equal(y, allora_linear(*inputs[:5]))
+
+
+def test_an_adapter_of_doubles_runs_eagerly(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x, weight, bias, lora_A, lora_B, _ = make_inputs(6, 5, 7, 3, torch.float32, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = allora_linear(x, weight, bias, lora_A.requires_grad_(), lora_B)
+    y.sum().backward()
+    assert lora_A.grad.dtype == torch.float64
+
+
 def test_the_graph_compiles_whole(inputs):
     x, weight, bias, lora_A, lora_B, g = inputs
     leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
@@ -151,7 +188,12 @@ BAD = {
     "an empty weight": ({"weight": lambda t: t[:0]}, ValueError, "at least one row"),
     "bias of another length": ({"bias": lambda t: t[:2]}, ValueError, r"bias must be \[N\] = \[5\]"),
     "lora_A of another width": ({"lora_A": lambda t: t[:, :3]}, ValueError, r"lora_A must be \[R, K\] with K = 7"),
-    "lora_A without rows": ({"lora_A": lambda t: t[:0]}, ValueError, "r must be between 1 and 256, got 0"),
+    "rank zero": (
+        {"lora_A": lambda t: t[:0], "lora_B": lambda t: t[:, :0]},
+        ValueError,
+        "r must be between 1 and 256, got 0",
+    ),
+    "bias in another dtype": ({"bias": lambda t: t.float()}, ValueError, "bias is torch.float32 but weight is"),
     "lora_B transposed": ({"lora_B": lambda t: t.T}, ValueError, r"lora_B must be \[N, R\] = \[5, 3\]"),
     "lora_B on another device": ({"lora_B": lambda t: t.to("meta")}, ValueError, "lora_B is on meta but x is on cpu"),
     "a trained weight": ({"weight": lambda t: t.requires_grad_()}, ValueError, "weight is frozen"),
@@ -172,9 +214,11 @@ def test_bad_tensors_are_named(inputs, change, error, message):
 @pytest.mark.parametrize(
     "kwargs, error, message",
     [
-        ({"eta": 0.0}, ValueError, "eta must be finite and > 0, got 0.0"),
-        ({"eta": -1}, ValueError, "eta must be finite and > 0, got -1"),
+        ({"eta": 0.0}, ValueError, r"eta must be finite and > 0 .*got 0.0"),
+        ({"eta": -1}, ValueError, r"eta must be finite and > 0 .*got -1"),
         ({"eta": math.nan}, ValueError, "got nan"),
+        ({"eta": 1e-25}, ValueError, "from 1e-18 to 1e"),
+        ({"eta": 1e25}, ValueError, "from 1e-18 to 1e"),
         ({"eta": math.inf}, ValueError, "got inf"),
         ({"eta": "2"}, TypeError, "eta must be a float, got str"),
         ({"norm": "rows"}, ValueError, "norm must be one of .*'row'.*got 'rows'"),

@@ -104,7 +104,7 @@ def test_repr_and_explain_say_what_runs(layer):
     assert "in_features=7, out_features=5, bias=True, r=3, eta=1.5, norm='row', backend='eager'" in repr(layer)
     explanation = layer.explain(rows=4)
     assert explanation.backend == "eager" and "cpu tensors" in explanation.reason
-    assert set(explanation.plan) == {"down_project", "fused_linear", "weight_coefficient", "adapter_grads"}
+    assert set(explanation.plan) == {"down_project", "fused_linear", "adapter_grads"}
     assert str(explanation).startswith("backend: eager (cpu tensors")
 
 
@@ -249,3 +249,10 @@ def test_a_compiled_layer_takes_batches_of_any_length(layer):
     for rows in (2, 5, 9):
         x = torch.randn(rows, 7)
         torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("attribute, value", [("norm", "rows"), ("eta", -2.0)])
+def test_a_bad_rule_set_later_is_an_error_at_the_next_call(layer, attribute, value):
+    setattr(layer, attribute, value)
+    with pytest.raises(ValueError, match=attribute):
+        layer(torch.randn(4, 7))

@@ -66,6 +66,33 @@ def test_segments_add_up(device, norm, segments, monkeypatch):
 
 
 @norms
+@pytest.mark.parametrize("rows", [1, 40, 64])
+def test_chunks_of_rows_add_up(device, norm, rows, monkeypatch):
+    N, R = 70, 3
+    monkeypatch.setattr(configs, "SCRATCH_BYTES", rows * 4 * R * 2)
+    check(*arguments(make_inputs(130, N, 53, R, device=device), norm), norm)
+    check(*arguments(make_inputs(130, N, 53, R, device=device), norm), norm, need_ds=False)
+
+
+def test_scratch_does_not_grow_with_the_number_of_rows(device, monkeypatch):
+    monkeypatch.setattr(configs, "SCRATCH_BYTES", 2**14)
+    sizes = []
+    original = torch.empty
+
+    def recorded(*size, **kwargs):
+        t = original(*size, **kwargs)
+        sizes.append(t.nbytes)
+        return t
+
+    monkeypatch.setattr(torch, "empty", recorded)
+    for M in (256, 1024):
+        args = arguments(make_inputs(M, 257, 1, 3, device=device), "row")
+        sizes.clear()
+        csrc_triton.adapter_grads(*args, ETA, "row", True, None, None)
+        assert max(sizes) <= max(2**15, M * 3 * 4)
+
+
+@norms
 def test_the_same_bits_every_run(device, norm):
     args = arguments(make_inputs(130, 257, 53, 40, device=device), norm)
     first = csrc_triton.adapter_grads(*args, ETA, norm, True, torch.float32, torch.float32)

@@ -28,3 +28,14 @@ def test_takes_any_strides(device, layout):
     inputs = make_inputs(70, 53, 41, 16, device=device)
     s = reference.down_project(inputs.x, inputs.lora_A, torch.float32)
     check(layout(inputs.g), layout(s), layout(inputs.lora_B))
+
+
+def test_nothing_around_y_is_changed(device):
+    inputs = make_inputs(37, 53, 41, 16, device=device)
+    around = torch.full((80, 100), 1234.0, device=device)
+    y = around[20:57, 10:63]
+    s = reference.down_project(inputs.x, inputs.lora_A, torch.float32)
+    csrc_triton.low_rank_add(y, in_red_zone(s), in_red_zone(inputs.lora_B))
+    assert (y != 1234.0).all()
+    y.fill_(1234.0)
+    assert (around == 1234.0).all()

@@ -83,3 +83,22 @@ def test_gram_parts_add_up(device, parts, monkeypatch):
     with poisoned_outputs():
         gram = row_norms.gram(in_red_zone(factor))
     assert_close(gram, reference.gram(factor), reference.gram(factor.double()), "A Aᵀ")
+
+
+@pytest.mark.parametrize("norm", ["row", "matrix"])
+def test_a_square_that_rounding_takes_below_zero_is_a_norm_of_zero(device, norm):
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(40, 1, generator=generator, dtype=torch.float64)
+    b = torch.randn(300, 40, generator=generator, dtype=torch.float64)
+    b -= (b @ a) @ a.T / (a * a).sum()
+    c = csrc_triton.weight_coefficient(a.float().to(device), b.float().to(device), 2.0, norm)
+    assert c.isfinite().all() and (c <= 2.0).all() and (c > 1.9).all()
+
+
+@pytest.mark.parametrize("norm", reference.WEIGHT_NORMS)
+def test_a_nan_in_a_factor_shows_in_its_coefficient(device, norm):
+    inputs = make_inputs(1, 53, 41, 3, device=device)
+    inputs.lora_B[7, 1] = float("nan")
+    c = csrc_triton.weight_coefficient(inputs.lora_A, inputs.lora_B, 2.0, norm)
+    assert c[0 if norm == "matrix" else 7].isnan()
+    assert norm == "matrix" or c.isnan().sum() == 1
