@@ -1,0 +1,141 @@
+"""The model under the adapters: loading it, and what it needs before training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .data import looks_like_a_path
+from .finetune_config import FinetuneConfig
+
+
+class Base(NamedTuple):
+    """A model that has everything but its head from a checkpoint."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    classes: list[str] | None
+    """Names in the order of the model's outputs; None for a language model."""
+    heads: list[str]
+    """Modules to train whole: the classification head, and a pooler that the checkpoint does not have."""
+
+
+def load_base(name: str, task: str, classes: Sequence[str] | None, dtype: torch.dtype | str) -> Base:
+    """Load a transformers model and its tokenizer; from a folder, without asking the network.
+
+    Args:
+        name: the folder, or the name on the hub.
+        task: ``"classification"`` or ``"causal-lm"``.
+        classes: names of the classes, reordered where the model's own are the same; None for those the model has.
+        dtype: of the weights; ``"auto"`` for the checkpoint's.
+
+    Raises:
+        ValueError: there is no such model, it is not one for the task, or its tokenizer belongs to another.
+    """
+    path = Path(name).expanduser()
+    if not path.exists() and looks_like_a_path(name):
+        raise ValueError(f"no such model folder: {name}")
+    if path.exists() and not (path / "config.json").is_file():
+        raise ValueError(f"{name} is not a transformers model: it must be a folder with a config.json")
+    source, where = (str(path), {"local_files_only": True}) if path.exists() else (name, {})
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **where)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
+        if task == "classification":
+            kind = transformers.AutoModelForSequenceClassification
+            classes = _describe_classes(config, classes)
+            config.pad_token_id = _pad_token_id(name, tokenizer)
+        else:
+            kind = transformers.AutoModelForCausalLM
+            if any(a.endswith("ForMaskedLM") for a in config.architectures or ()):
+                raise ValueError("it is a masked language model, which sees the words it would have to predict")
+        model, info = kind.from_pretrained(
+            source, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **where
+        )
+        heads = _heads(model, info) if task == "classification" else []
+        _check_complete(info, heads)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{name} cannot be loaded for {task}: {reason}") from error
+    _check_vocabulary(model, tokenizer)
+    return Base(model, tokenizer, classes, heads)
+
+
+def _describe_classes(config: transformers.PretrainedConfig, classes: Sequence[str] | None) -> list[str]:
+    if classes is None:
+        return [config.id2label[i] for i in range(config.num_labels)]
+    if set(config.label2id) == set(classes):
+        # The model was trained for these classes: its head knows them in its own order.
+        classes = sorted(classes, key=config.label2id.__getitem__)
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: i for i, name in enumerate(classes)}
+    config.problem_type = "single_label_classification"
+    return list(classes)
+
+
+def _pad_token_id(name: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ValueError("its tokenizer has neither a padding nor an end token, and a batch of texts needs one")
+    return tokenizer.pad_token_id
+
+
+def _heads(model: nn.Module, info: dict) -> list[str]:
+    children = [
+        n for n, c in model.named_children() if n != model.base_model_prefix and any(True for _ in c.parameters())
+    ]
+    poolers = {key.rpartition(".")[0] for key in info["missing_keys"] if ".pooler." in key}
+    return [*children, *sorted(poolers)]
+
+
+def _check_complete(info: dict, heads: list[str]) -> None:
+    """ValueError if anything but a head was left at random values, which transformers only warns of."""
+    # A mismatched key comes with both shapes, a missing one alone.
+    keys = [key if isinstance(key, str) else key[0] for key in (*info["missing_keys"], *info["mismatched_keys"])]
+    lacking = sorted(key for key in keys if not key.startswith(tuple(f"{head}." for head in heads)))
+    if lacking:
+        raise ValueError(f"the checkpoint lacks {len(lacking)} of the model's weights, first {lacking[0]}")
+
+
+def _check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model only {rows}: they do not belong together"
+        )
+
+
+def length_limit(config: FinetuneConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of a text or block: what was asked for, else 512 or where the model ends.
+
+    Raises:
+        ValueError: more was asked for than the model takes.
+    """
+    limit = tokenizer.model_max_length
+    if (positions := getattr(model.config, "max_position_embeddings", None)) is not None:
+        limit = min(limit, positions)
+    if config.max_length is None:
+        return min(512, limit)
+    if config.max_length > limit:
+        raise ValueError(f"max_length must be <= {limit}, where {config.model} ends, got {config.max_length}")
+    return config.max_length
+
+
+def computes_in_bf16(config: FinetuneConfig) -> bool:
+    """What was asked for, else whether there is a GPU that has bfloat16."""
+    if config.bf16 is None:
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return config.bf16
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Turn on transformers' gradient checkpointing, by whichever of its two names this version has."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    # The reentrant kind gives no gradients where a checkpointed layer's input needs none, as behind frozen embeddings.
+    enable({"use_reentrant": False})

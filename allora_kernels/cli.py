@@ -1,0 +1,173 @@
+"""The `allora` command: arguments in, one call, what came out printed.
+
+A command is a function here whose parameters are annotated ``Annotated[type, "help"]``, and an entry in `_COMMANDS`;
+`finetune` takes its parameters from `FinetuneConfig`, so a setting is stated once. typer is imported only when the
+command line runs.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+from .doctor import diagnose
+from .finetune_config import FinetuneConfig
+
+if TYPE_CHECKING:
+    import typer
+
+_INSTALL = "the command line needs more packages: pip install 'allora-kernels[train]'"
+
+
+def finetune(**settings: Any) -> int:
+    """Fine-tune a transformers model with ALLoRA adapters on text.
+
+    Writes the adapter (PEFT's format), metrics.json, loss.png and checkpoints into --output. Ctrl-C saves and stops.
+    """
+    if settings["norm"] == "none":
+        settings["norm"] = None
+    config = FinetuneConfig(**settings)
+    console = _console()
+    _quiet_transformers()
+    from .finetune import finetune as run
+
+    metrics = run(config, console=console)
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
+    if metrics["status"] == "interrupted":
+        say(
+            f"Interrupted after step {metrics['steps']}; saved in {config.output}. The same command with --resume goes on."
+        )
+        return 130
+    for measure, before in metrics["before"].items():
+        say(f"{measure}: {before:.4f} before, {metrics['after'][measure]:.4f} after {metrics['steps']} steps")
+    memory = metrics["peak_memory_bytes"] / 2**30
+    say(f"{metrics['seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s, {memory:.1f} GiB at most")
+    say(f"adapter: {Path(config.output, 'adapter')}")
+    return 0
+
+
+def doctor() -> int:
+    """Print device, versions and backend, and check this machine's results against the reference."""
+    return 0 if diagnose(_console()) else 1
+
+
+def merge(
+    *,
+    adapter: Annotated[str, "Folder of the adapter."],
+    output: Annotated[str, "New folder for the merged model and its tokenizer."],
+    model: Annotated[str | None, "The base model, where it is not the one the adapter names."] = None,
+) -> int:
+    """Write base model and adapter as one ordinary transformers model, for inference."""
+    _quiet_transformers()
+    from .merged_model import write_merged_model
+
+    report = write_merged_model(adapter, output, model)
+    _console().print(f"{report}\nmerged into {output}", highlight=False, soft_wrap=True)
+    return 0
+
+
+_COMMANDS: dict[Callable[..., int], Iterable[inspect.Parameter] | None] = {
+    finetune: [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=field.type,
+        )
+        for field in fields(FinetuneConfig)
+    ],
+    doctor: None,
+    merge: None,
+}
+"""Each command: its parameters, where they are not the function's own."""
+
+
+def build_app() -> "typer.Typer":
+    """The typer application.
+
+    Raises:
+        ModuleNotFoundError: typer is not installed.
+    """
+    import typer
+
+    app = typer.Typer(
+        name="allora",
+        help="ALLoRA fine-tuning: adapters at almost the cost of the frozen layer.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    for function, parameters in _COMMANDS.items():
+        if parameters is None:
+            parameters = inspect.signature(function).parameters.values()
+        app.command(function.__name__)(_command(function, [_option(p) for p in parameters]))
+    return app
+
+
+def _option(parameter: inspect.Parameter) -> inspect.Parameter:
+    import typer
+
+    kind, text = get_args(parameter.annotation)
+    return parameter.replace(annotation=Annotated[kind, typer.Option(help=text)])
+
+
+def _command(function: Callable[..., int], parameters: list[inspect.Parameter]) -> Callable[..., None]:
+    """`function` with these parameters; its return value is the exit code, its errors are one line on stderr."""
+    import typer
+
+    @functools.wraps(function)
+    def command(**arguments: Any) -> None:
+        try:
+            code = function(**arguments)
+        except (ValueError, TypeError, FileNotFoundError) as error:
+            code = _complain(error, 2)
+        except (OSError, FloatingPointError) as error:
+            code = _complain(error, 1)
+        except KeyboardInterrupt:
+            code = 130
+        raise typer.Exit(code)
+
+    command.__signature__ = inspect.Signature(parameters)
+    return command
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"allora: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _console():
+    from rich.console import Console
+
+    return Console()
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def main() -> None:
+    """The `allora` command."""
+    try:
+        app = build_app()
+        import transformers  # noqa: F401
+    except ModuleNotFoundError as error:
+        sys.exit(f"allora: {error.name} is not installed; {_INSTALL}")
+    app()
+
+
+def __getattr__(name: str) -> Any:
+    # `app` is built when it is asked for, so that importing this module needs no typer.
+    if name == "app":
+        return build_app()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if __name__ == "__main__":
+    main()

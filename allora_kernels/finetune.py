@@ -1,0 +1,366 @@
+"""`finetune`: one training run with ALLoRA adapters, on transformers' own Trainer."""
+
+import json
+import math
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+from . import backend as _backend
+from .adapt import apply_allora, saved_modules
+from .base_model import computes_in_bf16, enable_checkpointing, length_limit, load_base
+from .checkpoint import load_adapter, save_adapter
+from .data import (
+    Texts,
+    by_length,
+    causal_lm_dataset,
+    classification_dataset,
+    hold_out,
+    label_names,
+    read_texts,
+)
+from .doctor import versions
+from .finetune_config import FinetuneConfig
+from .loss_plot import plot_loss
+from .progress import ProgressBar, StopOnInterrupt, StopOnNonFinite, peak_memory
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from rich.console import Console
+
+METRICS_FILE, PLOT_FILE, ADAPTER_FOLDER = "metrics.json", "loss.png", "adapter"
+_STATE_FILE = "trainer_state.json"
+
+
+def finetune(
+    config: FinetuneConfig, *, callbacks: Iterable[TrainerCallback] = (), console: "Console | None" = None
+) -> dict[str, Any]:
+    """Evaluate, train adapters on the model, evaluate again.
+
+    Everything that can be wrong with the settings, the data and the model is found before anything is written. Then
+    ``config.output`` gets ``adapter/`` (PEFT's format), ``metrics.json``, ``loss.png`` and the last two checkpoints,
+    which hold the adapter, the optimizer and the random state but not the model. Ctrl-C ends the run after the current
+    step with all of these; ``config.resume`` continues it, on the CPU to the same bits as without the interruption
+    (a run that is finished is returned as it is).
+
+    Args:
+        config: the settings.
+        callbacks: more callbacks for the Trainer.
+        console: where to show what is adapted and how far training is; None for nowhere.
+
+    Returns:
+        What metrics.json holds. ``status`` is ``"finished"`` or ``"interrupted"``; ``before`` and ``after`` have the
+        ``loss`` on the evaluation data (nats a text or token) and ``accuracy`` or ``perplexity`` (``after`` is None if
+        interrupted); ``loss_history`` has ``[step, training loss]``; ``seconds``, ``tokens_per_second`` (padding not
+        counted) and ``peak_memory_bytes`` are of this process.
+
+    Raises:
+        ValueError, TypeError: settings, data, model and output folder that do not work or do not fit together.
+        FloatingPointError: the training loss became nan or infinite.
+    """
+    former = _check_output(config)
+    if former and former["status"] == "finished":
+        return former
+    texts = _read(config)
+    names = label_names(*texts) if config.task == "classification" else None
+    transformers.set_seed(config.seed)
+    dtype = torch.bfloat16 if computes_in_bf16(config) else torch.float32
+    model, tokenizer, names, heads = load_base(config.model, config.task, names, dtype)
+    max_length = length_limit(config, model, tokenizer)
+    train, evaluation = (_tokenize(part, names, tokenizer, max_length) for part in texts)
+    evaluation = by_length(evaluation)
+    targets = "all-linear" if config.target_modules == ("all-linear",) else list(config.target_modules)
+    report = apply_allora(model, config.r, config.eta, config.norm, targets, modules_to_save=heads or None)
+    for head in saved_modules(model).values():
+        # A head in bfloat16 would round small updates away, as the adapters would.
+        head.float()
+    if config.gradient_checkpointing:
+        enable_checkpointing(model)
+    metrics = {
+        "status": "running",
+        "config": config.as_json(),
+        "versions": versions(),
+        "device": _device(dtype),
+        "data": _describe(texts, train, evaluation, names, max_length),
+        "parameters": {"trainable": report.trainable, "total": report.total},
+        "before": None,
+        "after": None,
+    }
+    if former and (changed := [key for key in ("data", "parameters") if former[key] != metrics[key]]):
+        raise ValueError(f"cannot resume: {changed} in {config.output}/{METRICS_FILE} are not those of this run")
+    if console is not None:
+        console.print(str(report), highlight=False)
+
+    trainer = AdapterTrainer(
+        config,
+        model=model,
+        args=training_arguments(config),
+        train_dataset=train,
+        eval_dataset=evaluation,
+        data_collator=_collator(tokenizer, names),
+        processing_class=tokenizer,
+        callbacks=[StopOnNonFinite(), *callbacks],
+        **classification_hooks(bool(names)),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    metrics["before"] = former["before"] if former else _evaluate(trainer)
+    output = _make_folder(config.output)
+    _write_json(metrics, output / METRICS_FILE)
+    _train(trainer, _last_checkpoint(output) if former else None, console, metrics)
+    save_adapter(model, output / ADAPTER_FOLDER, base_model_name_or_path=config.model)
+    # PEFT's format has no place for the names of the classes; the model's config has.
+    model.config.save_pretrained(output / ADAPTER_FOLDER)
+    tokenizer.save_pretrained(output / ADAPTER_FOLDER)
+    if metrics["status"] == "finished":
+        metrics["after"] = _evaluate(trainer)
+    plot_loss(metrics, output / PLOT_FILE)
+    _write_json(metrics, output / METRICS_FILE)
+    return metrics
+
+
+# --- pieces that another training run can use too -------------------------------------------------------------------
+
+
+def training_arguments(config: FinetuneConfig, **overrides) -> TrainingArguments:
+    """transformers' arguments for `config`; `overrides` are arguments of TrainingArguments."""
+    bf16 = computes_in_bf16(config)
+    settings = {
+        "output_dir": str(Path(config.output).expanduser()),
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": 2 * config.batch_size,
+        "gradient_accumulation_steps": config.grad_accumulation,
+        "learning_rate": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        # transformers' "constant" has no warmup; with none asked for the two are the same.
+        "lr_scheduler_type": "constant_with_warmup" if config.schedule == "constant" else config.schedule,
+        "warmup_steps": config.warmup_steps,
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps or -1,
+        "bf16": bf16,
+        "use_cpu": not torch.accelerator.is_available(),
+        "seed": config.seed,
+        "data_seed": config.seed,
+        # Each step is logged: a loss summed over several would lose its part before a checkpoint on resume.
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "include_num_input_tokens_seen": "non_padding",
+        "save_strategy": "steps",
+        "save_steps": config.save_steps,
+        "save_total_limit": 2,
+        "prediction_loss_only": config.task == "causal-lm",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    if not config.shuffle:
+        settings["train_sampling_strategy"] = "sequential"
+    arguments = TrainingArguments(**(settings | overrides))
+    if arguments.n_gpu > 1:
+        # With several GPUs in one process Trainer would use nn.DataParallel and multiply the batch size by their number.
+        arguments._n_gpu = 1
+    return arguments
+
+
+def classification_hooks(classification: bool) -> dict[str, Any]:
+    """Trainer's arguments for the loss and accuracy of a classifier, or none for a language model."""
+    if not classification:
+        return {}
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        # Several classifiers of transformers take num_items_in_batch and leave it unused, and Trainer, believing that
+        # they divided by it, adds up the gradients it accumulates where it should average them.
+        total = nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
+        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    def chosen(logits, labels):
+        return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
+
+    def accuracy(prediction):
+        return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
+
+    return {"compute_loss_func": loss, "preprocess_logits_for_metrics": chosen, "compute_metrics": accuracy}
+
+
+class AdapterTrainer(Trainer):
+    """A Trainer with `config`'s optimizer whose checkpoints hold the adapter in the model's place."""
+
+    def __init__(self, config: FinetuneConfig, **kwargs):
+        super().__init__(**kwargs)
+        self.config = config
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is not None:
+            return self.optimizer
+        config = self.config
+        in_heads = {p for head in saved_modules(self.model).values() for p in head.parameters()}
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p not in in_heads], "lr": config.learning_rate},
+            {"params": [p for p in trained if p in in_heads], "lr": config.head_learning_rate or config.learning_rate},
+        ]
+        groups = [group for group in groups if group["params"]]
+        if config.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+        return self.optimizer
+
+    def _save(self, output_dir=None, state_dict=None):
+        save_adapter(self.model, output_dir, base_model_name_or_path=self.config.model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        load_adapter(self.model, resume_from_checkpoint)
+
+
+# --- before training ------------------------------------------------------------------------------------------------
+
+
+def _check_output(config: FinetuneConfig) -> dict[str, Any] | None:
+    """The metrics of the run to resume; None for a new run. ValueError where neither can be."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("finetune runs in one process, but WORLD_SIZE > 1: start it without torchrun")
+    output = Path(config.output).expanduser()
+    standing = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not standing.is_dir():
+        raise ValueError(f"output must be a folder that can be written, but {standing} is a file")
+    if not os.access(standing, os.W_OK | os.X_OK):
+        raise ValueError(f"output must be a folder that can be written, but {standing} is read-only")
+    file = output / METRICS_FILE
+    if not config.resume:
+        if file.exists() or any(output.glob("checkpoint-*")):
+            raise ValueError(f"{output} has an earlier run: continue it with --resume, or name another --output")
+        return None
+    if not file.exists():
+        raise ValueError(f"there is nothing to resume in {output}: it has no {METRICS_FILE}")
+    try:
+        former = json.loads(file.read_text(encoding="utf-8"))
+        changed = config.changed_since(former["config"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{file} is not the {METRICS_FILE} of a run, so it cannot be resumed") from None
+    if changed:
+        settings = "; ".join(f"{name} was {former['config'].get(name)!r}" for name in changed)
+        raise ValueError(f"cannot resume {output} with other settings: {settings}")
+    return former
+
+
+def _read(config: FinetuneConfig) -> tuple[Texts, Texts]:
+    label_column = config.label_column if config.task == "classification" else None
+    data = read_texts(config.data, config.text_column, label_column)
+    if config.eval_data is not None:
+        return data, read_texts(config.eval_data, config.text_column, label_column)
+    return hold_out(data, config.eval_fraction, config.seed)
+
+
+def _tokenize(data: Texts, names: list[str] | None, tokenizer: PreTrainedTokenizerBase, max_length: int) -> "Dataset":
+    if names is None:
+        return causal_lm_dataset(data, tokenizer, max_length)
+    return classification_dataset(data, names, tokenizer, max_length)
+
+
+def _collator(tokenizer: PreTrainedTokenizerBase, names: list[str] | None):
+    return transformers.DataCollatorWithPadding(tokenizer) if names else transformers.default_data_collator
+
+
+def _describe(
+    texts, train: "Dataset", evaluation: "Dataset", names: list[str] | None, max_length: int
+) -> dict[str, Any]:
+    described = {
+        "train_rows": len(train),
+        "eval_rows": len(evaluation),
+        "max_length": max_length,
+        "fingerprints": [part.fingerprint() for part in texts],
+    }
+    if names:
+        ((majority, _),) = Counter(texts[0].labels).most_common(1)
+        share = texts[1].labels.count(majority) / len(texts[1])
+        described |= {"labels": names, "majority_label": majority, "majority_accuracy": share}
+    return described
+
+
+def _device(dtype: torch.dtype) -> dict[str, str | bool]:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    choice = _backend.choose(device, dtype)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"type": device.type, "name": name, "dtype": str(dtype), "backend": choice.name, "reason": choice.reason}
+
+
+# --- during and after -----------------------------------------------------------------------------------------------
+
+
+def _evaluate(trainer: Trainer) -> dict[str, float]:
+    measured = trainer.evaluate()
+    result = {"loss": measured["eval_loss"]}
+    if "eval_accuracy" in measured:
+        return result | {"accuracy": measured["eval_accuracy"]}
+    return result | {"perplexity": math.exp(min(measured["eval_loss"], 700.0))}
+
+
+def _train(trainer: Trainer, checkpoint: Path | None, console: "Console | None", metrics: dict[str, Any]) -> None:
+    """Train, and note in `metrics` how it went."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    before = _state(checkpoint) if checkpoint else {"global_step": 0, "max_steps": 1, "num_input_tokens_seen": 0}
+    seconds = 0.0
+    # The evaluation before has drawn random numbers, which a run that starts over has not done again.
+    transformers.set_seed(trainer.args.seed)
+    if before["global_step"] >= before["max_steps"]:
+        # Only the last evaluation is missing. Trainer would take one more step.
+        load_adapter(trainer.model, checkpoint)
+        trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / _STATE_FILE))
+    else:
+        with ExitStack() as watchers:
+            for watcher in (StopOnInterrupt(console), *([ProgressBar(console)] if console else [])):
+                trainer.add_callback(watchers.enter_context(watcher))
+            result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        seconds = result.metrics["train_runtime"]
+    state = trainer.state
+    metrics |= {
+        "status": "finished" if state.global_step >= state.max_steps else "interrupted",
+        "steps": state.global_step,
+        "tokens": state.num_input_tokens_seen,
+        "seconds": seconds,
+        "tokens_per_second": (state.num_input_tokens_seen - before["num_input_tokens_seen"]) / max(seconds, 1e-9),
+        "peak_memory_bytes": peak_memory(),
+        "loss_history": [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry],
+    }
+
+
+def _last_checkpoint(output: Path) -> Path | None:
+    """The last whole checkpoint: one whose state, which is written last, can be read."""
+    found = [p for p in output.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
+    for folder in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
+        try:
+            _state(folder)
+        except (OSError, json.JSONDecodeError):
+            continue
+        return folder
+    return None
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))
+
+
+def _make_folder(path: str) -> Path:
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output must be a folder that can be written: {folder}: {error.strerror}") from None
+    return folder
+
+
+def _write_json(values: dict[str, Any], file: Path) -> None:
+    aside = file.with_name(f".{file.name}")
+    aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, file)

@@ -1,0 +1,78 @@
+"""`allora merge`: base model and adapter as one ordinary model folder."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from .adapt import AdaptReport, merge_adapter
+from .base_model import load_base
+from .checkpoint import load_adapter
+
+_TASKS = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm"}
+
+
+def write_merged_model(adapter: str, output: str, model: str | None = None) -> AdaptReport:
+    """Write the base model with the adapter merged into its weights, and the tokenizer, into a new folder.
+
+    Args:
+        adapter: folder of an adapter that `finetune`, `save_adapter` or PEFT saved for classification or a causal
+            language model.
+        output: the folder to make; it appears only when it is whole.
+        model: folder or name of the base model; None for the one that the adapter names.
+
+    Returns:
+        AdaptReport: what was merged.
+
+    Raises:
+        ValueError: `output` exists; the adapter is for another task or names no base model; the base model cannot be
+            loaded or does not fit.
+        FileNotFoundError: there is no adapter in the folder.
+        OSError: the output folder cannot be written.
+    """
+    folder, target = Path(adapter).expanduser(), Path(output).expanduser()
+    if target.exists():
+        raise ValueError(f"output must be a new folder, but {target} exists")
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"no adapter at {folder}: there is no {file.name}")
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if settings.get("task_type") not in _TASKS:
+        raise ValueError(f"{file}: task_type must be one of {', '.join(_TASKS)}, got {settings.get('task_type')!r}")
+    source = model or settings.get("base_model_name_or_path")
+    if not source:
+        raise ValueError(f"{file} names no base model: name it with --model")
+    base = load_base(source, _TASKS[settings["task_type"]], _classes(folder), "auto")
+    report = load_adapter(base.model, folder)
+    if untrained := set(base.heads) - set(report.modules_to_save):
+        raise ValueError(f"{sorted(untrained)} would be at random values: neither the model nor the adapter has them")
+    merge_adapter(base.model)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        base.model.save_pretrained(aside)
+        base.tokenizer.save_pretrained(aside)
+        # mkdtemp makes folders that only their owner can enter, whatever the umask.
+        aside.chmod(0o777 & ~_umask())
+        os.replace(aside, target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return report
+
+
+def _classes(folder: Path) -> list[str] | None:
+    """What `finetune` left beside the adapter: PEFT's format has no place for the names of the classes."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    names = json.loads(file.read_text(encoding="utf-8")).get("id2label")
+    return names and [names[key] for key in sorted(names, key=int)]
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,101 @@
+"""What watches a training run from outside: the progress bar, Ctrl-C, and losses that are no numbers."""
+
+import math
+import signal
+import sys
+import threading
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+
+def peak_memory() -> int:
+    """Bytes: the most this process has had allocated on the GPU, or, without one, resident in main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows has none
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class ProgressBar(TrainerCallback):
+    """A line with steps, loss, tokens a second and peak memory; a context manager, so that errors end it too."""
+
+    def __init__(self, console: Console):
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+            TextColumn("{task.fields[memory]:.1f} GiB"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.stop()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, loss=0, rate=0, memory=0)
+        self.started, self.tokens_before = self.bar.get_time(), state.num_input_tokens_seen
+        self.bar.start()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return
+        rate = (state.num_input_tokens_seen - self.tokens_before) / (self.bar.get_time() - self.started)
+        memory = peak_memory() / 2**30
+        self.bar.update(self.task, completed=state.global_step, loss=logs["loss"], rate=rate, memory=memory)
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Turns the first Ctrl-C into: finish this step, save a checkpoint, stop. The second one interrupts at once.
+
+    Between two steps everything a checkpoint holds belongs together; in the middle of one it does not, and the
+    resumed run would be another. Outside the main thread, where Python delivers no signals, it does nothing.
+    """
+
+    def __init__(self, console: Console | None = None):
+        self.asked = False
+        self.console = console
+
+    def __enter__(self) -> "StopOnInterrupt":
+        self.installed = threading.current_thread() is threading.main_thread()
+        if self.installed:
+            self.former = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.installed:
+            signal.signal(signal.SIGINT, self.former)
+
+    def _interrupt(self, signum, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        if self.console is not None:
+            self.console.print("Stopping after this step and saving; Ctrl-C again stops at once.")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+
+class StopOnNonFinite(TrainerCallback):
+    """Raises FloatingPointError when the loss is nan or infinite, before such a model is saved."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise FloatingPointError(
+                f"the loss became {logs['loss']} at step {state.global_step}: lower the learning rate (now "
+                f"{args.learning_rate:g}) or eta, or warm up"
+            )

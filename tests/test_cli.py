@@ -1,0 +1,286 @@
+"""The command line: what it prints, its exit codes, and that bad input writes nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+typer_testing = pytest.importorskip("typer.testing")
+
+from tiny_training import make_model, sentences, write_csv  # noqa: E402
+
+from allora_kernels import cli, doctor, reference  # noqa: E402
+from allora_kernels import finetune as finetune_module  # noqa: E402
+from allora_kernels.checkpoint import load_adapter  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Models, data, and things that are wrong with either. Read only."""
+    root = tmp_path_factory.mktemp("inputs")
+    make_model(root / "bert", "Bert")
+    make_model(root / "llama", "Llama")
+    write_csv(root / "data.csv", sentences(32))
+    (root / "empty.csv").write_text("")
+    (root / "unlabelled.csv").write_text("text\nw0 w1\n")
+    (root / "one_class.csv").write_text("text,label\n" + "w0,a\n" * 10)
+    (root / "latin1.csv").write_bytes("text,label\nété,a\n".encode("latin1"))
+    (root / "other_labels.csv").write_text("text,label\nw0,c\n")
+    (root / "file").write_text("a file, not a folder")
+    (root / "no_model").mkdir()
+    words = make_model(root / "mismatched", "Bert")
+    small = transformers.BertConfig.from_pretrained(words, vocab_size=5)
+    transformers.BertModel(small).save_pretrained(words)
+    masked = transformers.BertForMaskedLM.from_pretrained(root / "bert")
+    masked.save_pretrained(make_model(root / "masked", "Bert"))
+    torn = Path(make_model(root / "torn", "Bert"), "model.safetensors")
+    torn.write_bytes(torn.read_bytes()[:1000])
+    return root
+
+
+def allora(*arguments):
+    return typer_testing.CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+def finetune(folder, output, **options):
+    """`allora finetune` on the tiny classifier; an option that is None is left out, a list is repeated."""
+    settings = {"model": folder / "bert", "data": folder / "data.csv", "output": output, "r": 2, "max_steps": 2}
+    arguments = []
+    for name, value in (settings | {"max_length": 16} | options).items():
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None:
+                arguments += [f"--{name.replace('_', '-')}", *([] if one is True else [one])]
+    return allora("finetune", *arguments)
+
+
+# --- what works -----------------------------------------------------------------------------------------------------
+
+
+def test_finetune_prints_before_and_after_and_where_the_adapter_is(folder, tmp_path):
+    result = finetune(folder, tmp_path / "run", norm="none", target_modules=["query", "value"], head_learning_rate=0.1)
+    assert result.exit_code == 0, result.output
+    assert "4 layers adapted" in result.output
+    assert "accuracy: " in result.output and "after 2 steps" in result.output
+    assert str(tmp_path / "run" / "adapter") in result.output
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["config"]["norm"] is None and metrics["config"]["target_modules"] == ["query", "value"]
+
+
+def test_finetune_a_language_model(folder, tmp_path):
+    result = finetune(folder, tmp_path / "run", model=folder / "llama", task="causal-lm", gradient_checkpointing=True)
+    assert result.exit_code == 0, result.output
+    assert "perplexity: " in result.output
+
+
+def test_ctrl_c_says_how_to_go_on(folder, tmp_path, monkeypatch):
+    import signal
+
+    class Interrupted(finetune_module.AdapterTrainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 1:
+                signal.raise_signal(signal.SIGINT)
+            return super().training_step(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune_module, "AdapterTrainer", Interrupted)
+        result = finetune(folder, tmp_path / "run", max_steps=5)
+    assert result.exit_code == 130 and "Interrupted after step 2" in result.output and "--resume" in result.output
+    assert finetune(folder, tmp_path / "run", max_steps=5, resume=True).exit_code == 0
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_merge_gives_an_ordinary_model_with_the_same_logits(folder, tmp_path, named):
+    assert finetune(folder, tmp_path / "run", learning_rate=0.1).exit_code == 0
+    base = ["--model", folder / "bert"] if named else []
+    result = allora("merge", "--adapter", tmp_path / "run" / "adapter", "--output", tmp_path / "merged", *base)
+    assert result.exit_code == 0, result.output
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    adapted = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "bert").eval()
+    load_adapter(adapted, tmp_path / "run" / "adapter")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    inputs = tokenizer([text for text, _ in sentences(8)], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        assert torch.allclose(merged(**inputs).logits, adapted(**inputs).logits, atol=1e-5)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    assert merged.config.id2label == {0: "fresh", 1: "rotten"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["merged", "run"]
+
+
+def test_doctor_passes_on_this_machine():
+    result = allora("doctor")
+    assert result.exit_code == 0, result.output
+    assert torch.__version__ in result.output and "self-check of the eager backend: passed" in result.output
+    for norm in reference.NORMS:
+        assert str(norm) in result.output
+
+
+def test_doctor_finds_a_wrong_gradient(monkeypatch):
+    right = reference.adapter_grads
+
+    def a_thousandth_off(*arguments):
+        ds, da, db = right(*arguments)
+        return ds, da * (1.001 if arguments[6] == "token" else 1), db
+
+    monkeypatch.setattr(reference, "adapter_grads", a_thousandth_off)
+    result = allora("doctor")
+    assert result.exit_code == 1 and result.output.count("WRONG") == 1 and "FAILED" in result.output
+
+
+def test_doctor_reports_a_kernel_that_raises(monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("out of registers\nand a long dump")
+
+    monkeypatch.setattr(reference, "adapter_grads", broken)
+    checks = doctor.self_check(torch.device("cpu"))
+    assert not any(check.passed for check in checks)
+    assert checks[0].failure == "RuntimeError: out of registers and a long dump"
+
+
+def test_every_setting_has_help_and_its_default_in_the_help():
+    result = subprocess.run(
+        [sys.executable, "-m", "allora_kernels.cli", "finetune", "--help"],
+        capture_output=True, text=True, env={"COLUMNS": "300", "PATH": ""},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for words in (
+        "--head-learning-rate",
+        "--no-bf16",
+        "--target-modules",
+        "ALLoRA's rule: row, matrix",
+        "[default: row]",
+    ):
+        assert words in result.stdout, words
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "./nowhere"}, "no such model folder: ./nowhere"),
+        ({"model": "{folder}/no_model"}, "must be a folder with a config.json"),
+        ({"model": "{folder}/mismatched"}, "the tokenizer has 25 tokens but the model only 5"),
+        ({"model": "nobody/nothing"}, "nobody/nothing cannot be loaded for classification"),
+        ({"model": "{folder}/bert", "task": "causal-lm"}, "the checkpoint lacks 6 of the model's weights, first cls."),
+        ({"model": "{folder}/masked", "task": "causal-lm"}, "it is a masked language model"),
+        ({"model": "{folder}/torn"}, "torn cannot be loaded for classification"),
+        ({"data": "{folder}/missing.csv"}, "no such data file"),
+        ({"data": "{folder}/empty.csv"}, "its first line must name the columns"),
+        ({"data": "{folder}/unlabelled.csv"}, "has no column 'label'; it has ['text']"),
+        ({"data": "{folder}/one_class.csv"}, "at least two labels"),
+        ({"data": "{folder}/latin1.csv"}, "is not UTF-8 (byte 0xe9"),
+        ({"data": "{folder}/bert"}, "is a folder"),
+        ({"eval_data": "{folder}/other_labels.csv"}, "the training data does not have: ['c']"),
+        ({"eval_fraction": 1.5}, "eval_fraction must be > 0 and < 1, got 1.5"),
+        ({"text_column": "body"}, "has no column 'body'; it has ['text', 'label']"),
+        ({"output": "{folder}/file"}, "output must be a folder that can be written"),
+        ({"output": "{folder}/file/below"}, "is a file"),
+        ({"resume": True}, "there is nothing to resume"),
+        ({"r": 0}, "r must be between 1 and 256, got 0"),
+        ({"r": 257}, "r must be between 1 and 256, got 257"),
+        ({"eta": -1.0}, "eta must be finite and > 0 (from 1e-18 to 1e+18), got -1.0"),
+        ({"norm": "column"}, "norm must be one of ('row', 'matrix', 'factor', 'entry', 'token', None), got 'column'"),
+        ({"optimizer": "adam"}, "optimizer must be one of adamw, sgd; got 'adam'"),
+        ({"schedule": "step"}, "schedule must be one of linear, cosine, constant; got 'step'"),
+        ({"task": "regression"}, "task must be one of classification, causal-lm; got 'regression'"),
+        ({"target_modules": "nothing"}, "nothing"),
+        ({"target_modules": ["all-linear", "query"]}, "or all-linear alone"),
+        ({"max_length": 33}, "max_length must be <= 32, where"),
+        ({"max_length": 1}, "max_length must be >= 2, got 1"),
+        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
+        ({"grad_accumulation": 0}, "grad_accumulation must be >= 1, got 0"),
+        ({"max_steps": 0}, "max_steps must be >= 1, got 0"),
+        ({"epochs": 0.0}, "epochs must be finite and > 0, got 0.0"),
+        ({"learning_rate": "nan"}, "learning_rate must be finite and > 0, got nan"),
+        ({"warmup_steps": -1}, "warmup_steps must be >= 0, got -1"),
+        ({"momentum": 0.9}, "momentum is for optimizer='sgd'"),
+        ({"head_learning_rate": 0.1, "task": "causal-lm", "model": "{folder}/llama"}, "head_learning_rate is for"),
+    ],
+)
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(folder, tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    options = {k: v.format(folder=folder) if isinstance(v, str) else v for k, v in options.items()}
+    output = options.pop("output", tmp_path / "runs" / "run")
+    kept = sorted(folder.rglob("*"))
+    result = finetune(folder, output, **options)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("allora: ") and result.stderr.count("\n") == 1, result.stderr
+    assert message in result.stderr
+    assert sorted(folder.rglob("*")) == kept and not list(tmp_path.iterdir())
+
+
+def test_an_output_folder_that_is_read_only(folder, tmp_path, monkeypatch):
+    # Root may write anywhere, so the answer of the system is replaced rather than the folder's mode.
+    monkeypatch.setattr(finetune_module.os, "access", lambda path, mode: False)
+    result = finetune(folder, tmp_path / "run")
+    assert result.exit_code == 2 and "read-only" in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_an_output_folder_with_a_run_is_not_written_over(folder, tmp_path):
+    assert finetune(folder, tmp_path / "run").exit_code == 0
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    again = finetune(folder, tmp_path / "run")
+    assert again.exit_code == 2 and "has an earlier run" in again.stderr
+    other = finetune(folder, tmp_path / "run", resume=True, r=3, eta=1.5)
+    assert other.exit_code == 2 and "r was 2; eta was 2.0" in other.stderr
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_other_data_cannot_be_resumed(folder, tmp_path):
+    data = tmp_path / "data.csv"
+    write_csv(data, sentences(32))
+    assert finetune(folder, tmp_path / "run", data=data).exit_code == 0
+    metrics = tmp_path / "run" / "metrics.json"
+    metrics.write_text(metrics.read_text().replace('"finished"', '"interrupted"'))
+    write_csv(data, sentences(33))
+    result = finetune(folder, tmp_path / "run", data=data, resume=True)
+    assert result.exit_code == 2 and "cannot resume: ['data']" in result.stderr
+
+
+def test_a_broken_metrics_file_cannot_be_resumed(folder, tmp_path):
+    (tmp_path / "metrics.json").write_text("{")
+    result = finetune(folder, tmp_path, resume=True)
+    assert result.exit_code == 2 and "cannot be resumed" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adapter": "{folder}/no_model"}, "no adapter at"),
+        ({"output": "{folder}/bert"}, "output must be a new folder"),
+        ({"model": "{folder}/no_model"}, "must be a folder with a config.json"),
+        ({"model": "{folder}/llama"}, "does not fit the model"),
+        ({"model": "{folder}/torn"}, "torn cannot be loaded for classification"),
+    ],
+)
+def test_merge_refuses_what_does_not_work(folder, tmp_path, options, message):
+    assert finetune(folder, tmp_path / "run").exit_code == 0
+    settings = {"adapter": tmp_path / "run" / "adapter", "output": tmp_path / "merged"}
+    settings |= {k: v.format(folder=folder) for k, v in options.items()}
+    result = allora("merge", *(word for k, v in settings.items() for word in (f"--{k}", v)))
+    assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.output
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("missing", ["typer", "transformers"])
+def test_without_the_packages_one_line_says_how_to_get_them(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; from allora_kernels.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert result.stderr.count("\n") == 1 and "pip install 'allora-kernels[train]'" in result.stderr
+
+
+def test_the_settings_are_checked_for_their_types():
+    from allora_kernels.finetune_config import FinetuneConfig
+
+    for wrong in ({"model": 3}, {"batch_size": True}, {"learning_rate": "0.1"}, {"eta": "2"}, {"seed": 1.5}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            FinetuneConfig(**({"model": "m", "data": "d", "output": "o"} | wrong))
+    with pytest.raises(ValueError, match="model must not be empty"):
+        FinetuneConfig(model="", data="d", output=str(Path("o")))

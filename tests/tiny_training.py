@@ -1,0 +1,54 @@
+"""A model, a tokenizer and data small enough to fine-tune in a second."""
+
+import random
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+LETTERS = [f"w{i}" for i in range(20)]
+VOCABULARY = ["[PAD]", "[UNK]", "[END]", *LETTERS, "good", "bad"]
+_SIZES = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "vocab_size": len(VOCABULARY), "max_position_embeddings": 32,
+    "initializer_range": 0.3,
+}  # fmt: skip
+
+
+def make_model(folder: Path, family: str) -> str:
+    """A random ``"Bert"`` (without a head) or ``"Llama"`` (with one) and its tokenizer, in `folder`."""
+    torch.manual_seed(0)
+    if family == "Bert":
+        # Dropout stays on: what draws random numbers is what resuming can get wrong.
+        model = transformers.BertModel(transformers.BertConfig(**_SIZES))
+    else:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SIZES, num_key_value_heads=1))
+    model.save_pretrained(folder)
+    words = models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]", model_max_length=32
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def sentences(count: int = 96) -> list[tuple[str, str]]:
+    """(text, label): the text has one of two words that give the label away; the other words always come in order."""
+    generator = random.Random(0)
+    rows = []
+    for _ in range(count):
+        start = generator.randrange(12)
+        word = generator.choice(["good", "bad"])
+        text = [*LETTERS[start : start + generator.randint(3, 7)], word]
+        rows.append((" ".join(text), "fresh" if word == "good" else "rotten"))
+    return rows
+
+
+def write_csv(file: Path, rows: list[tuple[str, str]]) -> str:
+    file.write_text("".join(f"{text},{label}\n" for text, label in [("text", "label"), *rows]))
+    return str(file)
