@@ -9,6 +9,7 @@ sees the same 3,840 snippets once, in the same order, and is judged on snippets 
 import argparse
 import bz2
 import csv
+import json
 import os
 import random
 import shutil
@@ -258,6 +259,14 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     draw(options.output / "demo.png", accuracies, losses)
     difference = difference_to_peft(str(model_folder), run / "adapter", [text for text, _ in test[:64]])
 
+    seconds = round(time.monotonic() - started)
+    record = {"accuracies": accuracies, "seconds": seconds, "logits_differ_from_peft": difference, "loss": losses}
+    record |= {key: metrics[key] for key in ("config", "versions", "device", "data")}
+    for path in ("model", "data", "eval_data", "output"):
+        # Where things lay is nobody else's business, and no part of the result.
+        record["config"][path] = Path(record["config"][path]).name
+    (options.output / "demo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
     console.print(
         f"\naccuracy on {len(test)} snippets (random head before training: {metrics['before']['accuracy']:.3f})"
     )
@@ -267,7 +276,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     console.print(
         f"plot:    {options.output / 'demo.png'}\nadapter: {run / 'adapter'}", highlight=False, soft_wrap=True
     )
-    console.print(f"{time.monotonic() - started:.0f} s", highlight=False)
+    console.print(f"{seconds} s; all of it in {options.output / 'demo.json'}", highlight=False)
     return accuracies
 
 
