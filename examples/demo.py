@@ -265,7 +265,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     for path in ("model", "data", "eval_data", "output"):
         # Where things lay is nobody else's business, and no part of the result.
         record["config"][path] = Path(record["config"][path]).name
-    (options.output / "demo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (options.output / "demo.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
 
     console.print(
         f"\naccuracy on {len(test)} snippets (random head before training: {metrics['before']['accuracy']:.3f})"
