@@ -134,7 +134,8 @@ def quadratic_coefficient(v: Tensor, q: Tensor, eta: float) -> Tensor:
         *v.stride(),
         eta**-2,
         BLOCK_L=_BLOCK_L,
-        BLOCK_R=configs.block_r(R, _BLOCK_R),
+        # Wider tiles spill: an IEEE dot runs on the scalar units, out of registers.
+        BLOCK_R=16,
         num_warps=4,
         num_stages=1,
     )
