@@ -1,6 +1,6 @@
 """What a call would do and why, in words and data."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -14,7 +14,7 @@ class Explanation:
     backend: str
     reason: str
     fallback: bool
-    plan: dict[str, str] = field(default_factory=dict)
+    plan: dict[str, str]
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend} ({self.reason})"]

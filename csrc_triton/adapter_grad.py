@@ -19,7 +19,7 @@ from torch import Tensor
 from . import configs
 from .combine import combine
 from .row_norms import token_coefficient
-from .tiling import TRITON_DTYPE, coefficient, dot, dot_precision, launch, offsets
+from .tiling import TRITON_DTYPE, add_low_rank, coefficient, dot, dot_precision, launch, offsets
 
 
 @triton.jit(do_not_specialize=["M", "SEGMENT_M"])
@@ -86,14 +86,23 @@ def _sweep_kernel(
         v_scaled = v
         if NORM == "entry":
             product = tl.zeros((BLOCK_M, BLOCK_L), tl.float32)
-            for r in tl.range(0, R, BLOCK_R, num_stages=1):
-                offs_i = offsets(r, BLOCK_R)
-                mask_i = offs_i < R
-                s_ptrs = u_ptr + offs_m[:, None] * stride_um + offs_i[None, :] * stride_ur
-                b_ptrs = f_ptr + offs_i[:, None] * stride_fr + offs_l[None, :] * stride_fl
-                s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_i[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
-                b = tl.load(b_ptrs, mask=mask_i[:, None] & mask_l[None, :], other=0.0)  # [BLOCK_R, BLOCK_L]
-                product = dot(s, b, product, DTYPE, PRECISION)
+            product = add_low_rank(
+                product,
+                u_ptr,
+                f_ptr,
+                offs_m,
+                offs_l,
+                mask_m,
+                mask_l,
+                R,
+                stride_um,
+                stride_ur,
+                stride_fl,
+                stride_fr,
+                DTYPE,
+                PRECISION,
+                BLOCK_R,
+            )
             v_scaled = v * coefficient(tl.abs(product), inv_eta_squared)
 
         projected_ptrs = (pid_l.to(tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :]

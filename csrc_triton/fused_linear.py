@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .tiling import TRITON_DTYPE, dot, dot_precision, grouped_tile, launch, narrow, offsets
+from .tiling import TRITON_DTYPE, add_low_rank, dot, dot_precision, grouped_tile, launch, narrow, offsets
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -70,14 +70,23 @@ def _fused_linear_kernel(
         x_ptrs += step * stride_xk
         w_ptrs += step * stride_wk
 
-    for r in tl.range(0, R, BLOCK_R, num_stages=1):
-        offs_r = offsets(r, BLOCK_R)
-        mask_r = offs_r < R
-        s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
-        b_ptrs = b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn
-        s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
-        b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_R, BLOCK_N]
-        acc = dot(s, b, acc, LOW_RANK_DTYPE, LOW_RANK_PRECISION)
+    acc = add_low_rank(
+        acc,
+        s_ptr,
+        b_ptr,
+        offs_m,
+        offs_n,
+        mask_m,
+        mask_n,
+        R,
+        stride_sm,
+        stride_sr,
+        stride_bn,
+        stride_br,
+        LOW_RANK_DTYPE,
+        LOW_RANK_PRECISION,
+        BLOCK_R,
+    )
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]
 

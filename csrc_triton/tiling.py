@@ -89,6 +89,36 @@ def dot(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_low_rank(
+    acc,
+    s_ptr,
+    b_ptr,
+    offs_m,
+    offs_n,
+    mask_m,
+    mask_n,
+    R,
+    stride_sm,
+    stride_sr,
+    stride_bn,
+    stride_br,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``acc + S Bᵀ`` for the tile (offs_m, offs_n), S [M, R] and B [N, R]; the whole rank, BLOCK_R of it at a time."""
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        offs_r = offsets(r, BLOCK_R)
+        mask_r = offs_r < R
+        s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
+        b_ptrs = b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn
+        s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+        b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_R, BLOCK_N]
+        acc = dot(s, b, acc, DTYPE, PRECISION)
+    return acc
+
+
+@triton.jit
 def sqrt_of_square(square):
     """The norm whose square was computed, where rounding may have taken it below 0; a nan stays one."""
     return tl.sqrt(tl.where(square < 0.0, 0.0, square))
