@@ -40,5 +40,5 @@ def explain(
 
         plan = plan_steps(rows, out_features, in_features, r, norm, dtype, compute, device)
     else:
-        plan = dict.fromkeys(("down_project", "fused_linear", "adapter_grads"), "torch")
+        plan = dict.fromkeys(("adapted_linear", "fused_linear", "adapter_grads"), "torch")
     return Explanation(choice.name, choice.reason, choice.fallback, plan)

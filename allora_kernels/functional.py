@@ -72,9 +72,7 @@ class _ALLoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, cache):
-        steps = _backend.steps(backend)
-        s = steps.down_project(x, lora_A, dtype)
-        return steps.fused_linear(x, weight, bias, s, lora_B), s
+        return _backend.steps(backend).adapted_linear(x, weight, bias, lora_A, lora_B, dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -93,6 +93,14 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, lora
     return F.linear(x, weight, bias) + (s @ lora_B.to(s.dtype).mT).to(x.dtype)
 
 
+def adapted_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The forward pass: ``(y [M, N], S [M, R])``, y in x's dtype and S in `dtype`."""
+    s = down_project(x, lora_A, dtype)
+    return fused_linear(x, weight, bias, s, lora_B), s
+
+
 def low_rank_add(y: Tensor, s: Tensor, lora_B: Tensor) -> None:
     """``y += S Bᵀ`` in place, for a ``y [M, N]`` that another library's layer computed."""
     y.add_((s @ lora_B.to(s.dtype).mT).to(y.dtype))

@@ -24,7 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import csrc_triton
-from csrc_triton import configs
+from csrc_triton import configs, plans
+from csrc_triton.fused_linear_persistent import describable
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -34,6 +35,9 @@ TARGETS = {
 }
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 """Shared memory (LDS) one block can have, in bytes."""
+
+TENSOR_MEMORY_COLUMNS = 512
+"""What one block can have of sm_100's tensor memory, in columns."""
 
 _NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MATRIX_INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC.*MMA", "gfx942": "v_mfma"}
@@ -51,11 +55,17 @@ class Compiled:
     registers: int
     spills: int
     shared: int
+    tensor_memory: int
     matrix: int
 
     @property
     def fits(self) -> bool:
-        return self.spills == 0 and self.shared <= SHARED_LIMIT[self.arch]
+        return (
+            self.spills == 0
+            and self.shared <= SHARED_LIMIT[self.arch]
+            # Beyond it the compiler leaves nothing but a trap.
+            and self.tensor_memory <= TENSOR_MEMORY_COLUMNS
+        )
 
 
 def catch_launches(call, arch: str) -> list[tuple[JITFunction, tuple, dict]]:
@@ -89,6 +99,7 @@ def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict, arch: str, ca
         registers=registers,
         spills=spills,
         shared=compiled.metadata.shared,
+        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
         matrix=len(re.findall(_MATRIX_INSTRUCTIONS[arch], code)),
     )
 
@@ -118,8 +129,10 @@ def _run(tool: str, *args: str) -> str:
     return subprocess.run([_NVIDIA_BIN / tool, *args], check=True, capture_output=True, text=True).stdout
 
 
-def launches(dtype: torch.dtype, adapter_dtype: torch.dtype, r: int, m: int = 2048, n: int = 4096, k: int = 4096):
-    """(case, call) of every launcher at one size, with every rule whose code differs."""
+def launches(
+    arch: str, dtype: torch.dtype, adapter_dtype: torch.dtype, r: int, m: int = 2048, n: int = 4096, k: int = 4096
+):
+    """(case, call) of every launcher at one size, with every plan for `arch` and every rule whose code differs."""
     compute = torch.promote_types(dtype, adapter_dtype)
     x, g = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype)
     w, bias = torch.empty(n, k, dtype=dtype), torch.empty(n, dtype=dtype)
@@ -128,8 +141,12 @@ def launches(dtype: torch.dtype, adapter_dtype: torch.dtype, r: int, m: int = 20
     c = {norm: torch.empty(n + r if norm == "factor" else n, dtype=torch.float32) for norm in ("row", "factor")}
     label = f"{str(dtype).split('.')[1]}/{str(adapter_dtype).split('.')[1]} R={r}"
     yield f"down_project {label}", lambda: csrc_triton.down_project(x, a, compute)
-    yield f"y {label}", lambda: csrc_triton.fused_linear(x, w, bias, s, b)
-    yield f"dx {label}", lambda: csrc_triton.fused_linear(g, w.mT, None, s, a.mT)
+    for plan in plans.options(plans.Call("adapted_linear", m, n, k, r, dtype, compute), arch, describable(x, w)):
+        if plan.way != "vendor":
+            yield f"y {plan.way} {label}", lambda plan=plan: csrc_triton.adapted_linear(x, w, bias, a, b, compute, plan)
+    for plan in plans.options(plans.Call("fused_linear", m, k, n, r, dtype, compute), arch, describable(g, w.mT)):
+        if plan.way != "vendor":
+            yield f"dx {plan.way} {label}", lambda plan=plan: csrc_triton.fused_linear(g, w.mT, None, s, a.mT, plan)
     yield f"low_rank_add {label}", lambda: csrc_triton.low_rank_add(g, s, b)
     for norm in ("row", "matrix", "factor"):
         yield f"C {norm} {label}", lambda norm=norm: csrc_triton.weight_coefficient(a, b, 2.0, norm)
@@ -147,9 +164,10 @@ def compile_all(archs, dtypes, ranks, shape=(2048, 4096, 4096)) -> list[Compiled
     results = []
     for arch, (dtype, adapter_dtype), r in itertools.product(archs, dtypes, ranks):
         seen = set()
-        for case, call in launches(dtype, adapter_dtype, r, *shape):
+        for case, call in launches(arch, dtype, adapter_dtype, r, *shape):
             for kernel, args, kwargs in catch_launches(call, arch):
-                shapes = [(t.shape, t.stride(), t.dtype) if isinstance(t, torch.Tensor) else t for t in args]
+                tensors = [getattr(t, "base", t) for t in args]
+                shapes = [(t.shape, t.stride(), t.dtype) if isinstance(t, torch.Tensor) else t for t in tensors]
                 identity = repr((kernel.__name__, shapes, kwargs))
                 if identity not in seen:
                     seen.add(identity)

@@ -2,15 +2,19 @@
 
 import torch
 
-from . import configs
+from . import configs, plans
+from .adapted_linear import adapted_linear
 from .adapter_grad import adapter_grads, sweep_op
 from .down_project import down_project
 from .fused_linear import fused_linear
+from .fused_linear_persistent import describable
 from .low_rank_add import low_rank_add
 from .row_norms import token_coefficient, weight_coefficient
 
 __all__ = [
+    "adapted_linear",
     "adapter_grads",
+    "describable",
     "down_project",
     "fused_linear",
     "low_rank_add",
@@ -37,10 +41,18 @@ def plan_steps(
     def plan(op, n, k):
         return f"Triton on {arch}, {configs.pick_config(op, M, n, k, r, dtype, arch, compute)}"
 
-    steps = {
-        "down_project": plan("down_project", 0, K),
-        "fused_linear (y)": plan("fused_linear", N, K),
-        "fused_linear (dx)": plan("fused_linear", K, N),
+    def way(op, n, k):
+        describable = dtype.itemsize == 2 and n % 8 == 0 and k % 8 == 0
+        return plans.pick(plans.Call(op, M, n, k, r, dtype, compute), device, describable)
+
+    def describe(plan):
+        return str(plan) if plan.config is None else f"Triton on {arch}: {plan}"
+
+    forward, backward = way("adapted_linear", N, K), way("fused_linear", K, N)
+    steps = {} if forward.way == "inside" else {"down_project": plan("down_project", 0, K)}
+    steps |= {
+        "adapted_linear (y)": describe(forward),
+        "fused_linear (dx)": describe(backward),
         "adapter_grads (sweep over g)": plan(sweep_op(norm), N, 0),
         "adapter_grads (sweep over x)": plan(sweep_op(None), K, 0),
     }

@@ -39,25 +39,68 @@ NUM_SMS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148,
 
 DEFAULT_NUM_SMS = 64
 
+
+@dataclass(frozen=True)
+class Machine:
+    """What `plans.estimate` knows of an architecture.
+
+    flops: 16-bit matrix FLOP/s that the vendor's GEMM reaches; bandwidth: bytes/s; launch: seconds a kernel costs in a
+    row of kernels; efficiency: speed of our GEMM over the vendor's where its tiles fill the chip, by the plan's way.
+    """
+
+    flops: float
+    bandwidth: float
+    launch: float
+    efficiency: dict[str, float]
+    efficiency_fp32: float
+    provenance: str
+
+
+_ASSUMED = {"tiles": 0.85, "inside": 0.85, "persistent": 0.95}
+
+MACHINES = {
+    "sm_80": Machine(250e12, 1.7e12, 4e-6, _ASSUMED, 0.5, "assumed for an A100 80 GB on 2026-11-23, not measured"),
+    "sm_90": Machine(800e12, 3.0e12, 4e-6, _ASSUMED, 0.5, "assumed for an H100 SXM on 2026-11-23, not measured"),
+    "sm_100": Machine(1600e12, 7.0e12, 4e-6, _ASSUMED, 0.5, "assumed for a B200 on 2026-11-23, not measured"),
+    "*": Machine(200e12, 1.0e12, 6e-6, _ASSUMED, 0.5, "assumed on 2026-11-23, not measured"),
+}
+"""By architecture; "*" is any other."""
+
 SCRATCH_BYTES = 32 * 2**20
 """What the sweep over G may use for its sums over columns: they fit the L2 cache of a data-centre GPU."""
 
-# By operation, then by (architecture, kind): BLOCK_M, BLOCK_N, BLOCK_K, the widest BLOCK_R, num_warps, num_stages. The
-# kinds are "16" (16-bit x and factors), "mixed" (16-bit x, fp32 factors; "mixed-fp16" where fp16 x, which takes two bf16
-# parts, needs smaller tiles) and "32" (fp32 x). "*" is any architecture: its entries compile within 48 KB of shared
-# memory everywhere.
+# By operation, then by (architecture, kind): BLOCK_M, BLOCK_N, BLOCK_K, the widest BLOCK_R, num_warps, num_stages; for a
+# GEMM several, largest tile first. The kinds are "16" (16-bit x and factors), "mixed" (16-bit x, fp32 factors;
+# "mixed-fp16" where fp16 x, which takes two bf16 parts, needs smaller tiles) and "32" (fp32 x). "*" is any architecture:
+# its entries compile within 48 KB of shared memory everywhere.
 _TABLES = {
     "fused_linear": {
-        ("sm_90", "16"): (128, 256, 64, 32, 8, 3),
-        ("sm_90", "mixed"): (128, 256, 64, 16, 8, 3),
-        ("sm_100", "16"): (128, 256, 64, 32, 8, 3),
-        ("sm_100", "mixed"): (128, 256, 64, 16, 8, 3),
-        ("sm_80", "16"): (128, 128, 32, 32, 4, 4),
-        ("sm_80", "mixed"): (128, 128, 32, 16, 8, 4),
-        ("*", "16"): (64, 128, 32, 32, 4, 3),
-        ("*", "mixed"): (64, 128, 32, 16, 4, 3),
-        ("*", "32"): (64, 64, 16, 16, 4, 2),
-        ("interpreter", "*"): (64, 64, 64, 64, 1, 1),
+        ("sm_90", "16"): [
+            (128, 256, 64, 32, 8, 3),
+            (128, 128, 64, 32, 8, 4),
+            (64, 128, 64, 32, 4, 4),
+            (64, 64, 64, 32, 4, 4),
+        ],
+        ("sm_90", "mixed"): [
+            (128, 256, 64, 16, 8, 3),
+            (128, 128, 64, 16, 8, 4),
+            (64, 128, 64, 16, 4, 4),
+            (64, 64, 64, 16, 4, 4),
+        ],
+        ("sm_100", "16"): [(128, 256, 64, 32, 8, 3), (128, 128, 64, 32, 8, 4), (128, 64, 64, 32, 4, 4)],
+        # Every part of a split dot has its own accumulator in tensor memory: 256 columns do not fit.
+        ("sm_100", "mixed"): [(128, 128, 64, 16, 8, 4), (128, 64, 64, 16, 4, 4)],
+        ("sm_80", "16"): [(128, 128, 32, 32, 8, 4), (64, 128, 64, 32, 4, 3), (64, 64, 64, 32, 4, 4)],
+        ("sm_80", "mixed"): [(128, 128, 32, 16, 8, 4), (64, 128, 64, 16, 4, 3), (64, 64, 64, 16, 4, 4)],
+        ("*", "16"): [(64, 128, 32, 32, 4, 3), (64, 64, 32, 32, 4, 3)],
+        ("*", "mixed"): [(64, 128, 32, 16, 4, 3), (64, 64, 32, 16, 4, 3)],
+        ("*", "32"): [(64, 64, 16, 16, 4, 2)],
+        ("interpreter", "*"): [(64, 64, 64, 64, 1, 1)],
+    },
+    "fused_linear_persistent": {
+        ("sm_90", "16"): [(128, 256, 64, 64, 8, 3)],
+        ("sm_90", "mixed"): [(128, 256, 64, 16, 8, 3)],
+        ("interpreter", "*"): [(32, 64, 32, 64, 1, 1)],
     },
     "down_project": {
         ("sm_90", "16"): (64, 0, 128, 64, 4, 4),
@@ -99,11 +142,12 @@ def block_r(r: int, limit: int = 64) -> int:
     return max(16, min(1 << (r - 1).bit_length(), limit))
 
 
-def pick_config(
-    op: str, M: int, N: int, K: int, R: int, dtype: torch.dtype, arch: str, low_rank_dtype: torch.dtype | None = None
-) -> Config:
-    """The configuration of `op` for these sizes, x's `dtype`, the low-rank products' dtype (None: the same) and `arch` as
-    from `arch_of`. Any architecture gets an answer; an unknown one gets the safe default."""
+def candidates(
+    op: str, N: int, K: int, R: int, dtype: torch.dtype, arch: str, low_rank_dtype: torch.dtype | None = None
+) -> list[Config]:
+    """The configurations of `op` worth trying for these sizes, x's `dtype`, the low-rank products' dtype (None: the same)
+    and `arch` as from `arch_of`. Any architecture gets some, an unknown one the safe default; only the persistent GEMM has
+    none where it cannot run."""
     if dtype == torch.float32:
         kinds = ("32", "*")
     elif low_rank_dtype == torch.float32:
@@ -113,13 +157,32 @@ def pick_config(
     table = _TABLES[op]
     # Loads of rows that do not begin at a multiple of 16 elements cannot be wide, and their addresses fill the registers:
     # the smaller tile, spread over twice the threads.
-    unaligned = (N % 16 or K % 16 or R % 8) and arch != "interpreter"
+    unaligned = (N % 16 or K % 16 or R % 8) and arch != "interpreter" and op != "fused_linear_persistent"
     archs = ("*",) if unaligned else (arch, "*")
-    key = next(key for key in itertools.product(archs, kinds) if key in table)
-    m, n, k, r, warps, stages = table[key]
-    if unaligned:
-        warps *= 2
-    return Config(m, n, k, block_r(R, r), warps, stages)
+    found = next((table[key] for key in itertools.product(archs, kinds) if key in table), [])
+    rows = found if isinstance(found, list) else [found]
+    return [
+        Config(m, n, k, block_r(R, r), warps * 2 if unaligned else warps, stages) for m, n, k, r, warps, stages in rows
+    ]
+
+
+def pick_config(
+    op: str, M: int, N: int, K: int, R: int, dtype: torch.dtype, arch: str, low_rank_dtype: torch.dtype | None = None
+) -> Config:
+    """The one of the `candidates` to take for M rows: of several, the tile whose waves over the chip cost least."""
+    found = candidates(op, N, K, R, dtype, arch, low_rank_dtype)
+    return found[0] if len(found) == 1 else min(found, key=lambda config: wave_cost(config, M, N, arch))
+
+
+def wave_cost(config: Config, M: int, N: int, arch: str) -> float:
+    """What a GEMM of M x N costs in these tiles, in elements of the output computed by one multiprocessor after another.
+
+    A tile's operands are as many bytes as its perimeter is long, so a small tile costs more an element: 1 + 32 (1/m + 1/n)
+    as much, which is computed, not measured.
+    """
+    m, n = config.BLOCK_M, config.BLOCK_N
+    waves = -(-(-(-M // m) * -(-N // n)) // NUM_SMS.get(arch, DEFAULT_NUM_SMS))
+    return waves * m * n * (1 + 32 / m + 32 / n)
 
 
 def num_splits(tiles: int, length: int, step: int, arch: str, waves: int = 2) -> int:
@@ -128,14 +191,23 @@ def num_splits(tiles: int, length: int, step: int, arch: str, waves: int = 2) ->
     return max(1, min(programs // max(tiles, 1), -(-length // step)))
 
 
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of this device; where it is not a GPU, of the usual one of its `arch_of`."""
+    if device.type == "cuda":
+        return _gpu_properties(device.index).multi_processor_count
+    return NUM_SMS.get(arch_of(device), 4)
+
+
 def arch_of(device: torch.device) -> str:
     """``"sm_90"``, ``"gfx942"``, ...; ``"interpreter"`` for a CPU tensor."""
-    return _gpu_arch(device.index) if device.type == "cuda" else "interpreter"
-
-
-@functools.cache
-def _gpu_arch(index: int | None) -> str:
-    properties = torch.cuda.get_device_properties(index)
+    if device.type != "cuda":
+        return "interpreter"
+    properties = _gpu_properties(device.index)
     if torch.version.hip is not None:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def _gpu_properties(index: int | None):
+    return torch.cuda.get_device_properties(index)

@@ -1,11 +1,15 @@
 """``y = x Wᵀ + bias + S Bᵀ``: one GEMM, the low-rank product as its epilogue. By strides also ``dX = g W + dS A``."""
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import plans
+from .configs import Config
+from .fused_linear_persistent import describable, launch_persistent
+from .low_rank_add import low_rank_add
 from .tiling import TRITON_DTYPE, add_low_rank, dot, dot_precision, grouped_tile, launch, narrow, offsets
 
 
@@ -14,6 +18,7 @@ def _fused_linear_kernel(
     x_ptr,
     w_ptr,
     bias_ptr,
+    a_ptr,
     s_ptr,
     b_ptr,
     y_ptr,
@@ -26,6 +31,8 @@ def _fused_linear_kernel(
     stride_wn,
     stride_wk,
     stride_bias,
+    stride_ar,
+    stride_ak,
     stride_sm,
     stride_sr,
     stride_bn,
@@ -35,8 +42,10 @@ def _fused_linear_kernel(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     LOW_RANK_DTYPE: tl.constexpr,
+    S_PRECISION: tl.constexpr,
     LOW_RANK_PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    S_INSIDE: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -46,8 +55,8 @@ def _fused_linear_kernel(
 ):
     """``y = x Wᵀ + bias + S Bᵀ`` for x [M, K], W [N, K], bias [N], S [M, R], B [N, R], y [M, N].
 
-    One program writes one [BLOCK_M, BLOCK_N] tile of y. The low-rank product and the bias are added to the GEMM's fp32
-    accumulator, so y is rounded once.
+    One program writes one [BLOCK_M, BLOCK_N] tile of y, rounded once from the fp32 accumulator. S_INSIDE (R <= BLOCK_R):
+    every program also computes its rows of ``S = x Aᵀ``, A [R, K], and the first column of tiles writes them.
     """
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     offs_m = offsets(pid_m * BLOCK_M, BLOCK_M)
@@ -59,6 +68,11 @@ def _fused_linear_kernel(
     w_ptrs = w_ptr + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
     step = tl.full((), BLOCK_K, tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if S_INSIDE:
+        offs_r = offsets(0, BLOCK_R)
+        mask_r = offs_r < R
+        a_ptrs = a_ptr + offs_k[:, None] * stride_ak + offs_r[None, :] * stride_ar
+        acc_s = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, K, BLOCK_K):
         mask_x, mask_w = mask_m[:, None], mask_n[None, :]
         if not EVEN_K:
@@ -67,26 +81,42 @@ def _fused_linear_kernel(
         x = tl.load(x_ptrs, mask=mask_x, other=0.0)  # [BLOCK_M, BLOCK_K]
         w = tl.load(w_ptrs, mask=mask_w, other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = dot(x, w, acc, DTYPE, PRECISION)
+        if S_INSIDE:
+            mask_a = mask_r[None, :]
+            if not EVEN_K:
+                mask_a = mask_a & mask_k[:, None]
+            a = tl.load(a_ptrs, mask=mask_a, other=0.0)  # [BLOCK_K, BLOCK_R]
+            acc_s = dot(x, a, acc_s, LOW_RANK_DTYPE, S_PRECISION)
+            a_ptrs += step * stride_ak
         x_ptrs += step * stride_xk
         w_ptrs += step * stride_wk
 
-    acc = add_low_rank(
-        acc,
-        s_ptr,
-        b_ptr,
-        offs_m,
-        offs_n,
-        mask_m,
-        mask_n,
-        R,
-        stride_sm,
-        stride_sr,
-        stride_bn,
-        stride_br,
-        LOW_RANK_DTYPE,
-        LOW_RANK_PRECISION,
-        BLOCK_R,
-    )
+    if S_INSIDE:
+        b_ptrs = b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn
+        b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_R, BLOCK_N]
+        s = narrow(acc_s, LOW_RANK_DTYPE)
+        acc = dot(s, b, acc, LOW_RANK_DTYPE, LOW_RANK_PRECISION)
+        s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
+        if pid_n == 0:
+            tl.store(s_ptrs, s, mask=mask_m[:, None] & mask_r[None, :])
+    else:
+        acc = add_low_rank(
+            acc,
+            s_ptr,
+            b_ptr,
+            offs_m,
+            offs_n,
+            mask_m,
+            mask_n,
+            R,
+            stride_sm,
+            stride_sr,
+            stride_bn,
+            stride_br,
+            LOW_RANK_DTYPE,
+            LOW_RANK_PRECISION,
+            BLOCK_R,
+        )
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]
 
@@ -94,23 +124,19 @@ def _fused_linear_kernel(
     tl.store(y_ptrs, narrow(acc, DTYPE), mask=mask_m[:, None] & mask_n[None, :])
 
 
-def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor) -> Tensor:
-    """``y = x Wᵀ + bias + S Bᵀ [M, N]`` in x's dtype; ``(g, Wᵀ, None, ds, Aᵀ)`` gives ``dX = g W + dS A``.
-
-    x [M, K] and weight [N, K] share a dtype; s [M, R] sets the one of the low-rank product; any strides.
-    """
+def launch_tiles(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, s: Tensor, b: Tensor, config: Config
+) -> Tensor:
+    """y, by one program a tile. With a [R, K] also fills s, which is read otherwise."""
     (M, K), N, R = x.shape, weight.shape[0], s.shape[1]
     y = torch.empty(M, N, device=x.device, dtype=x.dtype)
-    if M == 0:
-        return y
-    arch = configs.arch_of(x.device)
-    config = configs.pick_config("fused_linear", M, N, K, R, x.dtype, arch, s.dtype)
     launch(
         _fused_linear_kernel,
         (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),),
         x,
         weight,
         bias,
+        a,
         s,
         b,
         y,
@@ -121,14 +147,17 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: T
         *x.stride(),
         *weight.stride(),
         0 if bias is None else bias.stride(0),
+        *((0, 0) if a is None else a.stride()),
         *s.stride(),
         *b.stride(),
         *y.stride(),
         DTYPE=TRITON_DTYPE[x.dtype],
         PRECISION=dot_precision(x.dtype, x.dtype, x.dtype),
         LOW_RANK_DTYPE=TRITON_DTYPE[s.dtype],
+        S_PRECISION=dot_precision(s.dtype, x.dtype, s.dtype),
         LOW_RANK_PRECISION=dot_precision(s.dtype, x.dtype, x.dtype),
         HAS_BIAS=bias is not None,
+        S_INSIDE=a is not None,
         EVEN_K=K % config.BLOCK_K == 0,
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
@@ -139,3 +168,26 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: T
         num_stages=config.num_stages,
     )
     return y
+
+
+def fused_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, plan: plans.Plan | None = None
+) -> Tensor:
+    """``y = x Wᵀ + bias + S Bᵀ [M, N]`` in x's dtype; ``(g, Wᵀ, None, ds, Aᵀ)`` gives ``dX = g W + dS A``.
+
+    x [M, K] and weight [N, K] share a dtype; s [M, R] sets the one of the low-rank product; any strides. `plan` is
+    chosen where none is given.
+    """
+    (M, K), N, R = x.shape, weight.shape[0], s.shape[1]
+    if M == 0:
+        return torch.empty(0, N, device=x.device, dtype=x.dtype)
+    if plan is None:
+        call = plans.Call("fused_linear", M, N, K, R, x.dtype, s.dtype)
+        plan = plans.pick(call, x.device, describable(x, weight))
+    if plan.way == "vendor":
+        y = F.linear(x, weight, bias)
+        low_rank_add(y, s, b)
+        return y
+    if plan.way == "persistent":
+        return launch_persistent(x, weight, bias, s, b, plan.config)
+    return launch_tiles(x, weight, bias, None, s, b, plan.config)

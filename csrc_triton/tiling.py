@@ -1,7 +1,5 @@
 """What the kernels share: tile order, 64-bit offsets, dots and casts that mean the same on a GPU and in the interpreter."""
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -89,6 +87,34 @@ def dot(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _add_low_rank_step(
+    acc,
+    s_ptr,
+    b_ptr,
+    offs_m,
+    offs_n,
+    mask_m,
+    mask_n,
+    r,
+    R,
+    stride_sm,
+    stride_sr,
+    stride_bn,
+    stride_br,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    offs_r = offsets(r, BLOCK_R)
+    mask_r = offs_r < R
+    s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
+    b_ptrs = b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn
+    s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+    b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_R, BLOCK_N]
+    return dot(s, b, acc, DTYPE, PRECISION)
+
+
+@triton.jit
 def add_low_rank(
     acc,
     s_ptr,
@@ -105,16 +131,23 @@ def add_low_rank(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    ONE_STEP: tl.constexpr = False,
 ):
-    """``acc + S Bᵀ`` for the tile (offs_m, offs_n), S [M, R] and B [N, R]; the whole rank, BLOCK_R of it at a time."""
-    for r in tl.range(0, R, BLOCK_R, num_stages=1):
-        offs_r = offsets(r, BLOCK_R)
-        mask_r = offs_r < R
-        s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
-        b_ptrs = b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn
-        s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
-        b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_R, BLOCK_N]
-        acc = dot(s, b, acc, DTYPE, PRECISION)
+    """``acc + S Bᵀ`` for the tile (offs_m, offs_n), S [M, R] and B [N, R]; the whole rank, BLOCK_R of it at a time.
+
+    ONE_STEP says that R <= BLOCK_R: without a loop of its own this does not end the pipeline of a loop around it.
+    """
+    if ONE_STEP:
+        acc = _add_low_rank_step(
+            acc, s_ptr, b_ptr, offs_m, offs_n, mask_m, mask_n, 0, R,
+            stride_sm, stride_sr, stride_bn, stride_br, DTYPE, PRECISION, BLOCK_R,
+        )  # fmt: skip
+    else:
+        for r in tl.range(0, R, BLOCK_R, num_stages=1):
+            acc = _add_low_rank_step(
+                acc, s_ptr, b_ptr, offs_m, offs_n, mask_m, mask_n, r, R,
+                stride_sm, stride_sr, stride_bn, stride_br, DTYPE, PRECISION, BLOCK_R,
+            )  # fmt: skip
     return acc
 
 
@@ -148,7 +181,10 @@ TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bflo
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
-    """``kernel[grid](*args, **options)`` on the device of the first argument, a tensor."""
-    device = args[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    """``kernel[grid](*args, **options)`` on the device of the first argument, a tensor or a descriptor of one."""
+    device = getattr(args[0], "base", args[0]).device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **options)
+    else:
         kernel[grid](*args, **options)

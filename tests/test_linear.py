@@ -104,7 +104,7 @@ def test_repr_and_explain_say_what_runs(layer):
     assert "in_features=7, out_features=5, bias=True, r=3, eta=1.5, norm='row', backend='eager'" in repr(layer)
     explanation = layer.explain(rows=4)
     assert explanation.backend == "eager" and "cpu tensors" in explanation.reason
-    assert set(explanation.plan) == {"down_project", "fused_linear", "adapter_grads"}
+    assert set(explanation.plan) == {"adapted_linear", "fused_linear", "adapter_grads"}
     assert str(explanation).startswith("backend: eager (cpu tensors")
 
 

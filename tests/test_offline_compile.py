@@ -42,8 +42,8 @@ def compile_for(arch, *options):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_compiles_without_spills_in_the_chips_shared_memory(arch, dtype):
     results = compile_for(arch, "--dtype", dtype, "--rank", "16")
-    gemms = [result for result in results if result["kernel"] == "fused_linear"]
-    assert len(gemms) == 2
+    gemms = [result for result in results if result["kernel"].startswith("fused_linear")]
+    assert {result["case"].split()[0] for result in gemms} == {"y", "dx"}
     for gemm in gemms:
         assert gemm["matrix"] > 0, f"no matrix instruction of {arch}'s own kind: {gemm}"
 

@@ -1,0 +1,137 @@
+"""`fused_linear` for large, aligned operands: as many programs as multiprocessors, tiles by the tensor memory unit."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import configs
+from .configs import Config
+from .tiling import TRITON_DTYPE, add_low_rank, dot, dot_precision, grouped_tile, launch, narrow, offsets
+
+
+@triton.jit(do_not_specialize=["M"])
+def _fused_linear_persistent_kernel(
+    x_desc,
+    w_desc,
+    y_desc,
+    bias_ptr,
+    s_ptr,
+    b_ptr,
+    M,
+    N,
+    K,
+    R,
+    stride_bias,
+    stride_sm,
+    stride_sr,
+    stride_bn,
+    stride_br,
+    DTYPE: tl.constexpr,
+    LOW_RANK_DTYPE: tl.constexpr,
+    LOW_RANK_PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    W_ROWS_OVER_K: tl.constexpr,
+    ONE_RANK_STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    NUM_PROGRAMS: tl.constexpr,
+):
+    """``y = x Wᵀ + bias + S Bᵀ`` for x [M, K], W [N, K] (W_ROWS_OVER_K: stored [K, N]), S [M, R], B [N, R], y [M, N].
+
+    Program p writes the tiles p, p + NUM_PROGRAMS, ... of y; accumulates in fp32, rounds once. With one step over the
+    rank the two loops are flattened, so that the next tile's loads overlap this one's epilogue.
+    """
+    num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    HALF_N: tl.constexpr = BLOCK_N // 2
+    for tile in tl.range(tl.program_id(0), num_m * num_n, NUM_PROGRAMS, flatten=ONE_RANK_STEP):
+        pid_m, pid_n = grouped_tile(tile, num_m, num_n, GROUP_M)
+        start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            # A descriptor reads zeros beyond its tensor, and does not write there.
+            x = x_desc.load([start_m, k])  # [BLOCK_M, BLOCK_K]
+            w = w_desc.load([k, start_n]) if W_ROWS_OVER_K else w_desc.load([start_n, k]).T  # [BLOCK_K, BLOCK_N]
+            acc = dot(x, w, acc, DTYPE, "ieee")
+
+        offs_m = offsets(start_m, BLOCK_M)
+        offs_n = offsets(start_n, BLOCK_N)
+        mask_n = offs_n < N
+        acc = add_low_rank(
+            acc,
+            s_ptr,
+            b_ptr,
+            offs_m,
+            offs_n,
+            offs_m < M,
+            mask_n,
+            R,
+            stride_sm,
+            stride_sr,
+            stride_bn,
+            stride_br,
+            LOW_RANK_DTYPE,
+            LOW_RANK_PRECISION,
+            BLOCK_R,
+            ONE_RANK_STEP,
+        )
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        # In halves: what waits in shared memory to be stored takes the room of a pipeline stage less.
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF_N)), (0, 2, 1)))
+        y_desc.store([start_m, start_n], narrow(left, DTYPE))
+        y_desc.store([start_m, start_n + HALF_N], narrow(right, DTYPE))
+
+
+def describable(x: Tensor, weight: Tensor) -> bool:
+    """Whether descriptors reach x [M, K], weight [N, K] and y [M, N]: 16-bit, rows 16-byte aligned and unbroken."""
+    return x.itemsize == 2 and weight.shape[0] % 8 == 0 and _aligned(x) and (_aligned(weight) or _aligned(weight.mT))
+
+
+def _aligned(t: Tensor) -> bool:
+    return t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
+
+
+def launch_persistent(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, config: Config) -> Tensor:
+    """y, for operands that are `describable`."""
+    (M, K), N, R = x.shape, weight.shape[0], s.shape[1]
+    y = torch.empty(M, N, device=x.device, dtype=x.dtype)
+    w_rows_over_k = not _aligned(weight)
+    w_block = [config.BLOCK_K, config.BLOCK_N] if w_rows_over_k else [config.BLOCK_N, config.BLOCK_K]
+    programs = configs.num_sms(x.device)
+    launch(
+        _fused_linear_persistent_kernel,
+        (min(programs, triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)),),
+        TensorDescriptor.from_tensor(x, [config.BLOCK_M, config.BLOCK_K]),
+        TensorDescriptor.from_tensor(weight.mT if w_rows_over_k else weight, w_block),
+        TensorDescriptor.from_tensor(y, [config.BLOCK_M, config.BLOCK_N // 2]),
+        bias,
+        s,
+        b,
+        M,
+        N,
+        K,
+        R,
+        0 if bias is None else bias.stride(0),
+        *s.stride(),
+        *b.stride(),
+        DTYPE=TRITON_DTYPE[x.dtype],
+        LOW_RANK_DTYPE=TRITON_DTYPE[s.dtype],
+        LOW_RANK_PRECISION=dot_precision(s.dtype, x.dtype, x.dtype),
+        HAS_BIAS=bias is not None,
+        W_ROWS_OVER_K=w_rows_over_k,
+        ONE_RANK_STEP=R <= config.BLOCK_R,
+        BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K,
+        BLOCK_R=config.BLOCK_R,
+        GROUP_M=config.GROUP_M,
+        NUM_PROGRAMS=programs,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y

@@ -1,0 +1,96 @@
+"""Which way a linear product goes through the kernels: what was measured on this device, else the least estimate."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import torch
+
+from . import configs, tuning
+from .configs import Config
+
+WAYS = {
+    "inside": "S inside the GEMM, one launch",
+    "tiles": "GEMM with the low-rank epilogue, a program a tile",
+    "persistent": "persistent GEMM with the low-rank epilogue, tiles by descriptors",
+    "vendor": "the vendor's GEMM, then a rank-R update in place",
+}
+
+
+class Call(NamedTuple):
+    """What a plan is chosen by: `op` is "adapted_linear" (S has yet to be computed) or "fused_linear", and the dtypes are
+    those of x and of S."""
+
+    op: str
+    M: int
+    N: int
+    K: int
+    R: int
+    dtype: torch.dtype
+    low_rank_dtype: torch.dtype
+
+
+class Plan(NamedTuple):
+    """`way` is a key of `WAYS`; `config` that of its kernel, None where it is not ours."""
+
+    way: str
+    config: Config | None
+
+    def __str__(self) -> str:
+        return WAYS[self.way] + ("" if self.config is None else f" ({self.config})")
+
+
+def options(call: Call, arch: str, describable: bool = True) -> list[Plan]:
+    """Every plan that can run the call on `arch`; `describable`: tensor descriptors reach its operands."""
+    _, _, N, K, R, dtype, low_rank_dtype = call
+    tiles = configs.candidates("fused_linear", N, K, R, dtype, arch, low_rank_dtype)
+    found = [Plan("tiles", config) for config in tiles]
+    if describable:
+        persistent = configs.candidates("fused_linear_persistent", N, K, R, dtype, arch, low_rank_dtype)
+        found += [Plan("persistent", config) for config in persistent]
+    # The rank's accumulator stays in registers beside the tile's, and split factors would triple its dots.
+    if call.op == "adapted_linear" and R <= 64 and (dtype == low_rank_dtype or arch == "interpreter"):
+        found += [Plan("inside", dataclasses.replace(config, BLOCK_R=configs.block_r(R))) for config in tiles]
+    return [*found, Plan("vendor", None)]
+
+
+def estimate(call: Call, plan: Plan, arch: str) -> float:
+    """Seconds that the plan takes, from bytes, FLOPs and `configs.MACHINES`: computed, not measured."""
+    M, N, K, dtype = call.M, call.N, call.K, call.dtype
+    machine = configs.MACHINES.get(arch, configs.MACHINES["*"])
+    wide = dtype == torch.float32
+    gemm = 2 * M * N * K / (machine.flops / 16 if wide else machine.flops)
+    s_pass = machine.launch + M * K * dtype.itemsize / machine.bandwidth if call.op == "adapted_linear" else 0.0
+    if plan.way == "vendor":
+        return s_pass + gemm + 2 * machine.launch + 2 * M * N * dtype.itemsize / machine.bandwidth
+    config = plan.config
+    sms = configs.NUM_SMS.get(arch, configs.DEFAULT_NUM_SMS)
+    # Against a GEMM in tiles of 128 x 256 that fill the chip evenly.
+    gemm *= configs.wave_cost(config, M, N, arch) / (M * N / sms * (1 + 32 / 128 + 32 / 256))
+    gemm /= machine.efficiency_fp32 if wide else machine.efficiency[plan.way]
+    if plan.way == "inside":
+        return machine.launch + gemm * (1 + 2 * config.BLOCK_R / config.BLOCK_N)
+    return s_pass + machine.launch + gemm
+
+
+def pick(call: Call, device: torch.device, describable: bool) -> Plan:
+    """The plan of this call on this device.
+
+    What `tuning` has measured comes first. The interpreter takes tiles, whatever they cost.
+    """
+    key = tuning.device_key(device) if device.type == "cuda" else None
+    return _pick(call, configs.arch_of(device), describable, key)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pick(call: Call, arch: str, describable: bool, key: str | None) -> Plan:
+    found = options(call, arch, describable)
+    measured = tuning.lookup(key, call) if key else None
+    if measured in found:
+        return Plan(*measured)
+    return found[0] if arch == "interpreter" else min(found, key=lambda plan: estimate(call, plan, arch))
+
+
+def forget() -> None:
+    """Pick anew from now on: after tuning."""
+    _pick.cache_clear()

@@ -1,0 +1,158 @@
+"""Every way a linear product can go, forced, against the reference: y with S, and dX by strides."""
+
+import functools
+
+import pytest
+import torch
+from cases import SHAPES, WIDE_RANK, dtypes, layouts, shape_id
+from red_zones import in_red_zone, poisoned_outputs
+
+import csrc_triton
+from allora_kernels import allora_linear, reference
+from allora_kernels.testing import assert_close, make_inputs
+
+plans = pytest.importorskip("csrc_triton.plans")
+configs = pytest.importorskip("csrc_triton.configs")
+
+ways = pytest.mark.parametrize("way", plans.WAYS)
+# Rows of whole 16 bytes, as descriptors need; nothing else is a multiple of a tile.
+ALIGNED_SHAPES = [(1, 8, 8, 1), (37, 264, 56, 3), (130, 200, 72, 40), (70, 64, 128, 16), (33, 136, 200, 200)]
+CASES = [
+    *(("inside", shape) for shape in SHAPES),
+    *(("vendor", shape) for shape in [*SHAPES, WIDE_RANK]),
+    *(("persistent", shape) for shape in ALIGNED_SHAPES),
+]
+
+
+def cases(*ways):
+    chosen = [case for case in CASES if case[0] in ways]
+    return pytest.mark.parametrize("way, shape", chosen, ids=lambda v: v if isinstance(v, str) else shape_id(v))
+
+
+def plan_for(way, op, shape, dtypes, device):
+    """The first plan of this way, or a skip where no such plan exists for the case."""
+    x_dtype, low_rank_dtype = dtypes[0], torch.promote_types(*dtypes)
+    call = plans.Call(op, *shape, x_dtype, low_rank_dtype)
+    describable = x_dtype.itemsize == 2 and shape[1] % 8 == 0 and shape[2] % 8 == 0
+    found = [
+        plan for plan in plans.options(call, configs.arch_of(torch.device(device)), describable) if plan.way == way
+    ]
+    if not found:
+        pytest.skip(f"no plan goes {way} with these dtypes on this device")
+    return found[0]
+
+
+def double(*tensors):
+    return tuple(None if t is None else t.double() for t in tensors)
+
+
+@cases("inside", "vendor", "persistent")
+@dtypes
+def test_y_and_s(device, way, shape, dtypes):
+    plan = plan_for(way, "adapted_linear", shape, dtypes, device)
+    *tensors, _ = make_inputs(*shape, *dtypes, device=device)
+    dtype = torch.promote_types(*dtypes)
+    with poisoned_outputs():
+        y, s = csrc_triton.adapted_linear(*map(in_red_zone, tensors), dtype, plan)
+    exact = reference.adapted_linear(*double(*tensors), torch.float64)
+    for name, *values in zip("ys", (y, s), reference.adapted_linear(*tensors, dtype), exact):
+        assert_close(*values, name)
+
+
+@cases("vendor", "persistent")
+@dtypes
+def test_dx_by_strides(device, way, shape, dtypes):
+    m, n, k, r = shape
+    plan = plan_for(way, "fused_linear", (m, k, n, r), dtypes, device)
+    inputs = make_inputs(*shape, *dtypes, device=device)
+    ds = reference.down_project(inputs.g, inputs.lora_B.mT, torch.promote_types(*dtypes))
+    args = (inputs.g, inputs.weight.mT, None, ds, inputs.lora_A.mT)
+    with poisoned_outputs():
+        dx = csrc_triton.fused_linear(*map(in_red_zone, args), plan)
+    assert_close(dx, reference.fused_linear(*args), reference.fused_linear(*double(*args)), "dx")
+
+
+@ways
+@layouts
+def test_takes_any_strides(device, way, layout):
+    shape, dtype = (70, 56, 40, 16), torch.float16
+    plan = plan_for(way, "adapted_linear", shape, (dtype, dtype), device)
+    x, weight, bias, lora_A, lora_B, _ = make_inputs(*shape, dtype, device=device)
+    tensors = (layout(x), layout(weight), bias.repeat_interleave(2)[::2], layout(lora_A), layout(lora_B))
+    if way == "persistent" and not csrc_triton.describable(*tensors[:2]):
+        pytest.skip("descriptors do not reach these strides")
+    results = csrc_triton.adapted_linear(*tensors, dtype, plan)
+    exact = reference.adapted_linear(*double(*tensors), torch.float64)
+    for name, *values in zip("ys", results, reference.adapted_linear(*tensors, dtype), exact):
+        assert_close(*values, name)
+
+
+def test_the_persistent_grid_reads_rows_cut_from_wider_ones(device):
+    shape, dtype = (70, 56, 40, 3), torch.bfloat16
+    plan = plan_for("persistent", "adapted_linear", shape, (dtype, dtype), device)
+    x, weight, bias, lora_A, lora_B, _ = make_inputs(*shape, dtype, device=device)
+    wide_x, wide_weight = (torch.full((t.shape[0], 64), torch.nan, dtype=dtype, device=device) for t in (x, weight))
+    wide_x[:, 8:48], wide_weight[:, 16:56] = x, weight
+    cut = (wide_x[:, 8:48], wide_weight[:, 16:56], bias, lora_A, lora_B)
+    results = csrc_triton.adapted_linear(*cut, dtype, plan)
+    exact = reference.adapted_linear(*double(*cut), torch.float64)
+    for name, *values in zip("ys", results, reference.adapted_linear(*cut, dtype), exact):
+        assert_close(*values, name)
+
+
+def test_more_tiles_than_programs(device):
+    shape, dtype = (300, 264, 40, 3), torch.float16
+    plan = plan_for("persistent", "adapted_linear", shape, (dtype, dtype), device)
+    *tensors, _ = make_inputs(*shape, dtype, device=device)
+    y, _ = csrc_triton.adapted_linear(*tensors, dtype, plan)
+    exact = reference.adapted_linear(*double(*tensors), torch.float64)
+    assert_close(y, reference.adapted_linear(*tensors, dtype)[0], exact[0], "y")
+
+
+@pytest.mark.parametrize(
+    "columns, row_stride, offset, dtype, reached",
+    [
+        (64, 64, 0, torch.bfloat16, True),
+        (64, 72, 8, torch.float16, True),
+        (64, 64, 0, torch.float32, False),
+        (64, 65, 0, torch.bfloat16, False),
+        (64, 64, 1, torch.bfloat16, False),
+        (64, 0, 0, torch.bfloat16, False),
+        (60, 60, 0, torch.bfloat16, False),
+    ],
+)
+def test_what_descriptors_reach(columns, row_stride, offset, dtype, reached):
+    storage = torch.zeros(32 * 80, dtype=dtype)
+    x = storage.as_strided((16, columns), (row_stride, 1), offset)
+    weight = torch.zeros(24, columns, dtype=dtype)
+    assert csrc_triton.describable(x, weight) == reached
+    assert csrc_triton.describable(x, weight.mT.contiguous().mT) == reached
+    assert not csrc_triton.describable(x, weight[:7])
+
+
+@ways
+@pytest.mark.parametrize("norm", ["row", "token", None])
+def test_the_layer_takes_the_way_it_is_given(device, monkeypatch, way, norm):
+    inputs = make_inputs(37, 56, 40, 3, torch.bfloat16, device=device)
+    taken = []
+
+    def pick(call, device, describable):
+        found = {plan.way: plan for plan in plans.options(call, configs.arch_of(device), describable)}
+        taken.append(found.get(way, found["tiles"]).way)
+        return found.get(way, found["tiles"])
+
+    monkeypatch.setattr(plans, "pick", pick)
+
+    def run(f, inputs):
+        x, lora_A, lora_B = (t.clone().requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B))
+        y = f(x, inputs.weight, inputs.bias, lora_A, lora_B, norm=norm)
+        return y, *torch.autograd.grad(y, (x, lora_A, lora_B), inputs.g)
+
+    ours = run(functools.partial(allora_linear, backend="triton"), inputs)
+    # S inside the GEMM is a forward pass's; dX has its dS from the sweep.
+    assert taken == ([way, "tiles"] if way == "inside" else [way, way])
+    eager = run(functools.partial(allora_linear, backend="eager"), inputs)
+    for name, *values in zip(
+        ("y", "dx", "da", "db"), ours, eager, run(reference.allora_linear, inputs.to(torch.float64))
+    ):
+        assert_close(*values, name)
