@@ -121,6 +121,13 @@ class _ALLoRALinear(torch.autograd.Function):
         return dx, da if needs_a else None, db if needs_b else None
 
 
+def _apply_function(*args) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _ALLoRALinear.apply(*args)
+    # Outside of transforms `Function.apply` does nothing more than this, after 30 us of binding default arguments.
+    return super(torch.autograd.Function, _ALLoRALinear).apply(*args)
+
+
 def _no_autocast(kind: str) -> contextlib.AbstractContextManager:
     available = torch.amp.is_autocast_available(kind)
     return torch.autocast(kind, enabled=False) if available else contextlib.nullcontext()
@@ -157,7 +164,7 @@ def apply(x, weight, bias, lora_A, lora_B, eta, norm, backend=None, cache: Coeff
     if choice.fallback and not torch.compiler.is_compiling():
         _backend.warn_fallback(choice.reason)
     rows = x.reshape(-1, x.shape[-1])
-    y, _ = _ALLoRALinear.apply(rows, weight, bias, lora_A, lora_B, dtype, eta, norm, choice.name, cache)
+    y, _ = _apply_function(rows, weight, bias, lora_A, lora_B, dtype, eta, norm, choice.name, cache)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 

@@ -166,6 +166,7 @@ def candidates(
     ]
 
 
+@functools.lru_cache(maxsize=4096)
 def pick_config(
     op: str, M: int, N: int, K: int, R: int, dtype: torch.dtype, arch: str, low_rank_dtype: torch.dtype | None = None
 ) -> Config:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import configs
 from .combine import combine
-from .tiling import TRITON_DTYPE, dot, dot_precision, launch, narrow, offsets
+from .tiling import TRITON_DTYPE, cdiv, dot, dot_precision, launch, narrow, offsets
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -67,11 +67,11 @@ def down_project(x: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.empty(0, R, device=x.device, dtype=dtype)
     arch = configs.arch_of(x.device)
     config = configs.pick_config("down_project", M, 0, K, R, x.dtype, arch, dtype)
-    tiles = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(R, config.BLOCK_R))
+    tiles = (cdiv(M, config.BLOCK_M), cdiv(R, config.BLOCK_R))
     # A part shorter than eight steps spends its time in the prologue.
     parts = configs.num_splits(tiles[0] * tiles[1], K, 8 * config.BLOCK_K, arch, waves=1)
-    split_k = triton.cdiv(triton.cdiv(K, parts), config.BLOCK_K) * config.BLOCK_K
-    parts = triton.cdiv(K, split_k)
+    split_k = cdiv(cdiv(K, parts), config.BLOCK_K) * config.BLOCK_K
+    parts = cdiv(K, split_k)
     out_dtype = dtype if parts == 1 else torch.float32
     s = torch.empty(parts, M, R, device=x.device, dtype=out_dtype)
     launch(

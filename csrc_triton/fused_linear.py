@@ -10,7 +10,7 @@ from . import plans
 from .configs import Config
 from .fused_linear_persistent import describable, launch_persistent
 from .low_rank_add import low_rank_add
-from .tiling import TRITON_DTYPE, add_low_rank, dot, dot_precision, grouped_tile, launch, narrow, offsets
+from .tiling import TRITON_DTYPE, add_low_rank, cdiv, dot, dot_precision, grouped_tile, launch, narrow, offsets
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -132,7 +132,7 @@ def launch_tiles(
     y = torch.empty(M, N, device=x.device, dtype=x.dtype)
     launch(
         _fused_linear_kernel,
-        (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),),
+        (cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N),),
         x,
         weight,
         bias,

@@ -8,7 +8,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from .configs import Config
-from .tiling import TRITON_DTYPE, add_low_rank, dot, dot_precision, grouped_tile, launch, narrow, offsets
+from .tiling import TRITON_DTYPE, add_low_rank, cdiv, dot, dot_precision, grouped_tile, launch, narrow, offsets
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -105,7 +105,7 @@ def launch_persistent(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor,
     programs = configs.num_sms(x.device)
     launch(
         _fused_linear_persistent_kernel,
-        (min(programs, triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)),),
+        (min(programs, cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)),),
         TensorDescriptor.from_tensor(x, [config.BLOCK_M, config.BLOCK_K]),
         TensorDescriptor.from_tensor(weight.mT if w_rows_over_k else weight, w_block),
         TensorDescriptor.from_tensor(y, [config.BLOCK_M, config.BLOCK_N // 2]),

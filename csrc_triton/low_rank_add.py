@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .tiling import TRITON_DTYPE, add_low_rank, dot_precision, grouped_tile, launch, narrow, offsets
+from .tiling import TRITON_DTYPE, add_low_rank, cdiv, dot_precision, grouped_tile, launch, narrow, offsets
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -71,7 +71,7 @@ def low_rank_add(y: Tensor, s: Tensor, b: Tensor) -> None:
     config = configs.pick_config("low_rank_add", M, N, 0, R, y.dtype, arch, s.dtype)
     launch(
         _low_rank_add_kernel,
-        (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),),
+        (cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N),),
         y,
         s,
         b,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import configs
 from .combine import combine
-from .tiling import coefficient, dot, launch, offsets, sqrt_of_square
+from .tiling import cdiv, coefficient, dot, launch, offsets, sqrt_of_square
 
 _BLOCK_R = 32
 _BLOCK_L = 64
@@ -56,10 +56,10 @@ def _gram_kernel(
 def gram(factor: Tensor) -> Tensor:
     """``F Fᵀ [R, R]`` in fp32 for a factor [R, L] of any strides."""
     R, L = factor.shape
-    tiles = triton.cdiv(R, _BLOCK_R)
+    tiles = cdiv(R, _BLOCK_R)
     parts = configs.num_splits(tiles * tiles, L, 4 * _BLOCK_L, configs.arch_of(factor.device), waves=1)
-    split_l = triton.cdiv(triton.cdiv(L, parts), _BLOCK_L) * _BLOCK_L
-    parts = max(1, triton.cdiv(L, split_l)) if L else 1
+    split_l = cdiv(cdiv(L, parts), _BLOCK_L) * _BLOCK_L
+    parts = max(1, cdiv(L, split_l)) if L else 1
     partial = torch.empty(parts, R, R, device=factor.device, dtype=torch.float32)
     launch(
         _gram_kernel,
@@ -125,7 +125,7 @@ def quadratic_coefficient(v: Tensor, q: Tensor, eta: float) -> Tensor:
         return c
     launch(
         _quadratic_coefficient_kernel,
-        (triton.cdiv(L, _BLOCK_L),),
+        (cdiv(L, _BLOCK_L),),
         v,
         q,
         c,
@@ -182,7 +182,7 @@ def _row_coefficient(factor: Tensor, c: Tensor, eta: float, block_l: int, block_
     L, D = factor.shape
     launch(
         _row_coefficient_kernel,
-        (triton.cdiv(L, block_l),),
+        (cdiv(L, block_l),),
         factor,
         c,
         L,
