@@ -3,8 +3,8 @@
 One after the other, the calls would meet different clock speeds and temperatures; so every round times each call once, in
 an order that turns from round to round. On a GPU a call's time is the device's own, between two events: before it the
 L2 cache is filled with other data, and the device is kept busy for as long as the host needs to queue the call (up to
-20 ms), so that no gap between launches is counted. What the host needs is the other number, `dispatch`: a training step costs the
-larger of the two.
+20 ms), so that no gap between launches is counted. What the host needs is the other number, `dispatch`: a training step
+costs the larger of the two.
 """
 
 import gc
