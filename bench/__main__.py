@@ -1,26 +1,97 @@
-"""``python -m bench``: run the benchmarks with pytest-benchmark; extra arguments go to pytest.
+"""``python -m bench``: every provider side by side, each checked against fp64 first; `--help` lists what can be chosen.
 
-On a GPU the results are also written to bench/results/<device>.json.
+On a GPU every record is at once merged into bench/results/<device>.json, so a run that is cut short keeps what it has
+and the next one may go on (`--missing`). On a CPU a small subset runs, nothing is written unless `--output` says where, and
+the computed budget of an H100 is printed beside it.
+
+The sections are run from here and not by pytest-benchmark, which times one function to its end before the next:
+interleaved rounds, a cold L2 cache and a time budget over the whole grid are not its to give. What it does well, to track
+one call over commits by `--benchmark-compare`, is in bench/test_layer.py.
 """
 
-import re
-import sys
+import argparse
+import os
+import time
 from pathlib import Path
 
-import pytest
 import torch
+from rich.console import Console
 
-HERE = Path(__file__).parent
+from . import budget, cases, ceilings, layer, model, show
+from .providers import PROVIDERS
+from .results import Results, default_file, environment
+from .runner import Run
+
+SECTIONS = {
+    # name: (what runs it, its share of the time where several run)
+    "dispatch": (layer.run_dispatch, 1),
+    "layer": (layer.run_layer, 10),
+    "model": (model.run_model, 7),
+}
 
 
-def main() -> int:
-    arguments = [str(HERE), "--benchmark-only", "--benchmark-sort=name", "--benchmark-columns=median,iqr,rounds"]
-    if torch.cuda.is_available():
-        name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-        results = HERE / "results"
-        results.mkdir(exist_ok=True)
-        arguments.append(f"--benchmark-json={results / name}.json")
-    return pytest.main([*arguments, *sys.argv[1:]])
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m bench", description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="sections to run")
+    parser.add_argument(
+        "--shapes", nargs="+", type=cases.parse_shape, default=[], metavar="M=..,N=..,K=..,R=..", help="layers to run"
+    )
+    known = list(dict.fromkeys([*PROVIDERS, *model.VARIANTS]))
+    parser.add_argument("--providers", nargs="+", choices=known, help="only these (frozen always)")
+    parser.add_argument("--missing", action="store_true", help="skip what the file has from this commit")
+    parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing after this long (default 9)")
+    parser.add_argument("--rounds", type=int, default=30, help="rounds of a layer's timing (default 30)")
+    parser.add_argument("--output", type=Path, help="file to merge the results into (a GPU's default: bench/results)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None, console: Console | None = None) -> int:
+    start = time.monotonic()
+    options = parse(arguments)
+    console = console or Console()
+    # Models of many sizes come and go in one process.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        # Two threads wait for each other whenever anything else runs on the machine.
+        torch.set_num_threads(1)
+    where = environment(device)
+    file = options.output or (default_file(where["device"]) if device.type == "cuda" else None)
+    results = Results(file, where)
+    console.print(", ".join(f"{name} {value}" for name, value in where.items()), highlight=False)
+
+    dtypes = ["bfloat16", "float16", "float32"] if device.type == "cuda" else ["float32"]
+    where["ceilings"] = ceilings.measure(device, dtypes)
+    for name, values in where["ceilings"].items():
+        shown = ", ".join(f"{value:.4g} {unit}" for unit, value in values.items())
+        console.print(f"ceiling, {name}: {shown}", highlight=False)
+
+    run = Run(
+        device,
+        results,
+        lambda *row: show.record(console, *row),
+        providers=options.providers,
+        shapes=options.shapes,
+        only_missing=options.missing,
+        rounds=options.rounds,
+    )
+    end = start + 60 * options.minutes
+    sections = [name for name in SECTIONS if name in options.only]
+    for position, name in enumerate(sections):
+        shares = [SECTIONS[rest][1] for rest in sections[position:]]
+        now = time.monotonic()
+        run.deadline = now + (end - now) * shares[0] / sum(shares)
+        SECTIONS[name][0](run)
+        left = results.data["not_run"].get(name, [])
+        if left:
+            console.print(f"{name}: no time for {len(left)} cases (--only {name} --missing goes on with them)")
+    if device.type != "cuda":
+        console.print("\n[bold]Not measured, computed:[/bold] ratios to the frozen layer on an H100 by bytes and FLOPs")
+        budget.show(console)
+    if file:
+        console.print(f"results: {file}", highlight=False)
+    console.print(f"{time.monotonic() - start:.0f} s", highlight=False)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,20 +1,16 @@
 """Compile the kernels for GPUs that are not here, exactly as a launcher would launch them.
 
 A launcher is called on CPU tensors with the architecture pretended and every launch caught before it runs; what was
-caught is compiled by Triton for the target, and the numbers are read from the machine code.
-
-    python -m bench.offline_compile [--arch sm_90 ...] [--dtype bfloat16 ...] [--rank 16 ...] [--shape M N K] [--json]
-
-Must not run under TRITON_INTERPRET=1, where the kernels have no machine code.
+caught is compiled by Triton for the target, and the numbers are read from the machine code. Must not run under
+TRITON_INTERPRET=1, where the kernels have no machine code. `python -m bench.compile_report` is its command line.
 """
 
-import argparse
 import dataclasses
 import itertools
-import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -24,8 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import csrc_triton
-from csrc_triton import configs, plans
-from csrc_triton.fused_linear_persistent import describable
+from csrc_triton import configs, describable, plans
+
+from .occupancy import resident_blocks, resident_share
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -35,9 +32,8 @@ TARGETS = {
 }
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 """Shared memory (LDS) one block can have, in bytes."""
-
-TENSOR_MEMORY_COLUMNS = 512
-"""What one block can have of sm_100's tensor memory, in columns."""
+TENSOR_COLUMNS = 512
+"""Columns of sm_100's tensor memory. A kernel that needs more compiles to a trap."""
 
 _NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MATRIX_INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC.*MMA", "gfx942": "v_mfma"}
@@ -45,27 +41,49 @@ _MATRIX_INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC.*MMA",
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What one launch compiled to. Sizes in bytes; `matrix` is how many matrix instructions of the architecture's own
-    kind (wgmma on sm_90, tcgen05 on sm_100, MFMA on gfx942) the code has."""
+    """What one launch compiled to, for x of `dtype`. Sizes in bytes; `matrix` is how many matrix instructions of the
+    architecture's own kind (wgmma on sm_90, tcgen05 on sm_100, MFMA on gfx942) the code has, `tma` how many loads by the
+    tensor memory accelerator, `tensor_columns` what it takes of sm_100's tensor memory."""
 
     kernel: str
     arch: str
+    dtype: str
     case: str
     num_warps: int
     registers: int
     spills: int
     shared: int
-    tensor_memory: int
+    tensor_columns: int
     matrix: int
+    tma: int
 
     @property
-    def fits(self) -> bool:
-        return (
-            self.spills == 0
-            and self.shared <= SHARED_LIMIT[self.arch]
-            # Beyond it the compiler leaves nothing but a trap.
-            and self.tensor_memory <= TENSOR_MEMORY_COLUMNS
-        )
+    def blocks(self) -> int:
+        """Blocks that one multiprocessor holds at once; 0 where not even one fits."""
+        return resident_blocks(self.arch, self.num_warps, self.registers, self.shared, self.tensor_columns)
+
+    @property
+    def occupancy(self) -> float:
+        """The share of a multiprocessor's warps that these blocks are."""
+        return resident_share(self.arch, self.num_warps, self.blocks)
+
+    @property
+    def faults(self) -> list[str]:
+        """What must not be: spills, more shared or tensor memory than a block can have, a 16-bit GEMM on Hopper without
+        wgmma, a persistent one without TMA."""
+        found = []
+        if self.spills:
+            found.append(f"{self.spills} spills")
+        if self.shared > SHARED_LIMIT[self.arch]:
+            found.append(f"{self.shared} bytes of shared memory, {SHARED_LIMIT[self.arch]} are the limit")
+        if self.tensor_columns > TENSOR_COLUMNS:
+            found.append(f"{self.tensor_columns} columns of tensor memory, {TENSOR_COLUMNS} are the limit")
+        if self.kernel == "fused_linear_persistent" and not self.tma:
+            found.append("descriptors without TMA")
+        gemm = self.kernel.startswith("fused_linear")
+        if gemm and self.arch == "sm_90" and self.dtype != "float32" and not self.matrix:
+            found.append("no wgmma")
+        return found
 
 
 def catch_launches(call, arch: str) -> list[tuple[JITFunction, tuple, dict]]:
@@ -80,27 +98,33 @@ def catch_launches(call, arch: str) -> list[tuple[JITFunction, tuple, dict]]:
     return caught
 
 
-def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict, arch: str, case: str) -> Compiled:
-    """Compile one caught launch for `arch` and read the result."""
-    target = TARGETS[arch]
-    backend = triton.compiler.make_backend(target)
+def specialize(kernel: JITFunction, args: tuple, kwargs: dict, arch: str) -> tuple[triton.compiler.ASTSource, dict]:
+    """What Triton would compile for a caught launch: the source as specialised to its arguments, and the options."""
+    backend = triton.compiler.make_backend(TARGETS[arch])
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     kwargs = kwargs | {"debug": False}
     bound_args, specialization, options = binder(*args, **kwargs)
     options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound_args, specialization, options)
-    source = triton.compiler.ASTSource(kernel, signature, constexprs, attrs)
-    compiled = triton.compile(source, target=target, options=options.__dict__)
+    return triton.compiler.ASTSource(kernel, signature, constexprs, attrs), options.__dict__
+
+
+def compile_launch(source: triton.compiler.ASTSource, options: dict, arch: str, dtype: str, case: str) -> Compiled:
+    """Compile what `specialize` gave for `arch` and read the result; `dtype` (x's) and `case` are its labels."""
+    target = TARGETS[arch]
+    compiled = triton.compile(source, target=target, options=options)
     registers, spills, code = _read_amd(compiled) if target.backend == "hip" else _read_nvidia(compiled)
     return Compiled(
-        kernel=kernel.__name__.removeprefix("_").removesuffix("_kernel"),
+        kernel=source.fn.__name__.removeprefix("_").removesuffix("_kernel"),
         arch=arch,
+        dtype=dtype,
         case=case,
         num_warps=compiled.metadata.num_warps,
         registers=registers,
         spills=spills,
         shared=compiled.metadata.shared,
-        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
+        tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
         matrix=len(re.findall(_MATRIX_INSTRUCTIONS[arch], code)),
+        tma=len(re.findall("UTMALDG", code)),
     )
 
 
@@ -159,45 +183,16 @@ def launches(
         )
 
 
-def compile_all(archs, dtypes, ranks, shape=(2048, 4096, 4096)) -> list[Compiled]:
-    """Every distinct launch of every launcher for each architecture, (dtype, adapter dtype) and rank, at (M, N, K)."""
-    results = []
-    for arch, (dtype, adapter_dtype), r in itertools.product(archs, dtypes, ranks):
-        seen = set()
+def compile_all(archs, dtypes, ranks, shapes=((2048, 4096, 4096),)) -> Iterator[Compiled]:
+    """Every distinct launch of every launcher for each architecture, (dtype, adapter dtype) and rank, at each (M, N, K);
+    one that differs from an earlier one by its arguments alone is not compiled again."""
+    seen = set()
+    for arch, (dtype, adapter_dtype), r, shape in itertools.product(archs, dtypes, ranks, shapes):
         for case, call in launches(arch, dtype, adapter_dtype, r, *shape):
-            for kernel, args, kwargs in catch_launches(call, arch):
-                tensors = [getattr(t, "base", t) for t in args]
-                shapes = [(t.shape, t.stride(), t.dtype) if isinstance(t, torch.Tensor) else t for t in tensors]
-                identity = repr((kernel.__name__, shapes, kwargs))
+            for caught in catch_launches(call, arch):
+                source, options = specialize(*caught, arch)
+                identity = (arch, source.fn.__name__, source.hash(), repr(sorted(options.items())))
                 if identity not in seen:
                     seen.add(identity)
-                    results.append(compile_launch(kernel, args, kwargs, arch, case))
-    return results
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument(
-        "--dtype", nargs="+", default=["bfloat16", "float16"], help="bfloat16, or bfloat16/float32 for fp32 adapters"
-    )
-    parser.add_argument("--rank", nargs="+", type=int, default=[16])
-    parser.add_argument("--shape", nargs=3, type=int, default=(2048, 4096, 4096), metavar=("M", "N", "K"))
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    dtypes = [tuple(getattr(torch, name) for name in (d.split("/") * 2)[:2]) for d in options.dtype]
-    results = compile_all(options.arch, dtypes, options.rank, options.shape)
-    if options.json:
-        print(json.dumps([dataclasses.asdict(result) for result in results]))
-        return
-    for c in results:
-        print(
-            f"{'ok  ' if c.fits else 'FAIL'} {c.arch:7} {c.case:40} {c.kernel:22} warps={c.num_warps} "
-            f"registers={c.registers:3} spills={c.spills} shared={c.shared:6} matrix={c.matrix}"
-        )
-    if not all(c.fits for c in results):
-        raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()
+                    label = f"{case} {'x'.join(map(str, shape))}"
+                    yield compile_launch(source, options, arch, str(dtype).removeprefix("torch."), label)

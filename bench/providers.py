@@ -1,28 +1,74 @@
-"""What is compared: one linear layer with an adapter, as each library would run it. Named by what they do."""
+"""What is compared: one linear layer with an adapter, as each library or order of operations would run it.
+
+A provider is named by what it does, and an entry of `PROVIDERS`. Each is checked against fp64 before it is timed.
+"""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allora_kernels import FusedALLoRALinear, reference
-from allora_kernels.testing import Inputs, assert_close
+from allora_kernels import FusedALLoRALinear, backend, reference
+from allora_kernels.testing import Inputs, max_error
+
+from . import orders
+
+ETA = 2.0
 
 
-class Provider(NamedTuple):
-    """`forward(x)` is the adapted layer; `adapter` holds (lora_A, lora_B), or nothing for the frozen floor; `norm` is the
-    rule whose gradients it should have."""
+@dataclass(frozen=True)
+class Provider:
+    """`forward(x)` is the adapted layer; `parameters` holds lora_A, lora_B and whatever else it trains, or nothing for the
+    frozen floor; `new_step()` forgets what an optimizer step would make stale."""
 
     forward: Callable[[Tensor], Tensor]
-    adapter: tuple[Tensor, ...]
-    norm: str | None
+    parameters: tuple[Tensor, ...] = ()
+    new_step: Callable[[], None] = lambda: None
 
 
-def frozen(inputs: Inputs) -> Provider:
-    """The frozen layer alone, by the vendor's GEMM: the floor."""
-    return Provider(lambda x: F.linear(x, inputs.weight, inputs.bias), (), None)
+@dataclass(frozen=True)
+class Spec:
+    """How a provider is built and judged.
+
+    `formula` names what it computes: "frozen", "allora" (rule "row"), "lora" or "dora". Its error may be `tolerance` times
+    that of the formula in plain torch of the same dtypes: foreign code is asked whether it computes the formula, not
+    where it rounds. `adapter_dtype` overrides the case's.
+    """
+
+    description: str
+    build: Callable[[Inputs], Provider]
+    formula: str
+    tolerance: float = 8.0
+    adapter_dtype: torch.dtype | None = None
+    needs: str | None = None
+
+    def inputs(self, inputs: Inputs) -> Inputs:
+        """The case's inputs with this provider's dtype of the adapter."""
+        if self.adapter_dtype is None:
+            return inputs
+        a, b = (t.to(self.adapter_dtype) for t in (inputs.lora_A, inputs.lora_B))
+        return inputs._replace(lora_A=a, lora_B=b)
+
+    def obstacle(self, inputs: Inputs) -> str | None:
+        """Why it cannot run on these inputs here; None where it can."""
+        if self.needs == "peft":
+            try:
+                import peft  # noqa: F401
+            except ImportError:
+                return "peft is not installed"
+        if self.needs == "triton":
+            choice = backend.choose(inputs.x.device, inputs.x.dtype)
+            if choice.name != "triton":
+                return f"needs Triton's kernels: {choice.reason}"
+        if self.adapter_dtype is not None and self.adapter_dtype == inputs.lora_A.dtype:
+            return "the same as the provider with the case's own adapter dtype"
+        return None
+
+
+def _frozen(inputs: Inputs) -> Provider:
+    return Provider(lambda x: F.linear(x, inputs.weight, inputs.bias))
 
 
 def _frozen_linear(inputs: Inputs) -> nn.Linear:
@@ -34,79 +80,117 @@ def _frozen_linear(inputs: Inputs) -> nn.Linear:
     return linear
 
 
-def ours(inputs: Inputs) -> Provider:
-    """`FusedALLoRALinear`, rule "row"."""
+def _ours(inputs: Inputs) -> Provider:
     layer = FusedALLoRALinear.from_linear(
-        _frozen_linear(inputs), r=inputs.lora_A.shape[0], adapter_dtype=inputs.lora_A.dtype
+        _frozen_linear(inputs), r=inputs.lora_A.shape[0], eta=ETA, adapter_dtype=inputs.lora_A.dtype
     )
     with torch.no_grad():
         layer.lora_A.copy_(inputs.lora_A)
         layer.lora_B.copy_(inputs.lora_B)
-    return Provider(layer, (layer.lora_A, layer.lora_B), "row")
+    return Provider(layer, (layer.lora_A, layer.lora_B), layer.clear_coefficient)
 
 
-class _EagerALLoRA(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B):
-        s = x.to(lora_A.dtype) @ lora_A.T
-        ctx.save_for_backward(x, s, weight, lora_A, lora_B)
-        return F.linear(x, weight, bias) + (s @ lora_B.T).to(x.dtype)
+def _of_function(function: type[torch.autograd.Function], compile: bool = False) -> Callable[[Inputs], Provider]:
+    def build(inputs: Inputs) -> Provider:
+        lora_A, lora_B = (t.clone().requires_grad_() for t in (inputs.lora_A, inputs.lora_B))
+        apply = function.apply
+        if compile:
+            # Each case is a fresh compilation; left alone, they would run into one function's limit of recompilations.
+            torch.compiler.reset()
+            apply = torch.compile(lambda *tensors: function.apply(*tensors), fullgraph=True, dynamic=False)
+        return Provider(lambda x: apply(x, inputs.weight, inputs.bias, lora_A, lora_B), (lora_A, lora_B))
 
-    @staticmethod
-    def backward(ctx, g):
-        x, s, weight, lora_A, lora_B = ctx.saved_tensors
-        c = ((lora_B.float() @ lora_A.float()).norm(dim=1) + 0.25).rsqrt()
-        wide = g.to(lora_A.dtype)
-        scaled = (c * wide).to(wide.dtype)
-        dx = g @ weight + (wide @ lora_B @ lora_A).to(x.dtype)
-        return dx, None, None, (scaled @ lora_B).T @ x.to(wide.dtype), scaled.T @ s
+    return build
 
 
-def eager(inputs: Inputs) -> Provider:
-    """ALLoRA written directly: the formulas of rule "row" in an autograd function, with BA materialised for its norms."""
-    lora_A, lora_B = (t.clone().requires_grad_() for t in (inputs.lora_A, inputs.lora_B))
-    return Provider(
-        lambda x: _EagerALLoRA.apply(x, inputs.weight, inputs.bias, lora_A, lora_B), (lora_A, lora_B), "row"
-    )
+def _peft(use_dora: bool = False) -> Callable[[Inputs], Provider]:
+    def build(inputs: Inputs) -> Provider:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        r = inputs.lora_A.shape[0]
+        config = LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=["linear"], use_dora=use_dora)
+        module = inject_adapter_in_model(config, nn.ModuleDict({"linear": _frozen_linear(inputs)}))
+        layer = module["linear"]
+        lora_A, lora_B = layer.lora_A["default"], layer.lora_B["default"]
+        lora_A.weight = nn.Parameter(inputs.lora_A.clone())
+        lora_B.weight = nn.Parameter(inputs.lora_B.clone())
+        magnitude = (layer.lora_magnitude_vector["default"].weight,) if use_dora else ()
+        return Provider(layer, (lora_A.weight, lora_B.weight, *magnitude))
+
+    return build
 
 
-def peft(inputs: Inputs) -> Provider:
-    """PEFT's own LoRA layer (dropout 0, scaling 1)."""
-    from peft import LoraConfig
-    from peft.tuners.lora.layer import Linear
-
-    r = inputs.lora_A.shape[0]
-    config = LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0)
-    layer = Linear(_frozen_linear(inputs), "default", config=config, r=r, lora_alpha=r, lora_dropout=0.0)
-    lora_A, lora_B = layer.lora_A["default"], layer.lora_B["default"]
-    lora_A.weight = nn.Parameter(inputs.lora_A.clone())
-    lora_B.weight = nn.Parameter(inputs.lora_B.clone())
-    return Provider(layer, (lora_A.weight, lora_B.weight), None)
-
-
-PROVIDERS = {"frozen": frozen, "ours": ours, "eager": eager, "peft": peft}
+PROVIDERS = {
+    "frozen": Spec("the same nn.Linear without an adapter, by the vendor's GEMM: the floor", _frozen, "frozen"),
+    "ours": Spec("FusedALLoRALinear, C computed anew for each backward pass", _ours, "allora", tolerance=2.0),
+    "eager": Spec("ALLoRA in plain torch, BA materialised for its norms", _of_function(orders.EagerALLoRA), "allora"),
+    "compile": Spec("torch.compile of eager", _of_function(orders.EagerALLoRA, compile=True), "allora"),
+    "peft": Spec("PEFT's LoRA layer, dropout 0, adapter in the case's dtype", _peft(), "lora", needs="peft"),
+    "peft-fp32": Spec(
+        "PEFT's LoRA layer as PEFT leaves it: an fp32 adapter", _peft(), "lora", adapter_dtype=torch.float32, needs="peft"
+    ),
+    "peft-dora": Spec("PEFT's DoRA layer", _peft(use_dora=True), "dora", needs="peft"),
+    "addmm-in-place": Spec(
+        "LoRA: vendor GEMM, then a rank-R addmm into y and into dX", _of_function(orders.AddmmInPlace), "lora"
+    ),
+    "epilogue-atomics": Spec(
+        "LoRA: low-rank epilogue in both GEMMs; dS, dB and dA by fp32 atomics",
+        _of_function(orders.EpilogueAtomics),
+        "lora",
+        needs="triton",
+    ),
+}  # fmt: skip
 
 
 def forward_backward(provider: Provider, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-    """(y, dx, dA, dB) of one forward and backward pass; of the frozen layer (y, dx)."""
+    """(y, dx, dA, dB, ...) of one forward and backward pass; of the frozen layer (y, dx)."""
+    provider.new_step()
     y = provider.forward(x)
-    return y, *torch.autograd.grad(y, (x, *provider.adapter), g)
+    return y, *torch.autograd.grad(y, (x, *provider.parameters), g)
 
 
-def check(provider: Provider, inputs: Inputs) -> None:
-    """Raise AssertionError unless the provider's results match the fp64 reference."""
-    x = inputs.x.clone().requires_grad_()
-    results = forward_backward(provider, x, inputs.g)
+def _by_formula(formula: str, inputs: Inputs, magnitude: Tensor | None) -> tuple[Tensor, ...]:
+    """(y, dx, dA, dB) in plain torch, in the inputs' dtypes."""
+    x, lora_A, lora_B = (t.detach().requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B))
+    if formula == "frozen":
+        y = F.linear(x, inputs.weight, inputs.bias)
+        return y, *torch.autograd.grad(y, x, inputs.g)
+    if formula == "dora":
+        merged = inputs.weight + (lora_B @ lora_A).detach()
+        scale = (magnitude / merged.norm(dim=1)).to(x.dtype)
+        y = scale * (x @ inputs.weight.mT + ((x.to(lora_A.dtype) @ lora_A.mT) @ lora_B.mT).to(x.dtype)) + inputs.bias
+    else:
+        norm = "row" if formula == "allora" else None
+        y = reference.allora_linear(x, inputs.weight, inputs.bias, lora_A, lora_B, eta=ETA, norm=norm)
+    return y, *torch.autograd.grad(y, (x, lora_A, lora_B), inputs.g)
 
-    def by_reference(inputs: Inputs) -> tuple[Tensor, ...]:
-        x, lora_A, lora_B = (t.detach().requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B))
-        if not provider.adapter:
-            y = F.linear(x, inputs.weight, inputs.bias)
-            return y, *torch.autograd.grad(y, x, inputs.g)
-        y = reference.allora_linear(x, inputs.weight, inputs.bias, lora_A, lora_B, norm=provider.norm)
-        return y, *torch.autograd.grad(y, (x, lora_A, lora_B), inputs.g)
 
-    for name, *values in zip(
-        ("y", "dx", "da", "db"), results, by_reference(inputs), by_reference(inputs.to(torch.float64))
-    ):
-        assert_close(*values, name)
+class Judge:
+    """Compares providers' results on one layer with fp64, which it computes once for each formula and adapter dtype."""
+
+    def __init__(self) -> None:
+        self._expected: dict[tuple, list[tuple[str, Tensor, float]]] = {}
+
+    def verdict(self, spec: Spec, provider: Provider, inputs: Inputs) -> str | None:
+        """What is wrong with the provider's results on `inputs`, in words; None if nothing is."""
+        x = inputs.x.detach().requires_grad_()
+        results = forward_backward(provider, x, inputs.g)
+        for (name, exact, eager_error), actual in zip(self._expectation(spec, provider, inputs), results):
+            error = max_error(actual, exact)
+            limit = spec.tolerance * eager_error + torch.finfo(inputs.x.dtype).eps * exact.abs().max().item()
+            # Written so that a nan is wrong.
+            if actual.shape != exact.shape or not error <= limit:
+                return f"{name} is off by {error:.2e}, the limit is {limit:.2e}"
+        return None
+
+    def _expectation(self, spec: Spec, provider: Provider, inputs: Inputs) -> list[tuple[str, Tensor, float]]:
+        key = (spec.formula, inputs.lora_A.dtype)
+        if key not in self._expected:
+            magnitude = provider.parameters[2].detach() if spec.formula == "dora" else None
+            eager = _by_formula(spec.formula, inputs, magnitude)
+            wide = None if magnitude is None else magnitude.double()
+            exact = _by_formula(spec.formula, inputs.to(torch.float64), wide)
+            self._expected[key] = [
+                (name, b.detach(), max_error(a, b)) for name, a, b in zip(("y", "dx", "dA", "dB"), eager, exact)
+            ]
+        return self._expected[key]

@@ -1,47 +1,33 @@
-"""One layer, forward and forward + backward, for every provider. Each result is checked before it is timed."""
+"""The host's time of one layer's call by pytest-benchmark: `pytest bench --benchmark-only --benchmark-autosave`, later with
+`--benchmark-compare`, tracks one provider on one machine over commits. To compare providers, use `python -m bench`."""
 
 import pytest
 import torch
 
-from allora_kernels.testing import make_inputs
-from bench.providers import PROVIDERS, check, forward_backward
+from bench.cases import Case
+from bench.providers import PROVIDERS, Judge, forward_backward
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-# M, N, K, R
-SHAPES = [(8192, 4096, 4096, 16), (2048, 4096, 4096, 16), (512, 4096, 4096, 16), (8192, 14336, 4096, 16)]
-SMALL_SHAPES = [(512, 768, 768, 16)]
-
-shapes = pytest.mark.parametrize(
-    "shape", SHAPES if DEVICE == "cuda" else SMALL_SHAPES, ids=lambda shape: "M{}-N{}-K{}-R{}".format(*shape)
-)
-providers = pytest.mark.parametrize("name", PROVIDERS)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CASE = Case(512, 4096, 4096, 16) if DEVICE.type == "cuda" else Case(512, 768, 768, 16, "float32", "float32")
 
 
-def measure(benchmark, shape, name, call):
-    inputs = make_inputs(*shape, DTYPE, device=DEVICE)
-    provider = PROVIDERS[name](inputs)
-    check(provider, inputs)
+@pytest.mark.parametrize("call", ["forward", "forward_backward"])
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_layer(benchmark, name, call):
+    spec, inputs = PROVIDERS[name], CASE.inputs(DEVICE)
+    obstacle = spec.obstacle(inputs)
+    if obstacle:
+        pytest.skip(obstacle)
+    inputs = spec.inputs(inputs)
+    provider = spec.build(inputs)
+    assert Judge().verdict(spec, provider, inputs) is None
     x = inputs.x.requires_grad_()
+    timed = provider.forward if call == "forward" else lambda x: forward_backward(provider, x, inputs.g)
 
-    def timed():
-        call(provider, x, inputs.g)
-        if DEVICE == "cuda":
+    def setup():
+        if DEVICE.type == "cuda":
             torch.cuda.synchronize()
+        return (x,), {}
 
-    benchmark.extra_info.update(provider=name, shape=shape, dtype=str(DTYPE), device=DEVICE)
-    benchmark.pedantic(timed, rounds=30, warmup_rounds=5)
-
-
-@shapes
-@providers
-def test_forward(benchmark, shape, name):
-    benchmark.group = f"forward {shape}"
-    measure(benchmark, shape, name, lambda provider, x, g: provider.forward(x))
-
-
-@shapes
-@providers
-def test_forward_backward(benchmark, shape, name):
-    benchmark.group = f"forward + backward {shape}"
-    measure(benchmark, shape, name, forward_backward)
+    benchmark.group = f"{call} {CASE} {DEVICE.type}"
+    benchmark.pedantic(timed, setup=setup, rounds=30, warmup_rounds=5)

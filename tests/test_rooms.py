@@ -26,6 +26,7 @@ ROOMS = [
     "allora_kernels.checkpoint",
     "allora_kernels",
     "allora_kernels.testing",
+    "allora_kernels.timing",
     "allora_kernels.data",
     "allora_kernels.finetune_config",
     "allora_kernels.base_model",

@@ -1,0 +1,71 @@
+"""LoRA in two orders of operations that known fused implementations take, written here to be compared with.
+
+Both are plain LoRA (C = 1): they do less than `ours`. S is saved and dS computed once in both, which not every
+implementation does.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+class AddmmInPlace(torch.autograd.Function):
+    """The vendor's GEMM, then the rank-R product added to y, and to dX, in place: each is read and written once more."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B):
+        y = F.linear(x, weight, bias)
+        s = x.to(lora_A.dtype) @ lora_A.T
+        y.addmm_(s.to(y.dtype), lora_B.T.to(y.dtype))
+        ctx.save_for_backward(x, s, weight, lora_A, lora_B)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, s, weight, lora_A, lora_B = ctx.saved_tensors
+        wide = g.to(lora_B.dtype)
+        ds = wide @ lora_B
+        dx = g @ weight
+        dx.addmm_(ds.to(dx.dtype), lora_A.to(dx.dtype))
+        return dx, None, None, ds.T @ x.to(ds.dtype), wide.T @ s
+
+
+class EpilogueAtomics(torch.autograd.Function):
+    """The rank-R product in the epilogue of the GEMMs for y and dX; dS, dB and dA by fp32 atomics."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B):
+        import csrc_triton
+
+        s = x.to(lora_A.dtype) @ lora_A.T
+        ctx.save_for_backward(x, s, weight, lora_A, lora_B)
+        return csrc_triton.fused_linear(x, weight, bias, s, lora_B)
+
+    @staticmethod
+    def backward(ctx, g):
+        import csrc_triton
+
+        from .atomics import adapter_grads
+
+        x, s, weight, lora_A, lora_B = ctx.saved_tensors
+        ds, da, db = adapter_grads(g, x, s, lora_B)
+        dx = csrc_triton.fused_linear(g, weight.mT, None, ds, lora_A.mT)
+        return dx, None, None, da.to(lora_A.dtype), db.to(lora_B.dtype)
+
+
+class EagerALLoRA(torch.autograd.Function):
+    """ALLoRA written directly: the formulas of rule "row" (η = 2), with BA materialised for its norms."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B):
+        s = x.to(lora_A.dtype) @ lora_A.T
+        ctx.save_for_backward(x, s, weight, lora_A, lora_B)
+        return F.linear(x, weight, bias) + (s @ lora_B.T).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, s, weight, lora_A, lora_B = ctx.saved_tensors
+        c = ((lora_B.float() @ lora_A.float()).norm(dim=1) + 0.25).rsqrt()
+        wide = g.to(lora_A.dtype)
+        scaled = (c * wide).to(wide.dtype)
+        dx = g @ weight + (wide @ lora_B @ lora_A).to(x.dtype)
+        return dx, None, None, (scaled @ lora_B).T @ x.to(wide.dtype), scaled.T @ s

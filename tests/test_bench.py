@@ -1,0 +1,227 @@
+"""The benchmark: what it measures is right before it is timed, nothing stops it, and its file keeps what it has."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from rich.console import Console
+
+from bench import __main__ as bench
+from bench import cases, layer, measured, model, providers, results
+from bench.cases import Case
+from bench.providers import PROVIDERS, Judge, Provider
+from bench.runner import Run
+
+TINY = Case(40, 24, 32, 4, "float32", "float32")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A grid of one tiny layer, and no ceilings."""
+    monkeypatch.setattr(cases, "cpu_grid", lambda: [TINY])
+    monkeypatch.setattr(cases, "compiles", lambda case: False)
+    monkeypatch.setattr(bench.ceilings, "measure", lambda device, dtypes: {})
+    # The process's own, for the tests after this one.
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+
+
+def run(*arguments):
+    return bench.main(["--rounds", "3", *arguments], Console(quiet=True))
+
+
+def record_of(file, section="layer"):
+    (record,) = measured.records(json.loads(file.read_text()), section)
+    return record
+
+
+# --- providers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("name", [name for name in PROVIDERS if name not in ("compile", "epilogue-atomics")])
+def test_every_provider_computes_its_formula(name, dtypes):
+    spec, inputs = PROVIDERS[name], Case(96, 80, 64, 8, *dtypes).inputs("cpu")
+    if spec.obstacle(inputs):
+        pytest.skip(spec.obstacle(inputs))
+    inputs = spec.inputs(inputs)
+    assert Judge().verdict(spec, spec.build(inputs), inputs) is None
+
+
+@pytest.mark.parametrize(
+    "spoil, named",
+    [
+        (lambda y: y * 1.001, "y"),
+        (lambda y: y * float("nan"), "y"),
+        (lambda y: y.detach() + 0.999 * (y - y.detach()), "dx"),
+    ],
+)
+def test_a_wrong_result_is_found(spoil, named):
+    inputs = TINY.inputs("cpu")
+    for name in ("frozen", "ours", "peft", "peft-dora"):
+        right = PROVIDERS[name].build(inputs)
+        wrong = Provider(lambda x, right=right: spoil(right.forward(x)), right.parameters)
+        assert Judge().verdict(PROVIDERS[name], wrong, inputs).startswith(f"{named} is off by")
+
+
+def test_plain_lora_is_no_allora():
+    inputs = TINY.inputs("cpu")
+    verdict = Judge().verdict(PROVIDERS["ours"], PROVIDERS["addmm-in-place"].build(inputs), inputs)
+    assert verdict.startswith("dA is off by")
+
+
+def test_the_kernels_are_not_there_on_a_cpu():
+    assert "cpu tensors" in PROVIDERS["epilogue-atomics"].obstacle(TINY.inputs("cpu"))
+
+
+# --- cases -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_grid_has_the_targets_first_and_nothing_twice():
+    grid = cases.gpu_grid()
+    assert grid[:3] == list(cases.TARGETS.values())
+    assert len(grid) == len(set(grid)) == 6 * 4 * 4 + 8
+
+
+def test_shapes_choose_from_the_grid_or_stand_for_themselves():
+    grid = cases.gpu_grid()
+    chosen = cases.matching(grid, [cases.parse_shape("M=512,R=16")])
+    assert {(c.M, c.R, c.dtype) for c in chosen} == {(512, 16, "bfloat16")} and len(chosen) == 6
+    assert cases.matching(grid, [cases.parse_shape("M=3,N=5,K=7,R=2")]) == [Case(3, 5, 7, 2)]
+    with pytest.raises(ValueError, match="M=8192"):
+        cases.parse_shape("8192x4096")
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_times_every_provider_and_writes_where_asked(small, tmp_path):
+    file = tmp_path / "cpu.json"
+    assert run("--only", "layer", "dispatch", "--output", str(file)) == 0
+    data = json.loads(file.read_text())
+    assert data["runs"][0]["torch"] == torch.__version__ and data["runs"][0]["date"]
+    for section in ("layer", "dispatch"):
+        rows = record_of(file, section)["providers"]
+        for name in ("frozen", "ours", "eager", "peft", "peft-dora", "addmm-in-place"):
+            assert rows[name]["status"] == "ok"
+            for kind in layer.PASSES:
+                assert rows[name][kind]["p20_ms"] <= rows[name][kind]["median_ms"] <= rows[name][kind]["p80_ms"]
+        assert rows["epilogue-atomics"]["status"] == "unavailable" and "forward" not in rows["epilogue-atomics"]
+    assert data["not_run"] == {"layer": [], "dispatch": []}
+
+
+def test_a_wrong_provider_has_no_time_and_a_failing_one_stops_nothing(small, tmp_path, monkeypatch):
+    def wrong(inputs):
+        provider = PROVIDERS["frozen"].build(inputs)
+        return Provider(lambda x: provider.forward(x) + 1)
+
+    def broken(inputs):
+        raise RuntimeError("no such library\nmore")
+
+    frozen = PROVIDERS["frozen"]
+    monkeypatch.setitem(PROVIDERS, "wrong", providers.Spec("", wrong, "frozen"))
+    monkeypatch.setitem(PROVIDERS, "broken", providers.Spec("", broken, "frozen"))
+    monkeypatch.setitem(PROVIDERS, "last", frozen)
+    file = tmp_path / "cpu.json"
+    run("--only", "layer", "--output", str(file))
+    rows = record_of(file)["providers"]
+    assert rows["wrong"]["status"] == "wrong" and "y is off by" in rows["wrong"]["reason"]
+    assert "forward" not in rows["wrong"]
+    assert rows["broken"] == {"status": "failed", "reason": "RuntimeError: no such library"}
+    assert rows["last"]["forward"]["median_ms"] > 0
+
+
+def test_without_an_output_a_cpu_run_writes_nothing(small, monkeypatch):
+    monkeypatch.setattr(results.Path, "write_text", lambda *a: pytest.fail("written"))
+    run("--only", "dispatch")
+
+
+def test_what_no_time_is_left_for_is_listed_and_goes_on_later(small, tmp_path):
+    file = tmp_path / "cpu.json"
+    run("--only", "layer", "--minutes", "0", "--output", str(file))
+    assert json.loads(file.read_text())["not_run"] == {"layer": [asdict(TINY)]}
+    run("--only", "layer", "--missing", "--output", str(file))
+    assert json.loads(file.read_text())["not_run"] == {"layer": []}
+    when = record_of(file)
+    run("--only", "layer", "--missing", "--output", str(file))
+    assert record_of(file)["providers"] == when["providers"]
+
+
+def test_the_frozen_floor_is_in_every_record(small, tmp_path):
+    file = tmp_path / "cpu.json"
+    run("--only", "layer", "--providers", "eager", "--output", str(file))
+    assert list(record_of(file)["providers"]) == ["frozen", "eager"]
+
+
+def test_records_of_fewer_providers_do_not_displace_others(tmp_path):
+    def row(milliseconds):
+        return {"status": "ok", "forward": {"median_ms": milliseconds}}
+
+    file = tmp_path / "file.json"
+    case = asdict(TINY)
+    first = results.Results(file, {"commit": "a"})
+    first.add("layer", case, {"frozen": row(1.0), "ours": row(1.1), "peft": row(1.5)})
+    second = results.Results(file, {"commit": "b"})
+    second.add("layer", case, {"frozen": row(2.0), "ours": row(2.1)})
+    data = results.load(file)
+    assert measured.ratio(data, TINY, "ours", "forward") == 1.05
+    # Two providers are compared within one run, however new another is.
+    assert measured.ratio(data, TINY, "peft", "forward", over="ours") == 1.5 / 1.1
+    assert measured.ratio(data, TINY, "peft", "backward") is None
+
+    third = results.Results(file, {"commit": "c"})
+    third.add("layer", case, {"frozen": row(1.0), "ours": row(1.0), "peft": row(2.0)})
+    data = results.load(file)
+    assert [r["commit"] for r in data["runs"]] == ["c"] and [r["run"] for r in data["records"]] == [0]
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path):
+    file = tmp_path / "other.json"
+    file.write_text("{}")
+    with pytest.raises(ValueError, match=r"other\.json"):
+        results.Results(file, {})
+    assert results.all_files(tmp_path) == []
+
+
+# --- a whole model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base():
+    return model.llama(2, CPU, "float32", tiny=True)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_variant_of_the_model_is_right_and_timed(base, checkpointing):
+    said = []
+    run = Run(CPU, results.Results(None, {}), lambda *row: said.append(row))
+    case = model.ModelCase(2, checkpointing, False, 1, 16, 4, "float32")
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    rows = model._measure(run, base, case, list(model.VARIANTS))
+    assert {row["status"] for row in rows.values()} == {"ok"}, rows
+    assert all(row["step"]["median_ms"] > 0 and row["tokens_per_s"] > 0 for row in rows.values())
+    assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
+
+
+def test_variants_share_the_weights_and_train_their_adapters_alone(base):
+    case = model.ModelCase(1, False, False, 1, 16, 4, "float32")
+    names = {"ours": "lora_A", "peft": "lora_A", "peft-dora": "lora_magnitude_vector"}
+    shared = {p.data_ptr() for p in base.parameters()}
+    for variant, name in names.items():
+        adapted = model.adapted(base, case, variant)
+        trainable = [n for n, p in adapted.named_parameters() if p.requires_grad]
+        assert any(name in n for n in trainable) and all("lora" in n for n in trainable)
+        assert all(p.data_ptr() in shared for p in adapted.parameters() if not p.requires_grad)
+        # 7 linear layers in the one that is left.
+        assert len([n for n in trainable if "lora_A" in n]) == 7
+
+
+def test_an_adapter_that_changes_the_fresh_model_is_wrong(base):
+    case = model.ModelCase(1, False, False, 1, 16, 4, "float32")
+    step = model.Step(model.adapted(base, case, "ours"), torch.arange(16)[None])
+    loss = step().item()
+    assert model._fault(step, loss, loss) is None
+    assert "fresh adapter" in model._fault(step, loss, 1.1 * loss)
+    step.parameters[0].grad = None
+    assert "no gradient" in model._fault(step, loss, loss)
