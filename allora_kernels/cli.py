@@ -13,10 +13,12 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
-from .doctor import diagnose
+from .doctor import default_device, diagnose
 from .finetune_config import FinetuneConfig
+from .functional import check_rule
 
 if TYPE_CHECKING:
+    import torch
     import typer
 
 _INSTALL = "the command line needs more packages: pip install 'allora-kernels[train]'"
@@ -54,6 +56,37 @@ def doctor() -> int:
     return 0 if diagnose(_console()) else 1
 
 
+def bench(
+    *,
+    rows: Annotated[list[int], "M: tokens of a batch; may be given several times."] = (512, 2048, 8192),
+    out_features: Annotated[int, "N of the layer."] = 4096,
+    in_features: Annotated[int, "K of the layer."] = 4096,
+    r: Annotated[int, "Rank of the adapter."] = 16,
+    dtype: Annotated[str, "Of the layer and its input: bfloat16, float16 or float32."] = "bfloat16",
+    adapter_dtype: Annotated[str | None, "Of lora_A and lora_B; the layer's if not given."] = None,
+    tune: Annotated[bool, "Measure every way of the products first, and keep the fastest for later runs."] = False,
+) -> int:
+    """Measure an adapted layer against the frozen one on this device; with --tune, choose its kernels by measurement."""
+    from .layer_bench import report
+
+    check_rule(r, 1.0, None)
+    for name, size in (("rows", min(rows)), ("out-features", out_features), ("in-features", in_features)):
+        if size < 1:
+            raise ValueError(f"--{name} must be at least 1, got {size}")
+    dtypes = [_dtype(name) for name in (dtype, adapter_dtype or dtype)]
+    report(_console(), [(m, out_features, in_features, r) for m in rows], *dtypes, default_device(), tune)
+    return 0
+
+
+def _dtype(name: str) -> "torch.dtype":
+    import torch
+
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name not in known:
+        raise ValueError(f"dtype must be one of {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
 def merge(
     *,
     adapter: Annotated[str, "Folder of the adapter."],
@@ -80,6 +113,7 @@ _COMMANDS: dict[Callable[..., int], Iterable[inspect.Parameter] | None] = {
         for field in fields(FinetuneConfig)
     ],
     doctor: None,
+    bench: None,
     merge: None,
 }
 """Each command: its parameters, where they are not the function's own."""

@@ -15,11 +15,12 @@ WAYS = {
     "persistent": "persistent GEMM with the low-rank epilogue, tiles by descriptors",
     "vendor": "the vendor's GEMM, then a rank-R update in place",
 }
+OPS = ("adapted_linear", "fused_linear")
+"""The products that have a choice: y with S yet to be computed, and any product with S given."""
 
 
 class Call(NamedTuple):
-    """What a plan is chosen by: `op` is "adapted_linear" (S has yet to be computed) or "fused_linear", and the dtypes are
-    those of x and of S."""
+    """What a plan is chosen by: one of `OPS`, the sizes, and the dtypes of x and of S."""
 
     op: str
     M: int

@@ -39,26 +39,26 @@ def path(key: str) -> Path:
     return directory() / (re.sub(r"[^a-z0-9.]+", "-", key.lower()).strip("-") + ".json")
 
 
-def save(key: str, date: str, entries: list[dict[str, Any]]) -> Path:
-    """Add `entries` (as from `entry`) to the file of `key`, in place of older ones of the same call; its path."""
+def save(key: str, entry: dict[str, Any]) -> None:
+    """Add an `entry` to the file of `key`, in place of an older one of the same call."""
     file = path(key)
-    known = {_identity(e): e for e in _read(file)} | {_identity(e): e for e in entries}
+    known = {_identity(e): e for e in [*_read(file), entry]}
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps({"key": key, "date": date, "entries": list(known.values())}, indent=1))
+    partial.write_text(json.dumps({"key": key, "entries": list(known.values())}, indent=1))
     partial.replace(file)
     _entries.cache_clear()
-    return file
 
 
-def entry(call: tuple, way: str, config: Config | None, milliseconds: dict[str, float]) -> dict[str, Any]:
-    """One measured choice as it is saved: the call (a `plans.Call`), the plan that won, and every plan's median."""
+def entry(call: tuple, way: str, config: Config | None, milliseconds: dict[str, float], date: str) -> dict[str, Any]:
+    """One measured choice as it is saved: the call (a `plans.Call`), the plan that won, every plan's median, the day."""
     *sizes, dtype, low_rank_dtype = call
     return {
         "call": [*sizes, _name(dtype), _name(low_rank_dtype)],
         "way": way,
         "config": None if config is None else dataclasses.asdict(config),
         "milliseconds": milliseconds,
+        "date": date,
     }
 
 
@@ -89,7 +89,14 @@ def _entries(file: Path) -> list[dict[str, Any]]:
 
 def _read(file: Path) -> list[dict[str, Any]]:
     try:
-        return json.loads(file.read_text())["entries"]
+        entries = json.loads(file.read_text())["entries"]
+        for e in entries:
+            op, *sizes, _, _ = e["call"]
+            if not (isinstance(op, str) and all(isinstance(size, int) for size in sizes) and len(sizes) == 4):
+                raise ValueError(f"unknown call {e['call']}")
+            if e["config"] is not None:
+                Config(**e["config"])
+        return entries
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:

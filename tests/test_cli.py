@@ -111,6 +111,32 @@ def test_merge_gives_an_ordinary_model_with_the_same_logits(folder, tmp_path, na
     assert sorted(p.name for p in tmp_path.iterdir()) == ["merged", "run"]
 
 
+def test_bench_measures_a_layer_here():
+    result = allora("bench", "--rows", 4, "--rows", 6, "--out-features", 24, "--in-features", 16, "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    rows = [line.split("│")[1:-1] for line in result.output.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row[:5]] for row in rows] == [
+        [m, "24", "16", "16", step] for m in "46" for step in ("forward", "forward + backward")
+    ]
+    for row in rows:
+        frozen, ours, ratio = map(float, row[5:])
+        assert ratio == pytest.approx(ours / frozen, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--dtype", "int8"], "dtype must be one of bfloat16, float16, float32, got 'int8'"),
+        (["--rows", "0"], "--rows must be at least 1, got 0"),
+        (["--r", "500"], "r must be between 1 and 256, got 500"),
+        (["--rows", "4", "--tune"], "backend='triton' cannot run here: cpu tensors"),
+    ],
+)
+def test_bench_says_what_is_wrong(arguments, words):
+    result = allora("bench", *arguments)
+    assert result.exit_code == 2 and words in result.stderr
+
+
 def test_doctor_passes_on_this_machine():
     result = allora("doctor")
     assert result.exit_code == 0, result.output

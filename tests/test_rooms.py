@@ -27,6 +27,8 @@ ROOMS = [
     "allora_kernels",
     "allora_kernels.testing",
     "allora_kernels.timing",
+    "allora_kernels.tune",
+    "allora_kernels.layer_bench",
     "allora_kernels.data",
     "allora_kernels.finetune_config",
     "allora_kernels.base_model",
@@ -37,7 +39,7 @@ ROOMS = [
     "allora_kernels.finetune",
     "allora_kernels.cli",
 ]
-LOADS_KERNELS = {"allora_kernels.ops", "allora_kernels.explanation"}
+LOADS_KERNELS = {"allora_kernels.ops", "allora_kernels.explanation", "allora_kernels.tune"}
 
 
 def module_name(path):

@@ -1,0 +1,126 @@
+"""The choice between the ways of a product: every case has one, the cheapest by estimate, and a measurement beats it."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+plans = pytest.importorskip("csrc_triton.plans")
+configs = pytest.importorskip("csrc_triton.configs")
+tuning = pytest.importorskip("csrc_triton.tuning")
+
+ARCHS = ["sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "unheard_of", "interpreter"]
+DTYPES = [(torch.float32,) * 2, (torch.float16,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
+KEY = "Some GPU, torch 1, triton 2"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    forget()
+    yield
+    forget()
+
+
+def forget():
+    plans.forget()
+    tuning._entries.cache_clear()
+
+
+def call(op="adapted_linear", m=2048, n=4096, k=4096, r=16, dtypes=(torch.bfloat16,) * 2):
+    return plans.Call(op, m, n, k, r, *dtypes)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("op", ["adapted_linear", "fused_linear"])
+def test_every_case_has_a_plan_that_can_run(op, arch):
+    for m, n, k, r in itertools.product([1, 513, 100_000], [1, 4096], [41, 14336], [1, 64, 65, 256]):
+        for dtypes, describable in itertools.product(DTYPES, [False, True]):
+            found = plans.options(call(op, m, n, k, r, dtypes), arch, describable)
+            assert found[0].way == "tiles" and found[-1] == plans.Plan("vendor", None)
+            for plan in found:
+                assert plans.estimate(call(op, m, n, k, r, dtypes), plan, arch) > 0
+                assert plan.way != "persistent" or describable
+                assert plan.way != "inside" or (op == "adapted_linear" and r <= plan.config.BLOCK_R)
+
+
+def test_the_least_estimate_is_picked():
+    for arch, m in itertools.product(["sm_80", "sm_90", "unheard_of"], [64, 512, 8192]):
+        chosen = plans._pick(call(m=m), arch, True, None)
+        costs = {plan: plans.estimate(call(m=m), plan, arch) for plan in plans.options(call(m=m), arch)}
+        assert costs[chosen] == min(costs.values())
+    assert plans.pick(call(), torch.device("cpu"), True).way == "tiles"
+
+
+def test_each_way_is_the_best_somewhere_on_hopper():
+    sizes = itertools.product([64, 512, 8192], [1024, 4096], [896, 4096, 14336])
+    chosen = {plans._pick(call(op, *size), "sm_90", True, None).way for size in sizes for op in plans.OPS}
+    assert chosen == set(plans.WAYS)
+
+
+def test_estimates_are_of_the_size_of_bytes_and_flops():
+    big = call(m=8192)
+    frozen = 2 * 8192 * 4096 * 4096 / configs.MACHINES["sm_90"].flops
+    vendor = plans.estimate(big, plans.Plan("vendor", None), "sm_90")
+    # One pass over x for S and two over y for the update, of 266 FLOP a byte each, and three launches.
+    assert vendor == pytest.approx(frozen * (1 + 3 * (800e12 / 3e12) / 4096) + 3 * 4e-6, rel=1e-3)
+
+
+def test_small_problems_take_smaller_tiles():
+    def tile(m, n):
+        config = configs.pick_config("fused_linear", m, n, 4096, 16, torch.bfloat16, "sm_90")
+        return config.BLOCK_M * config.BLOCK_N
+
+    assert tile(512, 1024) < tile(512, 4096) < tile(8192, 4096)
+    assert -(-512 // 64) * -(-1024 // 64) >= 128  # of 132 multiprocessors
+
+
+def save(way, config, m=2048, milliseconds=1.0):
+    tuning.save(KEY, tuning.entry(call(m=m), way, config, {way: milliseconds}, "2026-01-01"))
+
+
+def test_a_measurement_is_preferred_near_where_it_was_taken():
+    tiles = plans.options(call(), "sm_90")[3]
+    assert tiles.way == "tiles"
+    save(*tiles)
+    for m in (1024, 2000, 2048, 4096):
+        assert plans._pick(call(m=m), "sm_90", True, KEY) == tiles
+    estimated = plans._pick(call(m=5000), "sm_90", True, None)
+    assert plans._pick(call(m=5000), "sm_90", True, KEY) == estimated
+    assert plans._pick(call(n=1024), "sm_90", True, KEY) == plans._pick(call(n=1024), "sm_90", True, None)
+    assert plans._pick(call(), "sm_90", True, "another GPU") == plans._pick(call(), "sm_90", True, None)
+
+
+def test_the_nearest_number_of_rows_wins_and_a_new_measurement_replaces_the_old():
+    first, second = plans.options(call(), "sm_90")[:2]
+    save(*first, m=1024)
+    save(*second, m=2048)
+    assert plans._pick(call(m=1100), "sm_90", True, KEY) == first
+    assert plans._pick(call(m=1900), "sm_90", True, KEY) == second
+    save("vendor", None, m=2048)
+    plans.forget()
+    assert plans._pick(call(m=1900), "sm_90", True, KEY).way == "vendor"
+    assert len(json.loads(tuning.path(KEY).read_text())["entries"]) == 2
+
+
+def test_a_measured_plan_that_cannot_run_is_not_taken():
+    persistent = next(plan for plan in plans.options(call(), "sm_90") if plan.way == "persistent")
+    save(*persistent)
+    assert plans._pick(call(), "sm_90", True, KEY) == persistent
+    assert plans._pick(call(), "sm_90", False, KEY).way != "persistent"
+
+
+@pytest.mark.parametrize("content", ["not json", "[]", '{"entries": 3}', '{"entries": [{"call": 1}]}'])
+def test_a_broken_file_is_said_and_does_without(content):
+    tuning.path(KEY).parent.mkdir(parents=True)
+    tuning.path(KEY).write_text(content)
+    with pytest.warns(RuntimeWarning, match="cannot be read"):
+        assert tuning.lookup(KEY, call()) is None
+
+
+def test_files_are_kept_apart_by_device_and_versions():
+    assert tuning.path(KEY) != tuning.path(KEY + "1")
+    assert tuning.path("NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, triton 3.6.0").name == (
+        "nvidia-h100-80gb-hbm3-torch-2.11.0-cu130-triton-3.6.0.json"
+    )
