@@ -163,9 +163,9 @@ def apply(x, weight, bias, lora_A, lora_B, eta, norm, backend=None, cache: Coeff
     choice = _backend.choose(x.device, widest, backend)
     if choice.fallback and not torch.compiler.is_compiling():
         _backend.warn_fallback(choice.reason)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y, _ = _apply_function(rows, weight, bias, lora_A, lora_B, dtype, eta, norm, choice.name, cache)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def allora_linear(

@@ -1,6 +1,7 @@
 """Every way a linear product can go, forced, against the reference: y with S, and dX by strides."""
 
 import functools
+import sys
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_dx_by_strides(device, way, shape, dtypes):
 @ways
 @layouts
 def test_takes_any_strides(device, way, layout):
-    shape, dtype = (70, 56, 40, 16), torch.float16
+    shape, dtype = (70, 56, 136, 16), torch.float16
     plan = plan_for(way, "adapted_linear", shape, (dtype, dtype), device)
     x, weight, bias, lora_A, lora_B, _ = make_inputs(*shape, dtype, device=device)
     tensors = (layout(x), layout(weight), bias.repeat_interleave(2)[::2], layout(lora_A), layout(lora_B))
@@ -98,6 +99,20 @@ def test_the_persistent_grid_reads_rows_cut_from_wider_ones(device):
     exact = reference.adapted_linear(*double(*cut), torch.float64)
     for name, *values in zip("ys", results, reference.adapted_linear(*cut, dtype), exact):
         assert_close(*values, name)
+
+
+def test_s_inside_is_no_pass_of_its_own(device, monkeypatch):
+    shape, dtypes = (7, 8, 16, 3), (torch.float16,) * 2
+    *tensors, _ = make_inputs(*shape, *dtypes, device=device)
+    passes = []
+    # The package's attribute of that name is the function.
+    module = sys.modules["csrc_triton.adapted_linear"]
+    original = module.down_project
+    monkeypatch.setattr(module, "down_project", lambda *args: passes.append(1) or original(*args))
+    for way, expected in (("inside", 0), ("tiles", 1)):
+        passes.clear()
+        csrc_triton.adapted_linear(*tensors, dtypes[0], plan_for(way, "adapted_linear", shape, dtypes, device))
+        assert len(passes) == expected
 
 
 def test_more_tiles_than_programs(device):
