@@ -36,13 +36,25 @@ def _over_cases(run: Run, section: str, grid: list[Case], measure: Callable) -> 
         names = run.providers_for(case)
         if run.only_missing and run.results.has(section, asdict(case), names):
             continue
+        rows = _checked_and_measured(run, case, names, measure)
+        run.record(section, str(case), asdict(case), rows)
+    run.leave(section, [])
+
+
+def _checked_and_measured(run: Run, case: Case, names: list[str], measure: Callable) -> dict[str, dict]:
+    """The rows of one case, whatever fails."""
+    rows: dict[str, dict] = {}
+    ready: Ready = {}
+    try:
         rows, ready = _prepare(run, case, names)
         if ready:
             x, g = next(iter(ready.values()))[1:]
             for name, values in measure(run, ready, x, g).items():
                 rows[name] |= values
-        run.record(section, str(case), asdict(case), rows)
-    run.leave(section, [])
+    except Exception as error:
+        fault = failure(error)
+        rows |= {name: fault for name in (ready or names)}
+    return rows
 
 
 Ready = dict[str, tuple[Provider, Tensor, Tensor]]

@@ -6,6 +6,7 @@ model: the floor.
 """
 
 import copy
+import gc
 import itertools
 import warnings
 from dataclasses import asdict, dataclass
@@ -71,7 +72,7 @@ def run_model(run: Run) -> None:
         run.record("model", str(case), asdict(case), rows)
         out_of_memory = any(row.get("reason") == "out of memory" for row in rows.values())
         if out_of_memory and case.layers // 2 >= _LEAST_LAYERS:
-            waiting.append(ModelCase(**{**asdict(case), "layers": case.layers // 2}))
+            waiting.insert(0, ModelCase(**{**asdict(case), "layers": case.layers // 2}))
     run.leave("model", [])
 
 
@@ -163,6 +164,8 @@ def _measure(run: Run, base: nn.Module, case: ModelCase, names: list[str]) -> di
     # The variants' layers are one function to torch.compile, and each needs its own code.
     with torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024):
         for name in names:
+            step = None
+            _release(run)
             others = _allocated(run) - weights
             try:
                 step = Step(adapted(base, case, name), tokens)
@@ -177,6 +180,8 @@ def _measure(run: Run, base: nn.Module, case: ModelCase, names: list[str]) -> di
             if fault is None:
                 steps[name] = step
                 rows[name]["peak_bytes"] = None if peak is None else peak - others
+        step = None
+        _release(run)
         try:
             timings = interleaved(steps, rounds=7 if run.on_gpu else 10, warmup=1, device=run.device, budget_s=60)
         except Exception as error:
@@ -189,6 +194,13 @@ def _measure(run: Run, base: nn.Module, case: ModelCase, names: list[str]) -> di
 
 def _allocated(run: Run) -> int:
     return torch.cuda.memory_allocated(run.device) if run.on_gpu else 0
+
+
+def _release(run: Run) -> None:
+    """Give back what a variant that failed half way held."""
+    gc.collect()
+    if run.on_gpu:
+        torch.cuda.empty_cache()
 
 
 def _first_steps(run: Run, step: Step) -> tuple[float, int | None]:

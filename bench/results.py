@@ -38,12 +38,11 @@ def environment(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
     }
     if device.type == "cuda":
-        from csrc_triton.configs import arch_of
-
         properties = torch.cuda.get_device_properties(device)
+        hip = torch.version.hip is not None
         found |= {
             "device": properties.name,
-            "arch": arch_of(device),
+            "arch": properties.gcnArchName if hip else f"sm_{properties.major}{properties.minor}",
             "driver": _driver(),
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
