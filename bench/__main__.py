@@ -27,6 +27,7 @@ SECTIONS = {
     "dispatch": (layer.run_dispatch, 1),
     "layer": (layer.run_layer, 10),
     "model": (model.run_model, 7),
+    "launches": (layer.run_launches, 1),
 }
 
 

@@ -110,6 +110,8 @@ def _ceilings(data: dict) -> str:
 def _detail(data: dict) -> str:
     """The first target shape in full: times with their spread, rates, launches, memory."""
     case = TARGETS["M=8192, 4096x4096"]
+    counted = (record["providers"] for record in records(data, "launches") if record["case"] == asdict(case))
+    launches = next(counted, {})
     for record in records(data, "layer"):
         if record["case"] != asdict(case):
             continue
@@ -130,7 +132,7 @@ def _detail(data: dict) -> str:
                     f"{time:.3f} ({timing['p20_ms']:.3f} to {timing['p80_ms']:.3f})",
                     f"{useful / time * 1e-9:.0f}",
                     f"{moved / time * 1e-9:.2f}",
-                    row.get("forward_backward_launches"),
+                    launches.get(name, {}).get("forward_backward_launches", ""),
                     "" if peak is None else f"{peak / 2**20:,.0f}",
                 ]
             )
