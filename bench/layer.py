@@ -40,7 +40,7 @@ def run_launches(run: Run) -> None:
 def _over_cases(run: Run, section: str, grid: list[Case], measure: Callable) -> None:
     for position, case in enumerate(grid):
         if run.time_is_up():
-            run.leave(section, [asdict(rest) for rest in grid[position:]])
+            run.leave(section, [(asdict(rest), run.providers_for(rest)) for rest in grid[position:]])
             return
         names = run.providers_for(case)
         if run.only_missing and run.results.has(section, asdict(case), names):

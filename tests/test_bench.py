@@ -250,10 +250,26 @@ def test_a_model_too_large_for_memory_is_halved_at_once(monkeypatch):
 
     def measure(run, base, case, names):
         seen.append((case.layers, case.checkpointing))
-        return {"frozen": {"status": "failed", "reason": "out of memory"}} if case.layers > 8 else {}
+        reason = "out of memory" if case.layers > 8 else ""
+        return {name: {"status": "failed", "reason": reason} for name in names}
 
     monkeypatch.setattr(model, "CPU_CASES", [model.ModelCase(32, False, False), model.ModelCase(8, True, False)])
     monkeypatch.setattr(model, "llama", lambda *args, **kwargs: object())
     monkeypatch.setattr(model, "_measure", measure)
     model.run_model(Run(CPU, results.Results(None, {}), lambda *row: None))
     assert seen == [(32, False), (16, False), (8, False), (8, True)]
+
+
+def test_a_model_that_time_ran_out_on_is_still_to_be_run(base, tmp_path, monkeypatch):
+    case = model.ModelCase(1, False, False, 1, 16, 4, "float32")
+    monkeypatch.setattr(model, "CPU_CASES", [case])
+    monkeypatch.setattr(model, "llama", lambda *args, **kwargs: base)
+    gathered = results.Results(tmp_path / "file.json", {"commit": "a"})
+    run = Run(CPU, gathered, lambda *row: None)
+    ticks = iter([False, False, False])  # for the case, and two of its variants
+    monkeypatch.setattr(run, "time_is_up", lambda: next(ticks, True))
+    model.run_model(run)
+    (record,) = gathered.data["records"]
+    assert [name for name, row in record["providers"].items() if row["tokens_per_s"] > 0] == ["frozen", "ours"]
+    assert gathered.data["not_run"] == {"model": [asdict(case)]}
+    assert not gathered.has("model", asdict(case), list(model.VARIANTS))

@@ -51,7 +51,7 @@ def folder(tmp_path):
     gathered.add("dispatch", asdict(Case(512, 4096, 4096, 16)), layer_rows(0.01))
     gathered.add("launches", asdict(ONE_TARGET), {"ours": {"status": "ok", "forward_backward_launches": 6}})
     gathered.add("model", asdict(GPU_CASES[0]), model_rows())
-    gathered.leave("layer", [asdict(Case(1, 2, 3, 4))])
+    gathered.leave("layer", [(asdict(Case(1, 2, 3, 4)), ["ours"]), (asdict(ONE_TARGET), ["ours"])])
     return tmp_path
 
 
