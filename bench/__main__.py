@@ -27,6 +27,7 @@ SECTIONS = {
     "dispatch": (layer.run_dispatch, 1),
     "layer": (layer.run_layer, 10),
     "model": (model.run_model, 7),
+    "launches": (layer.run_launches, 1),
 }
 
 
@@ -42,6 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing after this long (default 9)")
     parser.add_argument("--rounds", type=int, default=30, help="rounds of a layer's timing (default 30)")
     parser.add_argument("--output", type=Path, help="file to merge the results into (a GPU's default: bench/results)")
+    parser.add_argument("--commit", help="the commit to record where this is a copy without a repository")
     return parser.parse_args(arguments)
 
 
@@ -55,7 +57,7 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
     if device.type == "cpu":
         # Two threads wait for each other whenever anything else runs on the machine.
         torch.set_num_threads(1)
-    where = environment(device)
+    where = environment(device, options.commit)
     file = options.output or (default_file(where["device"]) if device.type == "cuda" else None)
     results = Results(file, where)
     console.print(", ".join(f"{name} {value}" for name, value in where.items()), highlight=False)

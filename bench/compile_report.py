@@ -2,7 +2,7 @@
 
 For every launch that the launchers can make: registers, spills, shared memory, occupancy, matrix instructions and loads
 by TMA. Exits with 1 if one spills, needs more shared memory than a block can have, or is a 16-bit GEMM on sm_90 without
-wgmma. All of it takes about 20 minutes on one core; --arch, --dtype, --rank and --shape choose from it.
+wgmma. All of it takes about a quarter of an hour on one core; --arch, --dtype, --rank and --shape choose from it.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The sections "layer" and "dispatch": one layer, each provider checked, then all of them timed side by side."""
+"""The sections "layer", "dispatch" and "launches": one layer, each provider checked, then all of them side by side."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,9 +15,12 @@ from .runner import Run
 
 PASSES = ("forward", "forward_backward")
 
+Ready = dict[str, tuple[Provider, Tensor, Tensor]]
+"""The providers that may be timed, each with x and the upstream gradient."""
+
 
 def run_layer(run: Run) -> None:
-    """Device time, kernel launches and peak memory of forward and forward + backward over the grid."""
+    """Device time and peak memory of forward and forward + backward over the grid."""
     grid = cases.gpu_grid() if run.on_gpu else cases.cpu_grid()
     _over_cases(run, "layer", cases.matching(grid, run.shapes), _measure_layer)
 
@@ -28,24 +31,39 @@ def run_dispatch(run: Run) -> None:
     _over_cases(run, "dispatch", [own], _measure_dispatch)
 
 
+def run_launches(run: Run) -> None:
+    """How many kernels a call runs, on a GPU. After everything that is timed: CUPTI, once loaded, slows launches."""
+    if run.on_gpu:
+        _over_cases(run, "launches", [cases.TARGETS["M=8192, 4096x4096"], Case(512, 4096, 4096, 16)], _count)
+
+
 def _over_cases(run: Run, section: str, grid: list[Case], measure: Callable) -> None:
     for position, case in enumerate(grid):
         if run.time_is_up():
-            run.leave(section, [asdict(rest) for rest in grid[position:]])
+            run.leave(section, [(asdict(rest), run.providers_for(rest)) for rest in grid[position:]])
             return
         names = run.providers_for(case)
         if run.only_missing and run.results.has(section, asdict(case), names):
             continue
+        rows = _checked_and_measured(run, case, names, measure)
+        run.record(section, str(case), asdict(case), rows)
+    run.leave(section, [])
+
+
+def _checked_and_measured(run: Run, case: Case, names: list[str], measure: Callable) -> dict[str, dict]:
+    """The rows of one case, whatever fails."""
+    rows: dict[str, dict] = {}
+    ready: Ready = {}
+    try:
         rows, ready = _prepare(run, case, names)
         if ready:
             x, g = next(iter(ready.values()))[1:]
             for name, values in measure(run, ready, x, g).items():
                 rows[name] |= values
-        run.record(section, str(case), asdict(case), rows)
-    run.leave(section, [])
-
-
-Ready = dict[str, tuple[Provider, Tensor, Tensor]]
+    except Exception as error:
+        fault = failure(error)
+        rows |= {name: fault for name in (ready or names)}
+    return rows
 
 
 def _prepare(run: Run, case: Case, names: list[str]) -> tuple[dict[str, dict], Ready]:
@@ -99,7 +117,6 @@ def _measure_layer(run: Run, ready: Ready, x: Tensor, g: Tensor) -> dict[str, di
     for kind, calls in _calls(ready, x, g).items():
         for name, call in calls.items():
             rows[name][f"{kind}_peak_bytes"] = peak_bytes(call, run.device)
-            rows[name][f"{kind}_launches"] = count_launches(call, run.device)
         timings = interleaved(calls, rounds=run.rounds, device=run.device, budget_s=run.case_budget_s)
         for name, timing in timings.items():
             rows[name][kind] = as_row(timing)
@@ -112,6 +129,13 @@ def _measure_dispatch(run: Run, ready: Ready, x: Tensor, g: Tensor) -> dict[str,
         for name, timing in dispatch(calls, rounds=200, device=run.device, budget_s=run.case_budget_s).items():
             rows[name][kind] = as_row(timing)
     return rows
+
+
+def _count(run: Run, ready: Ready, x: Tensor, g: Tensor) -> dict[str, dict]:
+    calls = _calls(ready, x, g)
+    return {
+        name: {f"{kind}_launches": count_launches(calls[kind][name], run.device) for kind in PASSES} for name in ready
+    }
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
@@ -127,11 +151,9 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def count_launches(call: Callable[[], object], device: torch.device) -> int | None:
-    """How many kernels a call runs on the device, as CUPTI (roctracer) tells torch.profiler; copies and fills, which are
-    launches too, included. None on a CPU."""
-    if device.type != "cuda":
-        return None
+def count_launches(call: Callable[[], object], device: torch.device) -> int:
+    """How many kernels a call runs on a GPU, as CUPTI (roctracer) tells torch.profiler; copies and fills, which are
+    launches too, included."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 

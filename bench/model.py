@@ -6,6 +6,7 @@ model: the floor.
 """
 
 import copy
+import gc
 import itertools
 import warnings
 from dataclasses import asdict, dataclass
@@ -60,7 +61,7 @@ def run_model(run: Run) -> None:
     base = None
     while waiting:
         if run.time_is_up():
-            run.leave("model", [asdict(case) for case in waiting])
+            run.leave("model", [(asdict(case), _names(run)) for case in waiting])
             return
         case = waiting.pop(0)
         names = _names(run)
@@ -69,9 +70,12 @@ def run_model(run: Run) -> None:
         base = base if base is not None else llama(most, run.device, case.dtype, tiny=not run.on_gpu)
         rows = _measure(run, base, case, names)
         run.record("model", str(case), asdict(case), rows)
+        if len(rows) < len(names):
+            waiting.insert(0, case)
+            continue
         out_of_memory = any(row.get("reason") == "out of memory" for row in rows.values())
         if out_of_memory and case.layers // 2 >= _LEAST_LAYERS:
-            waiting.append(ModelCase(**{**asdict(case), "layers": case.layers // 2}))
+            waiting.insert(0, ModelCase(**{**asdict(case), "layers": case.layers // 2}))
     run.leave("model", [])
 
 
@@ -155,6 +159,7 @@ class Step:
 
 
 def _measure(run: Run, base: nn.Module, case: ModelCase, names: list[str]) -> dict[str, dict]:
+    """A row for each variant that there was time to build, and compile."""
     tokens = torch.randint(base.config.vocab_size, (case.batch, case.sequence), device=run.device)
     rows: dict[str, dict] = {}
     steps: dict[str, Step] = {}
@@ -163,6 +168,10 @@ def _measure(run: Run, base: nn.Module, case: ModelCase, names: list[str]) -> di
     # The variants' layers are one function to torch.compile, and each needs its own code.
     with torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1024):
         for name in names:
+            if run.time_is_up():
+                break
+            step = None
+            _release(run)
             others = _allocated(run) - weights
             try:
                 step = Step(adapted(base, case, name), tokens)
@@ -177,8 +186,11 @@ def _measure(run: Run, base: nn.Module, case: ModelCase, names: list[str]) -> di
             if fault is None:
                 steps[name] = step
                 rows[name]["peak_bytes"] = None if peak is None else peak - others
+        step = None
+        _release(run)
+        budget_s = min(60.0, max(10.0, run.seconds_left()))
         try:
-            timings = interleaved(steps, rounds=7 if run.on_gpu else 10, warmup=1, device=run.device, budget_s=60)
+            timings = interleaved(steps, rounds=7 if run.on_gpu else 10, warmup=1, device=run.device, budget_s=budget_s)
         except Exception as error:
             return rows | {name: failure(error) for name in steps}
     for name, timing in timings.items():
@@ -189,6 +201,13 @@ def _measure(run: Run, base: nn.Module, case: ModelCase, names: list[str]) -> di
 
 def _allocated(run: Run) -> int:
     return torch.cuda.memory_allocated(run.device) if run.on_gpu else 0
+
+
+def _release(run: Run) -> None:
+    """Give back what a variant that failed half way held."""
+    gc.collect()
+    if run.on_gpu:
+        torch.cuda.empty_cache()
 
 
 def _first_steps(run: Run, step: Step) -> tuple[float, int | None]:

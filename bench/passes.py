@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from csrc_triton import configs
+from allora_kernels.backend import TRITON_INSTALLED
 
 from .cases import Case
 
@@ -69,13 +69,21 @@ def _epilogue(z: _Sizes) -> tuple[Pass, Pass]:
     )
 
 
+def _sweep_columns(case: Case) -> int:
+    """Columns of G in a tile of the sweep on an H100."""
+    if not TRITON_INSTALLED:
+        return 256
+    from csrc_triton.configs import pick_config
+
+    dtype, adapter_dtype = getattr(torch, case.dtype), getattr(torch, case.adapter_dtype)
+    return pick_config("sweep", case.M, case.N, 0, case.R, dtype, "sm_90", adapter_dtype).BLOCK_N
+
+
 def _ours(z: _Sizes) -> tuple[list[Pass], list[Pass]]:
     case = z.case
     y, dx = _epilogue(z)
-    dtypes = getattr(torch, case.dtype), getattr(torch, case.adapter_dtype)
-    tile = configs.pick_config("sweep", case.M, case.N, 0, case.R, dtypes[0], "sm_90", dtypes[1]).BLOCK_N
     # Each tile of columns leaves its own fp32 share of G B and of G (cB), written once and read once.
-    shares = 2 * 2 * -(-case.N // tile) * case.M * case.R * 4
+    shares = 2 * 2 * -(-case.N // _sweep_columns(case)) * case.M * case.R * 4
     return [_s(z), y], [
         Pass("C from A Aᵀ and B", z.a + z.b, 4 * case.N, 2.0 * case.R**2 * (case.K + case.N)),
         Pass("dS, u and dB from one sweep over G", z.y + z.s + z.b, 2 * z.s + z.b, 3 * z.over_n, shares),

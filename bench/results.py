@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "bench" / "results"
 
 
-def environment(device: torch.device) -> dict:
-    """What a number must say of where it comes from."""
+def environment(device: torch.device, commit: str | None = None) -> dict:
+    """What a number must say of where it comes from; `commit` where there is no repository to ask."""
     found = {
         "device": "cpu",
         "arch": platform.machine(),
@@ -32,18 +32,17 @@ def environment(device: torch.device) -> dict:
         **{name: _version(name) for name in ("torch", "triton", "transformers", "peft")},
         "cuda": torch.version.cuda or torch.version.hip,
         "python": platform.python_version(),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or commit,
         "changed_files": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "threads": torch.get_num_threads(),
     }
     if device.type == "cuda":
-        from csrc_triton.configs import arch_of
-
         properties = torch.cuda.get_device_properties(device)
+        hip = torch.version.hip is not None
         found |= {
             "device": properties.name,
-            "arch": arch_of(device),
+            "arch": properties.gcnArchName if hip else f"sm_{properties.major}{properties.minor}",
             "driver": _driver(),
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
@@ -137,10 +136,14 @@ class Results:
         self.data["not_run"][section] = [old for old in waiting if old != case]
         self.write()
 
-    def leave(self, section: str, cases: list[dict]) -> None:
-        """Note the cases that no time was left for, unless an earlier run has them."""
-        done = [record["case"] for record in self.data["records"] if record["section"] == section]
-        self.data["not_run"][section] = [case for case in cases if case not in done]
+    def leave(self, section: str, waiting: list[tuple[dict, list[str]]]) -> None:
+        """Note the cases that no time was left for, unless an earlier run has them with these providers."""
+
+        def done(case: dict, providers: list[str]) -> bool:
+            found = (r for r in self.data["records"] if r["section"] == section and r["case"] == case)
+            return any(set(providers) <= set(record["providers"]) for record in found)
+
+        self.data["not_run"][section] = [case for case, providers in waiting if not done(case, providers)]
         self.write()
 
     def write(self) -> None:

@@ -51,5 +51,5 @@ class Run:
         self.results.add(section, case, rows)
         self.say(section, title, rows)
 
-    def leave(self, section: str, cases: list[dict]) -> None:
-        self.results.leave(section, cases)
+    def leave(self, section: str, waiting: list[tuple[dict, list[str]]]) -> None:
+        self.results.leave(section, waiting)

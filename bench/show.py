@@ -3,20 +3,12 @@
 from rich.console import Console
 from rich.table import Table
 
-from . import model, providers
-
-DESCRIPTIONS = {
-    "layer": {name: spec.description for name, spec in providers.PROVIDERS.items()},
-    "model": model.VARIANTS,
-}
-DESCRIPTIONS["dispatch"] = DESCRIPTIONS["layer"]
-
 
 def record(console: Console, section: str, title: str, rows: dict[str, dict]) -> None:
     """Print the rows of one record."""
     table = Table(title=f"{section}: {title}", title_justify="left", header_style="bold")
     table.add_column("provider")
-    columns = _MODEL if section == "model" else _LAYER if section == "layer" else _LAYER[:2]
+    columns = _COLUMNS[section]
     for heading, _ in columns:
         table.add_column(heading, justify="right")
     for name, row in rows.items():
@@ -45,14 +37,21 @@ def _bytes(count: int | None) -> str:
     return "" if count is None else f"{count / 2**20:,.0f} MiB"
 
 
-_LAYER = [
+_TIMES = [
     ("forward", lambda row, frozen: time_and_ratio(row, frozen, "forward")),
     ("forward + backward", lambda row, frozen: time_and_ratio(row, frozen, "forward_backward")),
-    ("kernels", lambda row, frozen: str(row.get("forward_backward_launches") or "")),
-    ("peak memory", lambda row, frozen: _bytes(row.get("forward_backward_peak_bytes"))),
 ]
-_MODEL = [
-    ("step", lambda row, frozen: time_and_ratio(row, frozen, "step")),
-    ("tokens/s", lambda row, frozen: f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else ""),
-    ("peak memory", lambda row, frozen: _bytes(row.get("peak_bytes"))),
-]
+# By section: a heading, and the cell of a provider's row beside the frozen layer's.
+_COLUMNS = {
+    "layer": [*_TIMES, ("peak memory", lambda row, frozen: _bytes(row.get("forward_backward_peak_bytes")))],
+    "dispatch": _TIMES,
+    "launches": [
+        ("kernels, forward", lambda row, frozen: str(row.get("forward_launches", ""))),
+        ("forward + backward", lambda row, frozen: str(row.get("forward_backward_launches", ""))),
+    ],
+    "model": [
+        ("step", lambda row, frozen: time_and_ratio(row, frozen, "step")),
+        ("tokens/s", lambda row, frozen: f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else ""),
+        ("peak memory", lambda row, frozen: _bytes(row.get("peak_bytes"))),
+    ],
+}

@@ -132,6 +132,24 @@ def test_a_wrong_provider_has_no_time_and_a_failing_one_stops_nothing(small, tmp
     assert rows["last"]["forward"]["median_ms"] > 0
 
 
+def test_a_measurement_that_fails_is_recorded_and_the_next_case_runs(small, tmp_path, monkeypatch):
+    other = Case(16, 24, 32, 4, "float32", "float32")
+    monkeypatch.setattr(cases, "cpu_grid", lambda: [TINY, other])
+    measure = layer._measure_layer
+
+    def fails_once(run, ready, x, g):
+        if x.shape[0] == TINY.M:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measure(run, ready, x, g)
+
+    monkeypatch.setattr(layer, "_measure_layer", fails_once)
+    file = tmp_path / "cpu.json"
+    run("--only", "layer", "--providers", "ours", "--output", str(file))
+    last, first = measured.records(json.loads(file.read_text()), "layer")
+    assert first["providers"]["ours"] == {"status": "failed", "reason": "out of memory"}
+    assert last["providers"]["ours"]["forward"]["median_ms"] > 0
+
+
 def test_without_an_output_a_cpu_run_writes_nothing(small, monkeypatch):
     monkeypatch.setattr(results.Path, "write_text", lambda *a: pytest.fail("written"))
     run("--only", "dispatch")
@@ -225,3 +243,33 @@ def test_an_adapter_that_changes_the_fresh_model_is_wrong(base):
     assert "fresh adapter" in model._fault(step, loss, 1.1 * loss)
     step.parameters[0].grad = None
     assert "no gradient" in model._fault(step, loss, loss)
+
+
+def test_a_model_too_large_for_memory_is_halved_at_once(monkeypatch):
+    seen = []
+
+    def measure(run, base, case, names):
+        seen.append((case.layers, case.checkpointing))
+        reason = "out of memory" if case.layers > 8 else ""
+        return {name: {"status": "failed", "reason": reason} for name in names}
+
+    monkeypatch.setattr(model, "CPU_CASES", [model.ModelCase(32, False, False), model.ModelCase(8, True, False)])
+    monkeypatch.setattr(model, "llama", lambda *args, **kwargs: object())
+    monkeypatch.setattr(model, "_measure", measure)
+    model.run_model(Run(CPU, results.Results(None, {}), lambda *row: None))
+    assert seen == [(32, False), (16, False), (8, False), (8, True)]
+
+
+def test_a_model_that_time_ran_out_on_is_still_to_be_run(base, tmp_path, monkeypatch):
+    case = model.ModelCase(1, False, False, 1, 16, 4, "float32")
+    monkeypatch.setattr(model, "CPU_CASES", [case])
+    monkeypatch.setattr(model, "llama", lambda *args, **kwargs: base)
+    gathered = results.Results(tmp_path / "file.json", {"commit": "a"})
+    run = Run(CPU, gathered, lambda *row: None)
+    ticks = iter([False, False, False])  # for the case, and two of its variants
+    monkeypatch.setattr(run, "time_is_up", lambda: next(ticks, True))
+    model.run_model(run)
+    (record,) = gathered.data["records"]
+    assert [name for name, row in record["providers"].items() if row["tokens_per_s"] > 0] == ["frozen", "ours"]
+    assert gathered.data["not_run"] == {"model": [asdict(case)]}
+    assert not gathered.has("model", asdict(case), list(model.VARIANTS))

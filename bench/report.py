@@ -1,0 +1,227 @@
+"""``python -m bench.report``: the tables of README.md and docs/performance.md, and the plots under docs/, from the files of
+results.
+
+A table stands between ``<!-- bench:NAME:begin -->`` and ``<!-- bench:NAME:end -->``; nothing else of a page is touched.
+Without results of a GPU the tables say "not yet measured". `--check` writes nothing and exits with 1 if a page is out
+of date.
+"""
+
+import argparse
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+from . import budget, plots, results, targets
+from .cases import TARGETS, Case
+from .measured import median, ratio, records
+from .passes import passes, total
+from .providers import PROVIDERS
+
+PAGES = ("README.md", "docs/performance.md")
+NOT_YET = "**Not yet measured**: `make bench` on a GPU, then `python -m bench.report`, fill this in."
+
+
+def fill(page: str, blocks: dict[str, str]) -> str:
+    """`page` with the text between each block's markers replaced; blocks that it has no markers for are left out."""
+
+    def replace(match: re.Match) -> str:
+        name = match[1]
+        if name not in blocks:
+            raise ValueError(f"no block of the report is called {name!r}; there are {', '.join(blocks)}")
+        return f"<!-- bench:{name}:begin -->\n{blocks[name]}\n<!-- bench:{name}:end -->"
+
+    return re.sub(r"<!-- bench:([\w-]+):begin -->\n.*?<!-- bench:\1:end -->", replace, page, flags=re.DOTALL)
+
+
+def blocks(gpus: dict[str, dict], drawn: dict[str, dict[str, str]]) -> dict[str, str]:
+    """The text of each block: "readme", "targets", "budget" and "results", from the results of each GPU by file stem."""
+    first = next((gpus[stem] for stem in sorted(gpus, key=lambda stem: ("h100" not in stem, stem))), None)
+    return {
+        "readme": NOT_YET if first is None else f"{_target_shapes(first)}\n\n{_provenance(first)}",
+        "targets": targets.table(first),
+        "budget": _budget(list(gpus.values())),
+        "results": "\n\n".join(_device(data, drawn.get(stem, {})) for stem, data in gpus.items()) or NOT_YET,
+    }
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _table(headings: list[str], rows: list[list[object]]) -> str:
+    return "\n".join([_row(*headings), _row(*["---"] * len(headings)), *(_row(*cells) for cells in rows)])
+
+
+def _provenance(data: dict) -> str:
+    """Where the numbers come from, each run that a record is left of."""
+    lines = []
+    for run in data["runs"]:
+        changed = ", with uncommitted changes" if run.get("changed_files") else ""
+        versions = ", ".join(
+            f"{name} {run.get(name)}" for name in ("driver", "torch", "triton", "transformers", "peft")
+        )
+        lines.append(f"{run['device']}, {versions}, commit {str(run.get('commit'))[:10]}{changed}, {run['date']}.")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _target_shapes(data: dict) -> str:
+    def cell(name: str, case: Case) -> str:
+        values = [ratio(data, case, name, kind) for kind in ("forward", "forward_backward")]
+        return " / ".join(map(_times, values)) if None not in values else _absence(data, name, case)
+
+    rows = [[f"`{name}`", *(cell(name, case) for case in TARGETS.values())] for name in PROVIDERS]
+    heading = "cost over the frozen layer: forward / forward + backward (bf16, R=16)"
+    return _table([heading, *TARGETS], rows)
+
+
+def _absence(data: dict, name: str, case: Case) -> str:
+    for record in records(data, "layer"):
+        if record["case"] == asdict(case) and name in record["providers"]:
+            return record["providers"][name]["status"]
+    return "not run"
+
+
+def _budget(gpus: list[dict]) -> str:
+    parts = []
+    for case in TARGETS.values():
+        rows = budget.rows(case, budget.TFLOPS, budget.TERABYTES_PER_S, gpus)
+        parts += [f"{case}:", _table(["computed", *budget.HEADINGS[1:]], rows)]
+    return "\n\n".join(parts)
+
+
+def _device(data: dict, drawn: dict[str, str]) -> str:
+    parts = [f"### {data['runs'][-1]['device']}", _provenance(data), _ceilings(data)]
+    parts += [f"![{title}]({file})" for file, title in drawn.items()]
+    parts += [_target_shapes(data), _detail(data), _every_case(data), _dispatch(data), _models(data), _not_run(data)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _ceilings(data: dict) -> str:
+    found = data["runs"][-1].get("ceilings") or {}
+    gemms = ", ".join(f"{name} {values['tflops']:.0f} TFLOP/s" for name, values in found.items() if "tflops" in values)
+    copy = f"; a copy moves {found['copy']['bytes_per_s'] * 1e-12:.2f} TB/s" if "copy" in found else ""
+    return f"Ceilings in that run: a large GEMM runs at {gemms}{copy}." if gemms else ""
+
+
+def _detail(data: dict) -> str:
+    """The first target shape in full: times with their spread, rates, launches, memory."""
+    case = TARGETS["M=8192, 4096x4096"]
+    counted = (record["providers"] for record in records(data, "launches") if record["case"] == asdict(case))
+    launches = next(counted, {})
+    for record in records(data, "layer"):
+        if record["case"] != asdict(case):
+            continue
+        rows = []
+        for name, row in record["providers"].items():
+            time = median(record, name, "forward_backward")
+            if time is None:
+                continue
+            timing = row["forward_backward"]
+            useful, _ = total(
+                passes("frozen" if name == "frozen" else "the low-rank FLOPs alone", case, "forward_backward")
+            )
+            _, moved = total(passes(name, case, "forward_backward"))
+            peak = row.get("forward_backward_peak_bytes")
+            rows.append(
+                [
+                    f"`{name}`",
+                    f"{time:.3f} ({timing['p20_ms']:.3f} to {timing['p80_ms']:.3f})",
+                    f"{useful / time * 1e-9:.0f}",
+                    f"{moved / time * 1e-9:.2f}",
+                    launches.get(name, {}).get("forward_backward_launches", ""),
+                    "" if peak is None else f"{peak / 2**20:,.0f}",
+                ]
+            )
+        headings = ["forward + backward", "ms (p20 to p80)", "TFLOP/s, useful", "TB/s, counted", "kernels", "peak MiB"]
+        return f"{case}:\n\n{_table(headings, rows)}"
+    return ""
+
+
+def _every_case(data: dict) -> str:
+    newest: dict[Case, dict] = {}
+    for record in records(data, "layer"):
+        newest.setdefault(Case(**record["case"]), record)
+    if not newest:
+        return ""
+    names = [name for name in PROVIDERS if name != "frozen"]
+    rows = []
+    for case, record in sorted(newest.items(), key=lambda item: str(item[0])):
+        floor = median(record, "frozen", "forward_backward")
+        cells = []
+        for name in names:
+            time = median(record, name, "forward_backward")
+            status = record["providers"].get(name, {}).get("status", "")
+            cells.append(f"{time / floor:.2f}" if time and floor else status.replace("ok", ""))
+        rows.append([case, f"{floor:.3f}" if floor else "", *cells])
+    return f"Forward + backward over the frozen layer, every case:\n\n{_table(['case', 'frozen, ms', *names], rows)}"
+
+
+def _dispatch(data: dict) -> str:
+    for record in records(data, "dispatch"):
+        rows = [
+            [f"`{name}`", *(f"{1e3 * time:.1f}" if time else "" for time in times)]
+            for name in record["providers"]
+            if any(times := [median(record, name, kind) for kind in ("forward", "forward_backward")])
+        ]
+        return "Host's time of a call, the GPU idle:\n\n" + _table(["", "forward, µs", "forward + backward, µs"], rows)
+    return ""
+
+
+def _models(data: dict) -> str:
+    rows = []
+    for record in reversed(list(records(data, "model"))):
+        case = record["case"]
+        how = f"{case['layers']} layers, {'with' if case['checkpointing'] else 'without'} checkpointing"
+        how += ", compiled" if case["compiled"] else ", eager"
+        for name, row in record["providers"].items():
+            ok = row["status"] == "ok"
+            speed, peak = (row.get(key) if ok else None for key in ("tokens_per_s", "peak_bytes"))
+            shown = f"{speed:,.0f}" if speed else f"{row['status']}: {row.get('reason', '')}"
+            rows.append([how, f"`{name}`", shown, f"{peak / 2**30:.1f}" if peak else ""])
+    return _table(["Llama-3.1-8B's shape", "", "tokens/s", "peak GiB"], rows) if rows else ""
+
+
+def _not_run(data: dict) -> str:
+    left = [f"{section}: {len(cases)} cases" for section, cases in data["not_run"].items() if cases]
+    return f"Not run for want of time: {', '.join(left)}." if left else ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m bench.report", description=__doc__.partition("\n")[0])
+    parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the results")
+    parser.add_argument("--root", type=Path, default=results.ROOT, help="where README.md and docs/ are")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if a page is out of date")
+    options = parser.parse_args(arguments)
+
+    everything = {file.stem: results.load(file) for file in results.all_files(options.results)}
+    # What a CPU takes says nothing of what is promised.
+    gpus = {stem: data for stem, data in everything.items() if data["records"] and data["runs"][-1]["device"] != "cpu"}
+    if options.check:
+        drawn = {stem: _drawn(options.root / "docs", stem) for stem in gpus}
+    else:
+        drawn = {stem: plots.draw(data, options.root / "docs", stem) for stem, data in gpus.items()}
+    texts = blocks(gpus, drawn)
+    stale = []
+    for name in PAGES:
+        page = options.root / name
+        before = page.read_text()
+        after = fill(before, texts)
+        if after != before:
+            stale.append(name)
+            if not options.check:
+                page.write_text(after)
+    print(f"{'out of date' if options.check else 'written'}: {', '.join(stale) or 'nothing'}")
+    return 1 if options.check and stale else 0
+
+
+def _drawn(folder: Path, stem: str) -> dict[str, str]:
+    files = {f"bench-{stem}-{name}.png": title for name, title in plots.TITLES.items()}
+    return {file: title for file, title in files.items() if (folder / file).exists()}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,126 @@
+"""What this library promises of its speed on an H100, and whether a file of results keeps it."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+
+from .cases import ONE_RANK_MORE, TARGETS, Case
+from .measured import median, ratio, records
+
+
+@dataclass(frozen=True)
+class Target:
+    """`measure(data)` gives the number, None where the results do not have it; `limits` in the order they are to be
+    reached, each an upper bound if `at_most`, else a lower one."""
+
+    title: str
+    measure: Callable[[dict], float | None]
+    limits: tuple[float, ...]
+    at_most: bool = True
+    unit: str = "x"
+
+    def met(self, value: float) -> list[bool]:
+        """For each limit, whether `value` keeps it."""
+        return [value <= limit if self.at_most else value >= limit for limit in self.limits]
+
+
+def _worst(values: Iterable[float | None], pick: Callable) -> float | None:
+    """The worst of all values; none of it is known unless every one is."""
+    values = list(values)
+    return None if None in values or not values else pick(values)
+
+
+def _over(other: str) -> Callable[[dict], float | None]:
+    """The least advantage over `other` at the three target shapes, forward + backward."""
+    return lambda data: _worst(
+        (ratio(data, case, other, "forward_backward", over="ours") for case in TARGETS.values()), min
+    )
+
+
+def _never_slower_than_peft(data: dict) -> float | None:
+    ratios = [
+        times[0] / times[1]
+        for record in records(data, "layer")
+        for kind in ("forward", "forward_backward")
+        if None not in (times := [median(record, name, kind) for name in ("ours", "peft")])
+    ]
+    return max(ratios, default=None)
+
+
+def _dispatch(data: dict) -> float | None:
+    for record in records(data, "dispatch"):
+        times = [median(record, name, "forward") for name in ("ours", "frozen")]
+        if None not in times:
+            return 1e3 * (times[0] - times[1])
+    return None
+
+
+def _rank(data: dict) -> float | None:
+    sixteen = Case(**{**asdict(ONE_RANK_MORE), "R": 16})
+    ratios = [ratio(data, case, "ours", "forward_backward") for case in (ONE_RANK_MORE, sixteen)]
+    return None if None in ratios else ratios[0] / ratios[1]
+
+
+def _model(ours: str, other: str, what: str) -> Callable[[dict], float | None]:
+    def measure(data: dict) -> float | None:
+        for record in records(data, "model"):
+            case = record["case"]
+            rows = [record["providers"].get(name, {}) for name in (ours, other)]
+            if not (case["checkpointing"] or case["compiled"]) and all(_right(row, what) for row in rows):
+                return rows[0][what] / rows[1][what]
+        return None
+
+    return measure
+
+
+def _right(row: dict, what: str) -> bool:
+    return row.get("status") == "ok" and bool(row.get(what))
+
+
+def _layer(kind: str, title: str, *limits: float) -> Target:
+    words = {"forward": "forward", "forward_backward": "forward + backward"}[kind]
+    return Target(f"{words} over `frozen`, {title}", lambda data: ratio(data, TARGETS[title], "ours", kind), limits)
+
+
+ALL = [
+    _layer("forward", "M=8192, 4096x4096", 1.07),
+    _layer("forward", "M=8192, 4096x14336", 1.05),
+    _layer("forward", "M=2048, 4096x4096", 1.12),
+    _layer("forward_backward", "M=8192, 4096x4096", 1.10, 1.05),
+    _layer("forward_backward", "M=8192, 4096x14336", 1.08, 1.04),
+    _layer("forward_backward", "M=2048, 4096x4096", 1.18),
+    Target("faster than `peft` at the worst of these three shapes", _over("peft"), (1.35,), at_most=False),
+    Target("faster than `eager` there", _over("eager"), (2.0,), at_most=False),
+    Target("faster than `compile` there", _over("compile"), (1.2,), at_most=False),
+    Target("faster than `addmm-in-place` there", _over("addmm-in-place"), (1.1,), at_most=False),
+    Target("faster than `epilogue-atomics` there", _over("epilogue-atomics"), (1.1,), at_most=False),
+    Target("time over `peft` at the worst shape of the grid", _never_slower_than_peft, (1.0,)),
+    Target("R=64 over R=16, M=8192, 4096x4096, both over `frozen`", _rank, (1.10,)),
+    Target("dispatch of a forward call over `nn.Linear`'s", _dispatch, (30.0,), unit=" µs"),
+    Target(
+        "model: tokens/s over PEFT LoRA, 16-bit adapters",
+        _model("ours", "peft", "tokens_per_s"),
+        (1.25,),
+        at_most=False,
+    ),
+    Target(
+        "model: tokens/s over PEFT LoRA, fp32 adapters",
+        _model("ours-fp32", "peft-fp32", "tokens_per_s"),
+        (1.5,),
+        at_most=False,
+    ),
+    Target("model: peak memory over PEFT LoRA, 16-bit adapters", _model("ours", "peft", "peak_bytes"), (1.0,)),
+    Target("model: peak memory over PEFT LoRA, fp32 adapters", _model("ours-fp32", "peft-fp32", "peak_bytes"), (0.85,)),
+]
+
+
+def table(data: dict | None) -> str:
+    """The targets as a Markdown table; of `data` None, all not yet measured."""
+    lines = ["| target | limit | measured | met |", "| --- | --- | --- | --- |"]
+    for target in ALL:
+        value = None if data is None else target.measure(data)
+        sign = "≤" if target.at_most else "≥"
+        limits = ", then ".join(f"{sign} {limit:g}{target.unit}" for limit in target.limits)
+        measured = "not yet measured" if value is None else f"{value:.3g}{target.unit}"
+        met = "" if value is None else ", then ".join("yes" if met else "**no**" for met in target.met(value))
+        lines.append(f"| {target.title} | {limits} | {measured} | {met} |")
+    return "\n".join(lines)

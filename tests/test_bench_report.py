@@ -1,0 +1,163 @@
+"""Tables and plots from files of results. The results here are made up, and only ever written to a temporary folder."""
+
+import json
+import re
+from dataclasses import asdict
+
+import pytest
+
+from bench import report, results, targets
+from bench.cases import ONE_RANK_MORE, TARGETS, Case
+from bench.model import GPU_CASES, VARIANTS
+from bench.providers import PROVIDERS
+
+ONE_TARGET = TARGETS["M=8192, 4096x4096"]
+SLOWER = {"frozen": 1.0, "ours": 1.06, "eager": 2.5, "compile": 1.5, "peft": 1.45, "addmm-in-place": 1.2}
+
+
+def timing(milliseconds):
+    return {"median_ms": milliseconds, "p20_ms": 0.99 * milliseconds, "p80_ms": 1.02 * milliseconds, "rounds": 30}
+
+
+def layer_rows(factor=1.0):
+    rows = {}
+    for name in PROVIDERS:
+        time = factor * SLOWER.get(name, 1.3)
+        rows[name] = {"status": "ok", "forward": timing(time), "forward_backward": timing(2 * time)}
+        rows[name]["forward_backward_peak_bytes"] = 200 * 2**20
+    return rows
+
+
+def model_rows():
+    rows = {}
+    for name in VARIANTS:
+        speed = {"frozen": 9000, "ours": 8000, "ours-fp32": 7900, "peft": 6000, "peft-fp32": 5500}.get(name, 4000)
+        peak = (70 if name.startswith("peft") else 60) * 2**30
+        rows[name] = {"status": "ok", "step": timing(8192e3 / speed), "tokens_per_s": speed, "peak_bytes": peak}
+    return rows
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the pages, and made-up results of an H100."""
+    (tmp_path / "docs").mkdir()
+    for page in report.PAGES:
+        (tmp_path / page).write_text((results.ROOT / page).read_text())
+    run = {"device": "Made Up H100", "commit": "c" * 40, "date": "2026-01-01", "torch": "2.13", "changed_files": False}
+    run["ceilings"] = {"bfloat16": {"tflops": 700.0}, "copy": {"bytes_per_s": 2.8e12}}
+    gathered = results.Results(tmp_path / "made-up-h100.json", run)
+    for case in [*TARGETS.values(), ONE_RANK_MORE, Case(512, 4096, 4096, 16)]:
+        gathered.add("layer", asdict(case), layer_rows())
+    gathered.add("dispatch", asdict(Case(512, 4096, 4096, 16)), layer_rows(0.01))
+    gathered.add("launches", asdict(ONE_TARGET), {"ours": {"status": "ok", "forward_backward_launches": 6}})
+    gathered.add("model", asdict(GPU_CASES[0]), model_rows())
+    gathered.leave("layer", [(asdict(Case(1, 2, 3, 4)), ["ours"]), (asdict(ONE_TARGET), ["ours"])])
+    return tmp_path
+
+
+def make(folder, *arguments):
+    return report.main(["--results", str(folder), "--root", str(folder), *arguments])
+
+
+def edit(folder, change):
+    file = folder / "made-up-h100.json"
+    data = json.loads(file.read_text())
+    for record in data["records"]:
+        change(record)
+    file.write_text(json.dumps(data))
+
+
+def block(folder, name, page="docs/performance.md"):
+    text = (folder / page).read_text()
+    return re.search(rf"<!-- bench:{name}:begin -->\n(.*)\n<!-- bench:{name}:end -->", text, re.DOTALL)[1]
+
+
+def test_the_committed_pages_are_what_the_report_makes_of_the_committed_results():
+    assert report.main(["--check"]) == 0
+
+
+def test_results_become_tables_and_plots(folder):
+    assert make(folder, "--check") == 1
+    assert make(folder) == 0
+    assert make(folder, "--check") == 0
+    readme = block(folder, "readme", "README.md")
+    assert "| `ours` | 1.06 / 1.06 | 1.06 / 1.06 | 1.06 / 1.06 |" in readme
+    assert "Made Up H100" in readme and "commit cccccccccc, 2026-01-01" in readme
+    shown = block(folder, "results")
+    images = re.findall(r"!\[[^]]+\]\(([^)]+)\)", shown)
+    assert images == [f"bench-made-up-h100-{name}.png" for name in ("layer", "roofline", "model")]
+    for image in images:
+        assert (folder / "docs" / image).read_bytes().startswith(b"\x89PNG")
+    # 0.827 PFLOP of GEMMs and adapter in 2 x 1.06 ms, and their count.
+    assert re.search(r"\| `ours` \| 2\.120 \(2\.099 to 2\.162\) \| 262 \| \d\.\d\d \| 6 \| 200 \|", shown), shown
+    assert "layer: 1 cases" in shown and "| 8,000 | 60.0 |" in shown
+    assert "| ours | 1.069 | 1.136 | 1.103 | 1.060 | 1.060 |" in block(folder, "budget")
+
+
+def test_targets_are_met_or_not(folder):
+    make(folder)
+    table = block(folder, "targets")
+    assert "| forward over `frozen`, M=8192, 4096x14336 | ≤ 1.05x | 1.06x | **no** |" in table
+    assert "| ≤ 1.1x, then ≤ 1.05x | 1.06x | yes, then **no** |" in table
+    assert "| faster than `peft` at the worst of these three shapes | ≥ 1.35x | 1.37x | yes |" in table
+    assert "| time over `peft` at the worst shape of the grid | ≤ 1x | 0.731x | yes |" in table
+    assert "| R=64 over R=16, M=8192, 4096x4096, both over `frozen` | ≤ 1.1x | 1x | yes |" in table
+    assert "| dispatch of a forward call over `nn.Linear`'s | ≤ 30 µs | 0.6 µs | yes |" in table
+    assert "| model: tokens/s over PEFT LoRA, 16-bit adapters | ≥ 1.25x | 1.33x | yes |" in table
+    assert "| model: peak memory over PEFT LoRA, fp32 adapters | ≤ 0.85x | 0.857x | **no** |" in table
+    assert "not yet measured" not in table
+
+
+def test_one_slow_shape_is_the_worst(folder):
+    def slow(record):
+        if record["section"] == "layer" and record["case"]["M"] == 512:
+            record["providers"]["ours"]["forward"] = timing(2.0)
+
+    edit(folder, slow)
+    make(folder)
+    assert "| time over `peft` at the worst shape of the grid | ≤ 1x | 1.38x | **no** |" in block(folder, "targets")
+
+
+def test_a_wrong_result_is_quoted_nowhere(folder):
+    def wrong(record):
+        for name in record["providers"].keys() & {"ours", "ours-fp32"}:
+            record["providers"][name] |= {"status": "wrong", "reason": "y is off"}
+
+    edit(folder, wrong)
+    make(folder)
+    assert "| `ours` | wrong | wrong | wrong |" in block(folder, "readme", "README.md")
+    measured = [line for line in block(folder, "targets").splitlines()[2:] if "not yet measured" not in line]
+    assert measured == []
+
+
+def test_a_target_over_three_shapes_needs_all_three(folder):
+    def without(record):
+        if record["case"] == asdict(TARGETS["M=2048, 4096x4096"]):
+            del record["providers"]["compile"]
+
+    edit(folder, without)
+    make(folder)
+    assert "| faster than `compile` there | ≥ 1.2x | not yet measured |  |" in block(folder, "targets")
+
+
+def test_a_cpus_results_are_not_quoted(folder):
+    file = folder / "made-up-h100.json"
+    data = json.loads(file.read_text())
+    data["runs"][0]["device"] = "cpu"
+    file.write_text(json.dumps(data))
+    before = (folder / "README.md").read_text()
+    make(folder)
+    assert (folder / "README.md").read_text() == before
+    assert block(folder, "results") == report.NOT_YET and not list((folder / "docs").glob("*.png"))
+
+
+def test_only_what_stands_between_markers_is_touched():
+    page = "a\n<!-- bench:x:begin -->\nold\n<!-- bench:x:end -->\nb\n"
+    assert report.fill(page, {"x": "new"}) == page.replace("old", "new")
+    assert report.fill("no markers", {"x": "new"}) == "no markers"
+    with pytest.raises(ValueError, match="'x'"):
+        report.fill(page, {"y": "new"})
+
+
+def test_every_target_of_the_table_is_open_without_results():
+    assert targets.table(None).count("not yet measured") == len(targets.ALL) == 18
