@@ -18,8 +18,9 @@ from torch import Tensor
 
 from . import configs
 from .combine import combine
+from .launching import launch
 from .row_norms import token_coefficient
-from .tiling import TRITON_DTYPE, add_low_rank, coefficient, dot, dot_precision, launch, offsets
+from .tiling import TRITON_DTYPE, add_low_rank, coefficient, dot, dot_precision, offsets
 
 
 @triton.jit(do_not_specialize=["M", "SEGMENT_M"])

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiling import TRITON_DTYPE, launch, narrow, offsets
+from .launching import launch
+from .tiling import TRITON_DTYPE, narrow, offsets
 
 
 @triton.jit(do_not_specialize=["P", "NUMEL"])

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from . import configs
 from .combine import combine
-from .tiling import TRITON_DTYPE, cdiv, dot, dot_precision, launch, narrow, offsets
+from .launching import launch
+from .tiling import TRITON_DTYPE, cdiv, dot, dot_precision, narrow, offsets
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -9,8 +9,9 @@ from torch import Tensor
 from . import plans
 from .configs import Config
 from .fused_linear_persistent import describable, launch_persistent
+from .launching import launch
 from .low_rank_add import low_rank_add
-from .tiling import TRITON_DTYPE, add_low_rank, cdiv, dot, dot_precision, grouped_tile, launch, narrow, offsets
+from .tiling import TRITON_DTYPE, add_low_rank, cdiv, dot, dot_precision, grouped_tile, narrow, offsets
 
 
 @triton.jit(do_not_specialize=["M"])

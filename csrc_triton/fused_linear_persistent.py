@@ -8,7 +8,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from .configs import Config
-from .tiling import TRITON_DTYPE, add_low_rank, cdiv, dot, dot_precision, grouped_tile, launch, narrow, offsets
+from .launching import launch
+from .tiling import TRITON_DTYPE, add_low_rank, cdiv, dot, dot_precision, grouped_tile, narrow, offsets
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -5,7 +5,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .tiling import TRITON_DTYPE, add_low_rank, cdiv, dot_precision, grouped_tile, launch, narrow, offsets
+from .launching import launch
+from .tiling import TRITON_DTYPE, add_low_rank, cdiv, dot_precision, grouped_tile, narrow, offsets
 
 
 @triton.jit(do_not_specialize=["M"])

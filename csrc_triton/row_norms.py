@@ -11,7 +11,8 @@ from torch import Tensor
 
 from . import configs
 from .combine import combine
-from .tiling import cdiv, coefficient, dot, launch, offsets, sqrt_of_square
+from .launching import launch
+from .tiling import cdiv, coefficient, dot, offsets, sqrt_of_square
 
 _BLOCK_R = 32
 _BLOCK_L = 64

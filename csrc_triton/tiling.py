@@ -183,13 +183,3 @@ def dot_precision(dtype: torch.dtype, x_dtype: torch.dtype, out_dtype: torch.dty
 
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
-    """``kernel[grid](*args, **options)`` on the device of the first argument, a tensor or a descriptor of one."""
-    device = getattr(args[0], "base", args[0]).device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[grid](*args, **options)
-    else:
-        kernel[grid](*args, **options)

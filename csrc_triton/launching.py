@@ -1,0 +1,74 @@
+"""Launch a kernel. What Triton compiled for a launch is remembered, so that the next like it need not ask which it is.
+
+Triton finds the compiled kernel for a launch by specialising every argument and formatting the options: about 10 us for
+ours, which is what a small GEMM takes. Here the key is what decides that specialisation and little more.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+MAX_REMEMBERED = 8192
+
+_compiled: dict[tuple, Any] = {}
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
+    """``kernel[grid](*args, **options)`` on the device of the first argument, a tensor or a descriptor of one.
+
+    args: the kernel's tensors, then its numbers; options: its constexprs in their order, then launch options.
+    """
+    device = getattr(args[0], "base", args[0]).device
+    if device.type != "cuda":
+        kernel[grid](*args, **options)
+    elif device.index == torch.cuda.current_device():
+        launch_remembered(kernel, grid, args, options, device.index)
+    else:
+        with torch.cuda.device(device):
+            launch_remembered(kernel, grid, args, options, device.index)
+
+
+def launch_remembered(kernel, grid: tuple[int, ...], args: tuple, options: dict[str, Any], device: int) -> None:
+    """`launch` on the current device, number `device`."""
+    key = specialization_key(kernel, args, options, device)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        if len(_compiled) >= MAX_REMEMBERED:
+            _compiled.clear()
+        _compiled[key] = kernel[grid](*args, **options)
+    else:
+        constexprs = tuple(options.values())[: _signature(kernel)[2]]
+        compiled[(*grid, 1, 1)[:3]](*args, *constexprs)
+
+
+def specialization_key(kernel, args: tuple, options: dict[str, Any], device: int) -> tuple:
+    """Equal for two launches only if Triton compiles the same code for both.
+
+    Triton specialises a tensor by dtype and 16-byte alignment, a descriptor by dtype and block, a number by its value or,
+    where the kernel says so, by its width alone.
+    """
+    tensors, unspecialized, _ = _signature(kernel)
+    parts = [*map(_tensor_part, args[:tensors]), *args[tensors:]]
+    for i in unspecialized:
+        parts[i] = args[i] >> 31
+    return (id(kernel), device, *parts, *options.values())
+
+
+def _tensor_part(argument: Tensor | TensorDescriptor | None) -> tuple | None:
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    return None if argument is None else (argument.base.dtype, *argument.block_shape)
+
+
+@functools.cache
+def _signature(kernel) -> tuple[int, tuple[int, ...], int]:
+    """(how many tensors come first, positions of the numbers that are not specialised, how many constexprs come last)."""
+    params = kernel.params
+    constexprs = sum(p.is_constexpr for p in params)
+    assert all(p.is_constexpr for p in params[len(params) - constexprs :]), "constexprs come last"
+    tensors = sum(p.name.endswith(("_ptr", "_desc")) for p in params)
+    assert all(p.name.endswith(("_ptr", "_desc")) for p in params[:tensors]), "tensors come first"
+    return tensors, tuple(i for i, p in enumerate(params) if p.do_not_specialize and not p.is_constexpr), constexprs

@@ -1,0 +1,202 @@
+"""A remembered launch passes what Triton's own would, and is taken only where Triton would take the same code.
+
+The driver is a stub: nothing is compiled or run, so this needs no GPU.
+"""
+
+import os
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import CompiledKernel  # noqa: E402
+from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+
+from csrc_triton import launching  # noqa: E402
+
+# Specialising a descriptor imports this, which fails where `conftest` had Triton itself loaded for the interpreter.
+with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
+    import triton.experimental.gluon
+
+
+@triton.jit(do_not_specialize=["M"])
+def _kernel(x_desc, y_ptr, z_ptr, M, N, stride, scale, NORM: tl.constexpr, FLAG: tl.constexpr, BLOCK: tl.constexpr):
+    tl.store(y_ptr, M + N + stride)
+
+
+class Driver:
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 7
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+class Compiled(CompiledKernel):
+    """What a launch would hand to the driver, recorded."""
+
+    def __init__(self, launches):
+        self.launches, self.function, self.packed_metadata = launches, "function", ()
+
+    def _init_handles(self):
+        pass
+
+    def launch_metadata(self, *_):
+        return None
+
+    def run(self, *args):
+        self.launches.append((self, args))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    recorded = []
+
+    def compile_(self, key, signature, device, constexprs, options, attrs, warmup):
+        compiled = self.device_caches[device][0][key] = Compiled(recorded)
+        return compiled
+
+    monkeypatch.setattr(JITFunction, "_do_compile", compile_)
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    launching._compiled.clear()
+    _kernel.device_caches.clear()
+    yield recorded
+    launching._compiled.clear()
+    _kernel.device_caches.clear()
+
+
+def arguments(
+    rows=5, columns=64, offset=0, z=True, m=100, n=32, stride=1, scale=0.5, dtype=torch.float32, block=(16, 16)
+):
+    x = TensorDescriptor.from_tensor(torch.zeros(rows, 64, dtype=torch.bfloat16), list(block))
+    y = torch.zeros(2 * columns, dtype=dtype)[offset : offset + columns]
+    return x, y, torch.zeros(1) if z else None, m, n, stride, scale
+
+
+def options(norm="row", flag=True, block=16, warps=4):
+    return {"NORM": norm, "FLAG": flag, "BLOCK": block, "num_warps": warps, "num_stages": 2}
+
+
+def test_the_second_launch_hands_over_what_the_first_did(launches):
+    for grid in ((3,), (3, 2), (3, 2, 4)):
+        launches.clear()
+        args = arguments()
+        _kernel[grid](*args, **options())
+        for _ in range(2):
+            launching.launch_remembered(_kernel, grid, args, options(), 0)
+        (_, first), (compiled, second), (again, third) = launches
+        assert compiled is again
+        assert all(a is b or a == b for a, b in zip(first, second, strict=True))
+        assert all(a is b or a == b for a, b in zip(first, third, strict=True))
+    assert len(launching._compiled) == 1
+
+
+def test_the_second_launch_does_not_ask_triton(launches, monkeypatch):
+    launching.launch_remembered(_kernel, (1,), arguments(), options(), 0)
+    monkeypatch.setattr(JITFunction, "run", lambda *_, **__: pytest.fail("asked again"))
+    launching.launch_remembered(_kernel, (9,), arguments(rows=6, m=101, scale=0.5), options(), 0)
+    assert len(launches) == 2
+
+
+def test_what_is_remembered_is_bounded(launches, monkeypatch):
+    monkeypatch.setattr(launching, "MAX_REMEMBERED", 4)
+    for n in range(10):
+        launching.launch_remembered(_kernel, (1,), arguments(n=n), options(), 0)
+        assert len(launching._compiled) <= 4
+    assert len(launches) == 10
+
+
+def test_devices_are_kept_apart():
+    args = arguments()
+    keys = {launching.specialization_key(_kernel, args, options(), device) for device in (0, 1)}
+    assert len(keys) == 2
+
+
+sizes = st.sampled_from([1, 2, 15, 16, 32, 2**31 - 1, 2**31, 2**31 + 16, 2**40])
+calls = st.tuples(
+    st.fixed_dictionaries(
+        {
+            "offset": st.sampled_from([0, 1, 2, 4, 8]),
+            "z": st.booleans(),
+            "m": sizes,
+            "n": sizes,
+            "stride": sizes,
+            "scale": st.sampled_from([0.25, 1.0]),
+            "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
+            "block": st.sampled_from([(16, 16), (16, 32)]),
+        }
+    ),
+    st.fixed_dictionaries(
+        {
+            "norm": st.sampled_from(["row", None]),
+            "flag": st.booleans(),
+            "block": st.sampled_from([1, 16]),
+            "warps": st.sampled_from([4, 8]),
+        }
+    ),
+)
+
+
+def specialization(args, options):
+    backend = triton.compiler.make_backend(GPUTarget("cuda", 90, 32))
+    binder = create_function_from_signature(_kernel.signature, _kernel.params, backend)
+    _, specialized, rest = binder(*args, **options, debug=False)
+    return str((specialized, sorted(rest.items())))
+
+
+@settings(max_examples=300, deadline=None)
+@given(calls, st.data())
+def test_equal_keys_are_specialised_alike(call, data):
+    # The other call differs in a few places, or the keys would hardly ever be equal.
+    other = tuple(dict(part) for part in call)
+    for _ in range(data.draw(st.integers(0, 2))):
+        part = data.draw(st.sampled_from([0, 1]))
+        name = data.draw(st.sampled_from(sorted(call[part])))
+        other[part][name] = data.draw(calls)[part][name]
+    launched = [(arguments(**numbers), options(**flags)) for numbers, flags in (call, other)]
+    keys = [launching.specialization_key(_kernel, *one, 0) for one in launched]
+    if keys[0] == keys[1]:
+        assert specialization(*launched[0]) == specialization(*launched[1])
+
+
+def test_the_key_keeps_apart_what_triton_does():
+    base = arguments(), options()
+    for change in ({"offset": 1}, {"z": False}, {"n": 33}, {"stride": 2}, {"dtype": torch.bfloat16}, {"m": 2**31}):
+        assert launching.specialization_key(_kernel, arguments(**change), base[1], 0) != launching.specialization_key(
+            _kernel, *base, 0
+        )
+    assert launching.specialization_key(_kernel, arguments(m=7, rows=9), base[1], 0) == launching.specialization_key(
+        _kernel, *base, 0
+    )
+
+
+def test_every_kernel_has_its_arguments_in_that_order():
+    script = """
+import sys, triton, csrc_triton
+from csrc_triton.launching import _signature
+kernels = {
+    value
+    for name, module in list(sys.modules.items())
+    if name.startswith("csrc_triton")
+    for value in vars(module).values()
+    if isinstance(value, triton.JITFunction) and value.__name__.endswith("_kernel")
+}
+for kernel in kernels:
+    _signature(kernel)
+print(len(kernels))
+"""
+    # In a process of its own: in this one the kernels may be built for the interpreter.
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 10
