@@ -273,3 +273,47 @@ def test_a_model_that_time_ran_out_on_is_still_to_be_run(base, tmp_path, monkeyp
     assert [name for name, row in record["providers"].items() if row["tokens_per_s"] > 0] == ["frozen", "ours"]
     assert gathered.data["not_run"] == {"model": [asdict(case)]}
     assert not gathered.has("model", asdict(case), list(model.VARIANTS))
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """A run that takes the CPU for a GPU whose every byte a test sets: {"allocated": ..., "peak": ...}."""
+    memory = {"allocated": 1000, "peak": 0}
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "memory_allocated", lambda device: memory["allocated"])
+    monkeypatch.setattr(cuda, "max_memory_allocated", lambda device: memory["peak"])
+    monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda device: memory.update(peak=memory["allocated"]))
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(cuda, name, lambda *device: None)
+    return memory
+
+
+def test_a_variants_memory_is_its_own(base, pretended_gpu, monkeypatch):
+    class Pretended(Run):
+        on_gpu = True
+
+    step = model.Step.__call__
+
+    def measured_step(self):
+        pretended_gpu["peak"] = pretended_gpu["allocated"] + 500
+        return step(self)
+
+    def adapted(*arguments):
+        pretended_gpu["allocated"] += 10
+        return real(*arguments)
+
+    real = model.adapted
+    monkeypatch.setattr(model, "adapted", adapted)
+    monkeypatch.setattr(model.Step, "__call__", measured_step)
+    case = model.ModelCase(1, False, False, 1, 16, 4, "float32")
+    rows = model._measure(Pretended(CPU, results.Results(None, {}), print), base, case, ["frozen", "ours", "peft"])
+    # The weights, what was built for the variant, and its step; not what stands beside it.
+    assert [row["peak_bytes"] for row in rows.values()] == [1510, 1510, 1510]
+
+
+def test_a_layers_memory_is_counted_over_its_inputs(pretended_gpu):
+    def call():
+        pretended_gpu["peak"] = 1700
+
+    assert layer.peak_bytes(call, torch.device("cuda")) == 700
+    assert layer.peak_bytes(call, CPU) is None
