@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from csrc_triton.tiling import TRITON_DTYPE, dot, dot_precision, launch, offsets
+from csrc_triton.launching import launch
+from csrc_triton.tiling import TRITON_DTYPE, dot, dot_precision, offsets
 
 BLOCK_M, BLOCK_L, SEGMENT_M = 64, 64, 512
 """One program: BLOCK_L columns of SEGMENT_M rows, BLOCK_M at a time."""

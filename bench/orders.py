@@ -38,7 +38,7 @@ class EpilogueAtomics(torch.autograd.Function):
 
         s = x.to(lora_A.dtype) @ lora_A.T
         ctx.save_for_backward(x, s, weight, lora_A, lora_B)
-        return csrc_triton.fused_linear(x, weight, bias, s, lora_B)
+        return csrc_triton.fused_linear(x, weight, bias, s, lora_B, _epilogue_plan(x, weight, s))
 
     @staticmethod
     def backward(ctx, g):
@@ -48,8 +48,18 @@ class EpilogueAtomics(torch.autograd.Function):
 
         x, s, weight, lora_A, lora_B = ctx.saved_tensors
         ds, da, db = adapter_grads(g, x, s, lora_B)
-        dx = csrc_triton.fused_linear(g, weight.mT, None, ds, lora_A.mT)
+        dx = csrc_triton.fused_linear(g, weight.mT, None, ds, lora_A.mT, _epilogue_plan(g, weight.mT, ds))
         return dx, None, None, da.to(lora_A.dtype), db.to(lora_B.dtype)
+
+
+def _epilogue_plan(x, weight, s):
+    """The plan that `fused_linear` would choose, were the vendor's GEMM none."""
+    from csrc_triton import configs, describable, plans
+
+    call = plans.Call("fused_linear", len(x), *weight.shape, s.shape[1], x.dtype, s.dtype)
+    arch = configs.arch_of(x.device)
+    fused = [plan for plan in plans.options(call, arch, describable(x, weight)) if plan.way != "vendor"]
+    return min(fused, key=lambda plan: plans.estimate(call, plan, arch))
 
 
 class EagerALLoRA(torch.autograd.Function):

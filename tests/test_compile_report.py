@@ -24,7 +24,9 @@ def test_a_good_kernel_has_no_faults():
         ({"spills": 3}, "3 spills"),
         ({"shared": 227 * 1024 + 1}, "232449 bytes of shared memory, 232448 are the limit"),
         ({"matrix": 0}, "no wgmma"),
-        ({"matrix": 0, "kernel": "fused_linear_persistent", "dtype": "float16"}, "no wgmma"),
+        ({"matrix": 0, "kernel": "fused_linear_persistent", "dtype": "float16", "tma": 6}, "no wgmma"),
+        ({"kernel": "fused_linear_persistent"}, "descriptors without TMA"),
+        ({"arch": "sm_100", "tensor_columns": 768}, "768 columns of tensor memory, 512 are the limit"),
     ],
 )
 def test_each_fault_is_found_and_fails_the_report(change, fault, monkeypatch, capsys):
