@@ -1,15 +1,17 @@
 """Measure every way of a layer's linear products on this device, and keep the fastest for later runs."""
 
 import datetime
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend, reference, timing
-from .testing import assert_close, make_inputs
+from .testing import Inputs, assert_close, make_inputs
 
 Tensors = tuple[Tensor, ...]
 
@@ -29,14 +31,55 @@ class Tuned:
 
 
 @dataclass(frozen=True)
-class _Product:
-    """`launch(plan)` computes ``formula(*operands)`` on the kernels; the first two operands are those of the GEMM."""
+class Product:
+    """A linear product of the layer: `launch(plan)` computes ``formula(*operands)`` on the kernels, and `frozen()` the GEMM
+    alone; the first two operands are the GEMM's."""
 
     step: str
     call: tuple
     launch: Callable[[Any], Tensors]
+    frozen: Callable[[], Tensor]
     formula: Callable[..., Tensors]
     operands: tuple[Tensor | None, ...]
+
+
+def products(inputs: Inputs) -> Iterator[Product]:
+    """y (with S) and dX of the layer with these inputs."""
+    import csrc_triton
+    from csrc_triton.plans import Call
+
+    x, weight, bias, lora_A, lora_B, g = inputs
+    (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[0]
+    compute = torch.promote_types(x.dtype, lora_A.dtype)
+    ds = reference.down_project(g, lora_B.mT, compute)
+    yield Product(
+        "y",
+        Call("adapted_linear", M, N, K, R, x.dtype, compute),
+        lambda plan: csrc_triton.adapted_linear(x, weight, bias, lora_A, lora_B, compute, plan),
+        lambda: F.linear(x, weight, bias),
+        lambda x, *rest: reference.adapted_linear(x, *rest, torch.promote_types(x.dtype, compute)),
+        (x, weight, bias, lora_A, lora_B),
+    )
+    yield Product(
+        "dx",
+        Call("fused_linear", M, K, N, R, x.dtype, compute),
+        lambda plan: (csrc_triton.fused_linear(g, weight.mT, None, ds, lora_A.mT, plan),),
+        lambda: g @ weight,
+        lambda *operands: (reference.fused_linear(*operands),),
+        (g, weight.mT, None, ds, lora_A.mT),
+    )
+
+
+def plans_of(product: Product) -> tuple[dict[str, Any], dict[str, str]]:
+    """(every plan that can be launched and is right, by its words; why the others are not)."""
+    import csrc_triton
+    from csrc_triton import configs, plans
+
+    operands = product.operands
+    arch, describable = configs.arch_of(operands[0].device), csrc_triton.describable(*operands[:2])
+    options = {str(plan): plan for plan in plans.options(product.call, arch, describable)}
+    rejected = _reject(product, options)
+    return {name: plan for name, plan in options.items() if name not in rejected}, rejected
 
 
 def tune(
@@ -54,14 +97,11 @@ def tune(
         ValueError: the kernels cannot run on `device` or in these dtypes, so there is nothing to choose.
     """
     backend.choose(device, torch.promote_types(dtype, adapter_dtype), "triton")
-    import csrc_triton
-    from csrc_triton import configs, plans, tuning
+    from csrc_triton import plans, tuning
 
-    for product in _products(shape, dtype, adapter_dtype, device):
-        describable = csrc_triton.describable(*product.operands[:2])
-        options = {str(plan): plan for plan in plans.options(product.call, configs.arch_of(device), describable)}
-        rejected = _reject(product, options)
-        calls = {name: _launch(product, plan) for name, plan in options.items() if name not in rejected}
+    for product in products(make_inputs(*shape, dtype, adapter_dtype, device=device)):
+        options, rejected = plans_of(product)
+        calls = {name: functools.partial(product.launch, plan) for name, plan in options.items()}
         times = timing.interleaved(calls, rounds=rounds, device=device)
         result = Tuned(product.step, {name: time.median_ms for name, time in times.items()}, rejected)
         today = datetime.date.today().isoformat()
@@ -71,34 +111,7 @@ def tune(
         yield result
 
 
-def _products(shape, dtype, adapter_dtype, device) -> Iterator[_Product]:
-    import csrc_triton
-    from csrc_triton.plans import Call
-
-    (M, N, K, R), compute = shape, torch.promote_types(dtype, adapter_dtype)
-    x, weight, bias, lora_A, lora_B, g = make_inputs(*shape, dtype, adapter_dtype, device=device)
-    ds = reference.down_project(g, lora_B.mT, compute)
-    yield _Product(
-        "y",
-        Call("adapted_linear", M, N, K, R, dtype, compute),
-        lambda plan: csrc_triton.adapted_linear(x, weight, bias, lora_A, lora_B, compute, plan),
-        lambda x, *rest: reference.adapted_linear(x, *rest, torch.promote_types(x.dtype, compute)),
-        (x, weight, bias, lora_A, lora_B),
-    )
-    yield _Product(
-        "dx",
-        Call("fused_linear", M, K, N, R, dtype, compute),
-        lambda plan: (csrc_triton.fused_linear(g, weight.mT, None, ds, lora_A.mT, plan),),
-        lambda *operands: (reference.fused_linear(*operands),),
-        (g, weight.mT, None, ds, lora_A.mT),
-    )
-
-
-def _launch(product: _Product, plan) -> Callable[[], Tensors]:
-    return lambda: product.launch(plan)
-
-
-def _reject(product: _Product, options: dict) -> dict[str, str]:
+def _reject(product: Product, options: dict) -> dict[str, str]:
     """The plans that raise or are wrong, and why."""
     eager = product.formula(*product.operands)
     exact = product.formula(*(None if t is None else t.double() for t in product.operands))

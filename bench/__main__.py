@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import budget, cases, ceilings, layer, model, show
+from . import budget, cases, ceilings, layer, model, show, ways
 from .providers import PROVIDERS
 from .results import Results, default_file, environment
 from .runner import Run
@@ -26,6 +26,7 @@ SECTIONS = {
     # name: (what runs it, its share of the time where several run)
     "dispatch": (layer.run_dispatch, 1),
     "layer": (layer.run_layer, 10),
+    "ways": (ways.run_ways, 2),
     "model": (model.run_model, 7),
     "launches": (layer.run_launches, 1),
 }

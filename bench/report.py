@@ -96,7 +96,8 @@ def _budget(gpus: list[dict]) -> str:
 def _device(data: dict, drawn: dict[str, str]) -> str:
     parts = [f"### {data['runs'][-1]['device']}", _provenance(data), _ceilings(data)]
     parts += [f"![{title}]({file})" for file, title in drawn.items()]
-    parts += [_target_shapes(data), _detail(data), _every_case(data), _dispatch(data), _models(data), _not_run(data)]
+    parts += [_target_shapes(data), _detail(data), _every_case(data), _dispatch(data)]
+    parts += [_ways(data), _models(data), _not_run(data)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -169,6 +170,25 @@ def _dispatch(data: dict) -> str:
         ]
         return "Host's time of a call, the GPU idle:\n\n" + _table(["", "forward, µs", "forward + backward, µs"], rows)
     return ""
+
+
+def _ways(data: dict) -> str:
+    """For each product of the section "ways": the plan that is picked, and how much longer it takes than the best."""
+    rows = []
+    for record in records(data, "ways"):
+        times = {name: time for name in record["providers"] if (time := median(record, name, "time"))}
+        floor = times.pop("frozen", None)
+        picked = next((name for name in times if record["providers"][name]["picked"]), None)
+        if not times or floor is None or picked is None:
+            continue
+        best = min(times, key=times.__getitem__)
+        case = {name: value for name, value in record["case"].items() if name != "product"}
+        over = f"{times[picked] / times[best] - 1:+.1%}"
+        rows.append(
+            [f"{record['case']['product']} of {Case(**case)}", picked, f"{times[picked] / floor:.3f}", best, over]
+        )
+    headings = ["product", "picked", "over the frozen GEMM", "the fastest", "picked over it"]
+    return f"The ways of a product:\n\n{_table(headings, rows)}" if rows else ""
 
 
 def _models(data: dict) -> str:

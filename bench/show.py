@@ -49,6 +49,10 @@ _COLUMNS = {
         ("kernels, forward", lambda row, frozen: str(row.get("forward_launches", ""))),
         ("forward + backward", lambda row, frozen: str(row.get("forward_backward_launches", ""))),
     ],
+    "ways": [
+        ("time", lambda row, frozen: time_and_ratio(row, frozen, "time")),
+        ("picked", lambda row, frozen: "picked" if row["picked"] else ""),
+    ],
     "model": [
         ("step", lambda row, frozen: time_and_ratio(row, frozen, "step")),
         ("tokens/s", lambda row, frozen: f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else ""),

@@ -50,6 +50,10 @@ def folder(tmp_path):
         gathered.add("layer", asdict(case), layer_rows())
     gathered.add("dispatch", asdict(Case(512, 4096, 4096, 16)), layer_rows(0.01))
     gathered.add("launches", asdict(ONE_TARGET), {"ours": {"status": "ok", "forward_backward_launches": 6}})
+    ways = {"tiles (M=128)": 1.2, "the vendor's": 1.1, "frozen": 1.0}
+    rows = {name: {"status": "ok", "time": timing(ms), "picked": "tiles" in name} for name, ms in ways.items()}
+    rows["inside"] = {"status": "wrong", "reason": "an error of 3"}
+    gathered.add("ways", asdict(ONE_TARGET) | {"product": "dx"}, rows)
     gathered.add("model", asdict(GPU_CASES[0]), model_rows())
     gathered.leave("layer", [(asdict(Case(1, 2, 3, 4)), ["ours"]), (asdict(ONE_TARGET), ["ours"])])
     return tmp_path
@@ -161,3 +165,9 @@ def test_only_what_stands_between_markers_is_touched():
 
 def test_every_target_of_the_table_is_open_without_results():
     assert targets.table(None).count("not yet measured") == len(targets.ALL) == 18
+
+
+def test_the_plan_that_is_picked_stands_beside_the_fastest(folder):
+    make(folder)
+    page = (folder / "docs" / "performance.md").read_text()
+    assert f"| dx of {ONE_TARGET} | tiles (M=128) | 1.200 | the vendor's | +9.1% |" in page
