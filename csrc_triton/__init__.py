@@ -3,11 +3,12 @@
 import torch
 
 from . import configs
-from .adapter_grad import adapter_grads, sweep_op
+from .adapter_grad import adapter_grads
 from .down_project import down_project
 from .fused_linear import fused_linear
 from .low_rank_add import low_rank_add
 from .row_norms import token_coefficient, weight_coefficient
+from .sweep_plan import plan_sweep, sums_over_columns
 
 __all__ = [
     "adapter_grads",
@@ -37,12 +38,17 @@ def plan_steps(
     def plan(op, n, k):
         return f"Triton on {arch}, {configs.pick_config(op, M, n, k, r, dtype, arch, compute)}"
 
+    def plan_sweep_step(length, norm, sums):
+        sweep = plan_sweep(max(M, 1), length, r, norm, sums, True, dtype, compute, arch)
+        note = ", dS by a pass of its own" if sweep.separate else ""
+        return f"Triton on {arch}, {sweep.config}{note}"
+
     steps = {
         "down_project": plan("down_project", 0, K),
         "fused_linear (y)": plan("fused_linear", N, K),
         "fused_linear (dx)": plan("fused_linear", K, N),
-        "adapter_grads (sweep over g)": plan(sweep_op(norm), N, 0),
-        "adapter_grads (sweep over x)": plan(sweep_op(None), K, 0),
+        "adapter_grads (sweep over g)": plan_sweep_step(N, norm, sums_over_columns(norm, True, True)),
+        "adapter_grads (sweep over x)": plan_sweep_step(K, None, 0),
     }
     if norm in ("row", "matrix", "factor"):
         steps["weight_coefficient"] = f"Triton on {arch}, once per optimizer step"

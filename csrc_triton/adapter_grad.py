@@ -18,7 +18,9 @@ from torch import Tensor
 
 from . import configs
 from .combine import combine
+from .down_project import down_project
 from .row_norms import token_coefficient
+from .sweep_plan import SweepPlan, plan_sweep, sums_over_columns, total_segments
 from .tiling import TRITON_DTYPE, add_low_rank, coefficient, dot, dot_precision, launch, offsets
 
 
@@ -125,11 +127,6 @@ def _sweep_kernel(
         tl.store(outer_ptrs, acc, mask=mask_l[:, None] & mask_r[None, :])
 
 
-def sweep_op(norm: str | None) -> str:
-    """The sweep's name in `configs`: recomputing the tile of S Bᵀ takes other block sizes."""
-    return "sweep_entry" if norm == "entry" else "sweep"
-
-
 def _sweep(
     v: Tensor,
     u: Tensor,
@@ -140,37 +137,28 @@ def _sweep(
     outer_layout: str,
     projected: Tensor | None,
     scaled: Tensor | None,
+    plan: SweepPlan,
 ) -> Tensor | None:
     """Both stages of the sums over v's columns, the first of those over its rows; v [M, L], M >= 1.
 
     Fills `projected` and `scaled` [M, R], where they are wanted. Returns the segments' sums of ``V~ᵀ U~`` in fp32:
     [P, L, R] for `outer_layout` "LR", [P, R, L] for "RL", None for "".
     """
-    (M, L), R, arch = v.shape, u.shape[1], configs.arch_of(v.device)
-    config = configs.pick_config(sweep_op(norm), M, L, 0, R, v.dtype, arch, u.dtype)
+    (M, L), R, config = v.shape, u.shape[1], plan.config
     tiles_l, tiles_r = triton.cdiv(L, config.BLOCK_N), triton.cdiv(R, config.BLOCK_R)
-    # Every tile of columns has its own [rows, R] share of projected and scaled. A long v is swept a chunk of rows at a
-    # time, so that they take little memory and stay in the L2 cache.
+    # Every tile of columns has its own [rows, R] share of projected and scaled.
     wanted = [t for t in (projected, scaled) if t is not None]
-    chunk_m = _round_up(
-        min(M, configs.SCRATCH_BYTES // (4 * tiles_l * R * len(wanted))) if wanted else M, config.BLOCK_M
-    )
-    chunks = triton.cdiv(M, chunk_m)
-    # Every segment costs an [L, R] partial sum: enough of them to fill the chip, no more.
-    segments = configs.num_splits(tiles_l * tiles_r, min(M, chunk_m), 2 * config.BLOCK_M, arch)
-    segment_m = _round_up(triton.cdiv(min(M, chunk_m), segments), config.BLOCK_M)
+    chunk_m, segment_m = plan.chunk_rows, plan.segment_rows
     segments = triton.cdiv(min(M, chunk_m), segment_m)
 
     fp32 = {"device": v.device, "dtype": torch.float32}
     outer = None
     if outer_layout:
         shape = (L, R) if outer_layout == "LR" else (R, L)
-        # The last chunk may be shorter and have fewer segments.
-        total = (chunks - 1) * segments + triton.cdiv(M - (chunks - 1) * chunk_m, segment_m)
-        outer = torch.empty(total, *shape, **fp32)
+        outer = torch.empty(total_segments(M, chunk_m, segment_m), *shape, **fp32)
     shares = [torch.empty(tiles_l, min(M, chunk_m), R, **fp32) for _ in wanted]
 
-    for chunk in range(chunks):
+    for chunk in range(triton.cdiv(M, chunk_m)):
         rows = slice(chunk * chunk_m, min(M, (chunk + 1) * chunk_m))
         num_rows = rows.stop - rows.start
         # The same memory for every chunk, contiguous for its number of rows.
@@ -217,10 +205,6 @@ def _sweep(
     return outer
 
 
-def _round_up(size: int, step: int) -> int:
-    return max(1, triton.cdiv(size, step)) * step
-
-
 def adapter_grads(
     g: Tensor,
     x: Tensor | None,
@@ -257,20 +241,42 @@ def adapter_grads(
     elif norm == "token":
         c = token_coefficient(s, b, eta)
 
-    def rows_of_r():
-        return torch.empty(M, R, device=s.device, dtype=s.dtype)
-
     # u is g~ B. Where C does not touch the sum over g's columns it is dS, for "token" times C[m].
-    separate = norm in ("row", "entry")
-    ds = rows_of_r() if need_ds else ds
-    u = rows_of_r() if need_da and (separate or not need_ds) else ds
-    projected = ds if need_ds else (u if need_da and not separate else None)
-    scaled = u if need_da and separate else None
-    outer = _sweep(g, s, b, c, eta, norm, "LR" if need_db else "", projected, scaled)
+    apart = norm in ("row", "entry")
+    sums = sums_over_columns(norm, need_ds, need_da)
+    compute, arch = s.dtype, configs.arch_of(g.device)
+    plan = plan_sweep(M, N, R, norm, sums, need_db, g.dtype, compute, arch)
+    if plan.separate:
+        projected, u = _project(g, b, c, norm, compute, need_ds, need_da)
+        ds = projected if need_ds else ds
+        outer = _sweep(g, s, None, c, eta, norm, "LR", None, None, plan) if need_db else None
+    else:
+        ds = torch.empty(M, R, device=s.device, dtype=compute) if need_ds else ds
+        u = torch.empty(M, R, device=s.device, dtype=compute) if need_da and (apart or not need_ds) else ds
+        projected = ds if need_ds else (u if need_da and not apart else None)
+        scaled = u if need_da and apart else None
+        outer = _sweep(g, s, b, c, eta, norm, "LR" if need_db else "", projected, scaled, plan)
     if need_db:
         db = combine(outer, dtype_b, scale_b)
     if need_da:
         # C[m] of "token" multiplies the rows of u, which the sweep does to its second operand.
-        outer = _sweep(x, u, None, c, eta, norm if norm == "token" else None, "RL", None, None)
+        norm_a = norm if norm == "token" else None
+        plan = plan_sweep(M, x.shape[1], R, norm_a, 0, True, x.dtype, compute, arch)
+        outer = _sweep(x, u, None, c, eta, norm_a, "RL", None, None, plan)
         da = combine(outer, dtype_a, scale_a)
     return ds, da, db
+
+
+def _project(
+    g: Tensor, b: Tensor, c: Tensor | None, norm: str | None, dtype: torch.dtype, need_ds: bool, need_da: bool
+) -> tuple[Tensor, Tensor]:
+    """dS and u [M, R] by a pass of their own over g, which makes no partial sums; the same tensor where they are equal."""
+    if norm != "row":
+        ds = down_project(g, b.mT, dtype)
+        return ds, ds
+    factors = ([b.to(dtype)] if need_ds else []) + ([(c[:, None] * b).to(dtype)] if need_da else [])
+    both = down_project(g, torch.cat(factors, dim=1).mT, dtype)
+    if len(factors) == 1:
+        return both, both
+    ds, u = both.split(b.shape[1], dim=1)
+    return ds.contiguous(), u
