@@ -100,7 +100,7 @@ def sample_squared_norms(
             w = w.to(s.dtype)
             if samples.starts is None and samples.longest**2 < v.shape[1] * w.shape[1]:
                 # ‖vᵀ w‖² = Σ (v vᵀ) ⊙ (w wᵀ): the samples' rows are fewer than their gradients' entries.
-                v_rows, w_rows = (_wide(t).view(samples.count, samples.longest, -1) for t in (v, w))
+                v_rows, w_rows = (_wide(t).view(samples.count, samples.longest, t.shape[1]) for t in (v, w))
                 left = v_rows if scale is None else v_rows * scale.square()
                 squares += (torch.bmm(left, v_rows.mT) * torch.bmm(w_rows, w_rows.mT)).sum((1, 2))
             else:

@@ -4,23 +4,26 @@ import torch
 
 from . import configs
 from .adapter_grad import adapter_grads
+from .combine import combine
 from .down_project import down_project
 from .fused_linear import fused_linear
 from .low_rank_add import low_rank_add
 from .norms import squared_norms
 from .row_norms import token_coefficient, weight_coefficient
-from .sample_grad import sample_grads
+from .sample_grad import sample_grads, sample_squared_norms
 from .segments import Segments
 from .sweep_plan import plan_sweep, sums_over_columns
 
 __all__ = [
     "Segments",
     "adapter_grads",
+    "combine",
     "down_project",
     "fused_linear",
     "low_rank_add",
     "plan_steps",
     "sample_grads",
+    "sample_squared_norms",
     "squared_norms",
     "token_coefficient",
     "weight_coefficient",

@@ -39,6 +39,10 @@ def rules(s: Tensor, b: Tensor, c: Tensor | None, eta: float, norm: str | None, 
     return Rule("entry" if norm == "entry" else None, eta=eta), Rule()
 
 
+def _weighted(rule: Rule, row_weights: Tensor) -> Rule:
+    return rule._replace(row_scale=row_weights if rule.row_scale is None else rule.row_scale * row_weights)
+
+
 def sweep_chunks(
     v: Tensor,
     u: Tensor,
@@ -128,11 +132,14 @@ def adapter_grads(
     need_ds: bool,
     dtype_a: torch.dtype | None,
     dtype_b: torch.dtype | None,
+    row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dS = g B [M, R]`` (s's dtype), ``dA = (g~ B)ᵀ x [R, K]`` and ``dB = g~ᵀ S [N, R]`` with ``g~ = C ⊙ g``.
 
     g [M, N], x [M, K], s [M, R] and b [N, R] of any strides; c as from `weight_coefficient` for the weight-dependent
     rules, else None. What is not needed (`need_ds` False, a dtype None) comes back empty; x may be None without dA.
+    `row_weights` [M] (fp32) multiply the rows of g~: each the weight of its sample, they make dA and dB the weighted sum
+    of the samples' gradients.
     """
     (M, N), R, need_da, need_db = g.shape, s.shape[1], dtype_a is not None, dtype_b is not None
     # Three tensors: an op's results may not share storage.
@@ -144,6 +151,8 @@ def adapter_grads(
         return ds, da, db
 
     rule_g, rule_x = rules(s, b, c, eta, norm, x.shape[1] if need_da else 0)
+    if row_weights is not None:
+        rule_g, rule_x = (_weighted(rule, row_weights) for rule in (rule_g, rule_x))
     compute, arch = s.dtype, configs.arch_of(g.device)
     plan = plan_sweep(M, N, R, norm, sums_over_columns(norm, need_ds, need_da), need_db, g.dtype, compute, arch)
     layout = "LR" if need_db else ""

@@ -5,6 +5,7 @@ it has just made and keeps the sum of them all, so that one read of G gives dS, 
 """
 
 import dataclasses
+import functools
 
 import torch
 import triton
@@ -14,9 +15,10 @@ from . import configs
 from .adapter_grad import Sums, project, rules, sweep_chunks
 from .combine import combine, combine_groups
 from .norms import squared_norms
+from .sample_gram import GRAM_ROWS, sample_gram
 from .segments import Segments
-from .sweep import Rule, empty_outer, sweep
-from .sweep_plan import plan_sweep, sums_over_columns
+from .sweep import Cut, Rule, empty_outer, sweep
+from .sweep_plan import gram_is_cheaper, plan_sweep, round_up, sums_over_columns
 
 
 def _outer(
@@ -33,20 +35,27 @@ def _outer(
 
 
 def _squares(
-    v: Tensor, u: Tensor, f, rule: Rule, segments: Segments, config, layout, dtype, projected=None, scaled=None
+    v: Tensor, u: Tensor, f, rule: Rule, segments: Segments, config, layout, projected=None, scaled=None, *, dtypes
 ) -> tuple[Tensor, Tensor]:
-    """The squared norm of every sample's ``scale ⊙ V~ᵀ U~`` [b] in fp32, and the sum of them all in `dtype`."""
-    L, R = v.shape[1], u.shape[1]
+    """The squared norm of every sample's ``scale ⊙ V~ᵀ U~`` [b] in fp32, and the sum of them all in its of `dtypes`."""
+    (M, L), R, dtype = v.shape, u.shape[1], dtypes[layout]
     cut = segments.cut(L, R, config, configs.arch_of(v.device))
     if segments.is_cut(cut):
         # Pieces have to be added before they are squared. There are few samples then: their sums are small.
         sums = _outer(v, u, f, rule, segments, config, layout, projected, scaled)
         return squared_norms(sums), combine(sums, dtype)
+    due = (projected is not None) + (scaled is not None)
+    gram = gram_is_cheaper(segments.count, segments.longest, M, L, R, due, v.dtype.itemsize, config, GRAM_ROWS)
+    if gram:
+        count = configs.num_splits(triton.cdiv(L, config.BLOCK_N), M, config.BLOCK_M, configs.arch_of(v.device))
+        rows = round_up(triton.cdiv(M, count), config.BLOCK_M)
+        cut = Cut(triton.cdiv(M, rows), 1, M, triton.cdiv(M, rows), rows)
     tiles = triton.cdiv(L, config.BLOCK_N) * triton.cdiv(R, config.BLOCK_R)
-    squares = torch.empty(segments.count, tiles, device=v.device, dtype=torch.float32)
+    squares = None if gram else torch.empty(segments.count, tiles, device=v.device, dtype=torch.float32)
     result, outer = empty_outer(triton.cdiv(cut.segments, cut.per_program), L, R, layout, v.device)
     sweep(v, u, f, rule, cut, config, outer, squares, projected, scaled)
-    return squares.sum(dim=1), combine(result, dtype)
+    squares = sample_gram(v, u, f, rule, segments) if gram else squares.sum(dim=1)
+    return squares, combine(result, dtype)
 
 
 def _run(g, x, s, b, c, eta, norm, need_ds, need_da, need_db, segments, reduce):
@@ -117,3 +126,33 @@ def sample_grads(
         return s.new_empty(0, R) if need_ds else None, da, db
     ds, _, da, db = _run(g, x, s, b, c, eta, norm, need_ds, need_da, need_db, segments, _outer)
     return ds if need_ds else None, da, db
+
+
+def sample_squared_norms(
+    g: Tensor,
+    x: Tensor | None,
+    s: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    eta: float,
+    norm: str | None,
+    need_ds: bool,
+    dtype_a: torch.dtype | None,
+    dtype_b: torch.dtype | None,
+    segments: Segments,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """dS, dA and dB as `adapter_grads` gives them, and the squared norm of each sample's dA and dB together, [b] in fp32.
+
+    No per-sample gradient is kept. Arguments as for `adapter_grads`; what is not needed is None.
+    """
+    (M, N), R = g.shape, s.shape[1]
+    if M == 0:
+        da = None if dtype_a is None else s.new_zeros(R, x.shape[1], dtype=dtype_a)
+        db = None if dtype_b is None else s.new_zeros(N, R, dtype=dtype_b)
+        return s.new_empty(0, R) if need_ds else None, da, db, s.new_zeros(segments.count, dtype=torch.float32)
+    reduce = functools.partial(_squares, dtypes={"RL": dtype_a, "LR": dtype_b})
+    needs = (need_ds, dtype_a is not None, dtype_b is not None)
+    ds, _, *results = _run(g, x, s, b, c, eta, norm, *needs, segments, reduce)
+    squares = sum(result[0] for result in results if result is not None)
+    da, db = (None if result is None else result[1] for result in results)
+    return ds if need_ds else None, da, db, squares
