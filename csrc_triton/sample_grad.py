@@ -58,7 +58,13 @@ def _squares(
     return squares, combine(result, dtype)
 
 
-def _run(g, x, s, b, c, eta, norm, need_ds, need_da, need_db, segments, reduce):
+def _fit(config: configs.Config, segments: Segments, narrow: bool) -> configs.Config:
+    """Tiles no taller than the samples; with `narrow` half as wide, as a second sum beside the first takes registers."""
+    width = max(32, config.BLOCK_N // 2) if narrow else config.BLOCK_N
+    return dataclasses.replace(config, BLOCK_M=segments.block_rows(config), BLOCK_N=width)
+
+
+def _run(g, x, s, b, c, eta, norm, need_ds, need_da, need_db, segments, reduce, narrow):
     """dS, u and what `reduce` (`_outer` or `_squares`, with its options bound) makes of the two sweeps, None where not
     needed. M >= 1."""
     (M, N), R = g.shape, s.shape[1]
@@ -66,7 +72,7 @@ def _run(g, x, s, b, c, eta, norm, need_ds, need_da, need_db, segments, reduce):
     compute, arch = s.dtype, configs.arch_of(g.device)
     count = sums_over_columns(norm, need_ds, need_da)
     plan = plan_sweep(M, N, R, norm, count, need_db, g.dtype, compute, arch)
-    config = dataclasses.replace(plan.config, BLOCK_M=segments.block_rows(plan.config))
+    config = _fit(plan.config, segments, narrow)
     result_a = result_b = None
     # Samples do not end where chunks of rows do, so a G too long for one chunk has its sums over columns taken apart.
     if norm == "entry" and plan.chunk_rows < M:
@@ -96,7 +102,7 @@ def _run(g, x, s, b, c, eta, norm, need_ds, need_da, need_db, segments, reduce):
             combine(share, target.dtype, out=target)
     if need_da:
         config = plan_sweep(M, x.shape[1], R, None, 0, True, x.dtype, compute, arch).config
-        config = dataclasses.replace(config, BLOCK_M=segments.block_rows(config))
+        config = _fit(config, segments, narrow)
         result_a = reduce(x, u, None, rule_x, segments, config, "RL")
     return ds, u, result_a, result_b
 
@@ -124,7 +130,7 @@ def sample_grads(
         da = torch.zeros(segments.count, R, x.shape[1], **zeros) if need_da else None
         db = torch.zeros(segments.count, N, R, **zeros) if need_db else None
         return s.new_empty(0, R) if need_ds else None, da, db
-    ds, _, da, db = _run(g, x, s, b, c, eta, norm, need_ds, need_da, need_db, segments, _outer)
+    ds, _, da, db = _run(g, x, s, b, c, eta, norm, need_ds, need_da, need_db, segments, _outer, False)
     return ds if need_ds else None, da, db
 
 
@@ -152,7 +158,7 @@ def sample_squared_norms(
         return s.new_empty(0, R) if need_ds else None, da, db, s.new_zeros(segments.count, dtype=torch.float32)
     reduce = functools.partial(_squares, dtypes={"RL": dtype_a, "LR": dtype_b})
     needs = (need_ds, dtype_a is not None, dtype_b is not None)
-    ds, _, *results = _run(g, x, s, b, c, eta, norm, *needs, segments, reduce)
+    ds, _, *results = _run(g, x, s, b, c, eta, norm, *needs, segments, reduce, True)
     squares = sum(result[0] for result in results if result is not None)
     da, db = (None if result is None else result[1] for result in results)
     return ds if need_ds else None, da, db, squares

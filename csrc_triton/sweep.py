@@ -15,7 +15,7 @@ from . import configs
 from .tiling import TRITON_DTYPE, add_low_rank, coefficient, dot, dot_precision, launch, offsets
 
 
-@triton.jit(do_not_specialize=["M", "SEGMENTS", "PER_PROGRAM", "SAMPLE_M", "PARTS", "SEGMENT_M"])
+@triton.jit(do_not_specialize=["M", "SEGMENTS", "SAMPLE_M", "PARTS", "SEGMENT_M"])
 def _sweep_kernel(
     v_ptr,
     u_ptr,
@@ -72,25 +72,24 @@ def _sweep_kernel(
     offs_r = offsets(tl.program_id(2) * BLOCK_R, BLOCK_R)
     mask_l = offs_l < L
     mask_r = offs_r < R
-    if SCALE == "columns":
-        scale = tl.load(scale_ptr + offs_l * stride_scale, mask=mask_l, other=0.0)[:, None]
-    elif SCALE == "rank":
-        scale = tl.load(scale_ptr + offs_r * stride_scale, mask=mask_r, other=0.0)[None, :]
     if PROJECT or PROJECT_SCALED:
         f_ptrs = f_ptr + offs_l[:, None] * stride_fl + offs_r[None, :] * stride_fr
         f = tl.load(f_ptrs, mask=mask_l[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_L, BLOCK_R]
         f_scaled = f
         if NORM == "row":
-            f_scaled = f * scale
+            f_scaled = f * tl.load(scale_ptr + offs_l * stride_scale, mask=mask_l, other=0.0)[:, None]
 
     first = tl.program_id(1) * PER_PROGRAM
     mask_lr = mask_l[:, None] & mask_r[None, :]
     tile_ptrs = offs_l[:, None] * stride_ol + offs_r[None, :] * stride_or
     total = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
-    for segment in range(first, min(first + PER_PROGRAM, SEGMENTS)):
+    # With one segment a program PER_PROGRAM is a constant, and this is no loop.
+    for i in range(0, PER_PROGRAM):
+        segment = first + i
+        exists = segment < SEGMENTS
         if HAS_PIECES:
-            start = tl.load(pieces_ptr + segment)
-            stop = tl.load(pieces_ptr + segment + 1)
+            start = tl.load(pieces_ptr + segment, mask=exists, other=0)
+            stop = tl.load(pieces_ptr + segment + 1, mask=exists, other=0)
         else:
             sample_start = (segment // PARTS) * SAMPLE_M
             start = sample_start + (segment % PARTS) * SEGMENT_M
@@ -138,16 +137,19 @@ def _sweep_kernel(
                     u = u * tl.load(row_scale_ptr + offs_m * stride_row_scale, mask=mask_m, other=0.0)[:, None]
                 acc = dot(tl.trans(v_scaled), u, acc, DTYPE, PRECISION)
         if OUTER:
-            if SCALE != "":
-                acc *= scale
+            # Loaded where it is used: kept through the loop it would fill the registers.
+            if SCALE == "columns":
+                acc *= tl.load(scale_ptr + offs_l * stride_scale, mask=mask_l, other=0.0)[:, None]
+            elif SCALE == "rank":
+                acc *= tl.load(scale_ptr + offs_r * stride_scale, mask=mask_r, other=0.0)[None, :]
             offset = segment + tl.full((), 0, tl.int64)
             if SQUARES:
                 tile = tl.program_id(2) * tl.num_programs(0) + pid_l
                 square_ptr = squares_ptr + offset * (tl.num_programs(0) * tl.num_programs(2)) + tile
-                tl.store(square_ptr, tl.sum(tl.sum(acc * acc, axis=1), axis=0))
+                tl.store(square_ptr, tl.sum(acc * acc), mask=exists)
                 total += acc
             else:
-                tl.store(outer_ptr + offset * stride_op + tile_ptrs, acc, mask=mask_lr)
+                tl.store(outer_ptr + offset * stride_op + tile_ptrs, acc, mask=mask_lr & exists)
     if SQUARES:
         tl.store(outer_ptr + tl.program_id(1).to(tl.int64) * stride_op + tile_ptrs, total, mask=mask_lr)
 
