@@ -1,5 +1,6 @@
 """ALLoRA fine-tuning at almost the cost of the frozen layer: fused Triton kernels behind a drop-in `nn.Linear`."""
 
+from . import per_sample
 from .adapt import AdaptReport, adapter_layers, adapter_parameters, apply_allora, merge_adapter
 from .checkpoint import load_adapter, save_adapter
 from .functional import allora_linear
@@ -14,6 +15,7 @@ __all__ = [
     "apply_allora",
     "load_adapter",
     "merge_adapter",
+    "per_sample",
     "save_adapter",
 ]
 __version__ = "0.1.0"

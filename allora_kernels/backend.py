@@ -66,3 +66,14 @@ def steps(name: str) -> ModuleType:
     from . import ops
 
     return ops
+
+
+def sample_steps(name: str) -> ModuleType:
+    """The module whose functions are the per-sample steps, in the same way."""
+    if name == "eager":
+        from . import sample_reference
+
+        return sample_reference
+    from . import sample_ops
+
+    return sample_ops

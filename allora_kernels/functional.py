@@ -1,6 +1,7 @@
 """`allora_linear`: validation, choice of the backend, autograd."""
 
 import contextlib
+import functools
 
 import torch
 from torch import Tensor
@@ -70,13 +71,15 @@ class _ALLoRALinear(torch.autograd.Function):
     Differentiable once: a rescaled gradient is the gradient of no function, so it has no derivative to give.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, cache):
+    def forward(x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, cache, sink):
         return _backend.steps(backend).adapted_linear(x, weight, bias, lora_A, lora_B, dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, lora_A, lora_B, dtype, eta, norm, backend, cache = inputs
+        x, weight, _, lora_A, lora_B, dtype, eta, norm, backend, cache, sink = inputs
         _, s = output
         needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         ctx.mark_non_differentiable(s)
@@ -84,23 +87,23 @@ class _ALLoRALinear(torch.autograd.Function):
         ctx.save_for_backward(
             weight if needs_x else None, lora_A, lora_B, x if needs_a else None, s if needs_a or needs_b else None
         )
-        ctx.settings = (dtype, eta, norm, backend, cache)
+        ctx.settings = (dtype, eta, norm, backend, cache, sink)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g, _):
         if g is None:
-            return (None,) * 10
+            return (None,) * 11
         # The steps choose their dtypes themselves; a backward pass inside autocast must not change them.
         with _no_autocast(g.device.type):
             dx, da, db = _ALLoRALinear._gradients(ctx, g)
-        return dx, None, None, da, db, None, None, None, None, None
+        return dx, None, None, da, db, None, None, None, None, None, None
 
     @staticmethod
     def _gradients(ctx, g):
         needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         weight, lora_A, lora_B, x, s = ctx.saved_tensors
-        dtype, eta, norm, backend, cache = ctx.settings
+        dtype, eta, norm, backend, cache, sink = ctx.settings
         steps = _backend.steps(backend)
         dx = da = db = None
         if needs_a or needs_b:
@@ -113,7 +116,8 @@ class _ALLoRALinear(torch.autograd.Function):
                     else cache.get(lora_A, lora_B, eta, norm, compute)
                 )
             dtype_a, dtype_b = lora_A.dtype if needs_a else None, lora_B.dtype if needs_b else None
-            ds, da, db = steps.adapter_grads(g, x, s, lora_B, c, eta, norm, needs_x, dtype_a, dtype_b)
+            adapter_grads = steps.adapter_grads if sink is None else functools.partial(sink, backend)
+            ds, da, db = adapter_grads(g, x, s, lora_B, c, eta, norm, needs_x, dtype_a, dtype_b)
         elif needs_x:
             ds = steps.down_project(g, lora_B.mT, dtype)
         if needs_x:
@@ -143,8 +147,10 @@ def _autocasts(x: Tensor) -> bool:
     return x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def apply(x, weight, bias, lora_A, lora_B, eta, norm, backend=None, cache: CoefficientCache | None = None) -> Tensor:
-    """`allora_linear` with the layer's coefficient cache."""
+def apply(
+    x, weight, bias, lora_A, lora_B, eta, norm, backend=None, cache: CoefficientCache | None = None, sink=None
+) -> Tensor:
+    """`allora_linear` with the layer's coefficient cache, and what takes the step `adapter_grads` over to see more of it."""
     _check_tensors(x, weight, bias, lora_A, lora_B)
     check_rule(lora_A.shape[0], eta, norm)
     widest = dtype = _compute_dtype(x, lora_A, lora_B)
@@ -164,7 +170,7 @@ def apply(x, weight, bias, lora_A, lora_B, eta, norm, backend=None, cache: Coeff
     if choice.fallback and not torch.compiler.is_compiling():
         _backend.warn_fallback(choice.reason)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y, _ = _apply_function(rows, weight, bias, lora_A, lora_B, dtype, eta, norm, choice.name, cache)
+    y, _ = _apply_function(rows, weight, bias, lora_A, lora_B, dtype, eta, norm, choice.name, cache, sink)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 

@@ -36,6 +36,9 @@ class FusedALLoRALinear(nn.Linear):
     fan_in_fan_out: bool
     """True where `weight` is stored [in_features, out_features], as in transformers' Conv1D."""
 
+    _recording = None
+    """The `per_sample.record` this layer is in, if it is in one."""
+
     def __init__(
         self,
         in_features: int,
@@ -131,8 +134,9 @@ class FusedALLoRALinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         # Inside a compiled graph C is a node of the graph; a cache read at trace time would be frozen into it.
         cache = None if torch.compiler.is_compiling() else self._coefficient
+        sink = None if self._recording is None else self._recording.sink(self, input)
         return functional.apply(
-            input, self.frozen_weight, self.bias, self.lora_A, self.lora_B, self.eta, self.norm, cache=cache
+            input, self.frozen_weight, self.bias, self.lora_A, self.lora_B, self.eta, self.norm, cache=cache, sink=sink
         )
 
     @torch.no_grad()

@@ -181,6 +181,26 @@ def launches(
                 g, x, s, b, c.get(norm), 2.0, norm, True, adapter_dtype, adapter_dtype
             ),
         )
+    # Samples of 16 rows share a program, those of 512 are cut; the shortest take the Gram form.
+    for norm, rows in (("row", 16), ("entry", 16), ("token", 512), ("row", 1), ("entry", 1)):
+        segments = csrc_triton.Segments(m // rows, rows)
+        args = (g, x, s, b, c.get(norm), 2.0, norm, True)
+        yield (
+            f"sample_grads {norm} T={rows} {label}",
+            lambda args=args, segments=segments: csrc_triton.sample_grads(*args, True, True, segments),
+        )
+        yield (
+            f"sample_norms {norm} T={rows} {label}",
+            lambda args=args, segments=segments: csrc_triton.sample_squared_norms(
+                *args, adapter_dtype, adapter_dtype, segments
+            ),
+        )
+    starts = torch.empty(m // 16 + 1, dtype=torch.int32)
+    ragged = csrc_triton.Segments(m // 16, 30, starts, starts)
+    yield (
+        f"sample_grads ragged {label}",
+        lambda: csrc_triton.sample_grads(g, x, s, b, c["factor"], 2.0, "factor", True, True, True, ragged),
+    )
 
 
 def compile_all(archs, dtypes, ranks, shapes=((2048, 4096, 4096),)) -> Iterator[Compiled]:

@@ -4,21 +4,31 @@ import torch
 
 from . import configs, plans
 from .adapted_linear import adapted_linear
-from .adapter_grad import adapter_grads, sweep_op
+from .adapter_grad import adapter_grads
+from .combine import combine
 from .down_project import down_project
 from .fused_linear import fused_linear
 from .fused_linear_persistent import describable
 from .low_rank_add import low_rank_add
+from .norms import squared_norms
 from .row_norms import token_coefficient, weight_coefficient
+from .sample_grad import sample_grads, sample_squared_norms
+from .segments import Segments
+from .sweep_plan import plan_sweep, sums_over_columns
 
 __all__ = [
+    "Segments",
     "adapted_linear",
     "adapter_grads",
+    "combine",
     "describable",
     "down_project",
     "fused_linear",
     "low_rank_add",
     "plan_steps",
+    "sample_grads",
+    "sample_squared_norms",
+    "squared_norms",
     "token_coefficient",
     "weight_coefficient",
 ]
@@ -41,6 +51,11 @@ def plan_steps(
     def plan(op, n, k):
         return f"Triton on {arch}, {configs.pick_config(op, M, n, k, r, dtype, arch, compute)}"
 
+    def plan_sweep_step(length, norm, sums):
+        sweep = plan_sweep(max(M, 1), length, r, norm, sums, True, dtype, compute, arch)
+        note = ", dS by a pass of its own" if sweep.separate else ""
+        return f"Triton on {arch}, {sweep.config}{note}"
+
     def way(op, n, k):
         describable = dtype.itemsize == 2 and n % 8 == 0 and k % 8 == 0
         return plans.pick(plans.Call(op, M, n, k, r, dtype, compute), device, describable)
@@ -53,8 +68,8 @@ def plan_steps(
     steps |= {
         "adapted_linear (y)": describe(forward),
         "fused_linear (dx)": describe(backward),
-        "adapter_grads (sweep over g)": plan(sweep_op(norm), N, 0),
-        "adapter_grads (sweep over x)": plan(sweep_op(None), K, 0),
+        "adapter_grads (sweep over g)": plan_sweep_step(N, norm, sums_over_columns(norm, True, True)),
+        "adapter_grads (sweep over x)": plan_sweep_step(K, None, 0),
     }
     if norm in ("row", "matrix", "factor"):
         steps["weight_coefficient"] = f"Triton on {arch}, once per optimizer step"

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from . import configs
 from .combine import combine
+from .configs import cdiv
 from .launching import launch
-from .tiling import TRITON_DTYPE, cdiv, dot, dot_precision, narrow, offsets
+from .tiling import TRITON_DTYPE, dot, dot_precision, narrow, offsets
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -7,11 +7,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import plans
-from .configs import Config
+from .configs import Config, cdiv
 from .fused_linear_persistent import describable, launch_persistent
 from .launching import launch
 from .low_rank_add import low_rank_add
-from .tiling import TRITON_DTYPE, add_low_rank, cdiv, dot, dot_precision, grouped_tile, narrow, offsets
+from .tiling import TRITON_DTYPE, add_low_rank, dot, dot_precision, grouped_tile, narrow, offsets
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -7,9 +7,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
-from .configs import Config
+from .configs import Config, cdiv
 from .launching import launch
-from .tiling import TRITON_DTYPE, add_low_rank, cdiv, dot, dot_precision, grouped_tile, narrow, offsets
+from .tiling import TRITON_DTYPE, add_low_rank, dot, dot_precision, grouped_tile, narrow, offsets
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -5,8 +5,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .configs import cdiv
 from .launching import launch
-from .tiling import TRITON_DTYPE, add_low_rank, cdiv, dot_precision, grouped_tile, narrow, offsets
+from .tiling import TRITON_DTYPE, add_low_rank, dot_precision, grouped_tile, narrow, offsets
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from . import configs
 from .combine import combine
+from .configs import cdiv
 from .launching import launch
-from .tiling import cdiv, coefficient, dot, offsets, sqrt_of_square
+from .tiling import coefficient, dot, offsets, sqrt_of_square
 
 _BLOCK_R = 32
 _BLOCK_L = 64

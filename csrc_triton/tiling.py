@@ -163,11 +163,6 @@ def coefficient(n, inv_eta_squared):
     return 1.0 / tl.sqrt(n + inv_eta_squared)
 
 
-def cdiv(size: int, step: int) -> int:
-    """``⌈size / step⌉``; `triton.cdiv`, which kernels may call too, takes a microsecond longer."""
-    return -(-size // step)
-
-
 def dot_precision(dtype: torch.dtype, x_dtype: torch.dtype, out_dtype: torch.dtype) -> str:
     """How a dot in `dtype` is computed where one operand comes from x and the result is stored in `out_dtype`.
 

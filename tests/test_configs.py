@@ -8,7 +8,7 @@ import torch
 configs = pytest.importorskip("csrc_triton.configs")
 
 ARCHS = ["sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx90a", "unheard_of", "interpreter"]
-OPS = ["fused_linear", "down_project", "low_rank_add", "sweep", "sweep_entry"]
+OPS = ["fused_linear", "down_project", "low_rank_add", "sweep", "sweep_wide", "sweep_entry", "sweep_entry_wide"]
 DTYPES = [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.bfloat16, torch.float32)]
 
 

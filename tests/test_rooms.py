@@ -14,12 +14,17 @@ ROOT = Path(__file__).parents[1]
 ROOMS = [
     "csrc_triton",
     "allora_kernels.reference",
+    "allora_kernels.samples",
+    "allora_kernels.sample_reference",
     "allora_kernels.ops",
+    "allora_kernels.sample_ops",
     "allora_kernels.backend",
     "allora_kernels.coefficient_cache",
     "allora_kernels.explanation",
     "allora_kernels.functional",
     "allora_kernels.linear",
+    "allora_kernels.recording",
+    "allora_kernels.per_sample",
     "allora_kernels.selection",
     "allora_kernels.adapter_config",
     "allora_kernels.adapt",
@@ -29,6 +34,8 @@ ROOMS = [
     "allora_kernels.timing",
     "allora_kernels.tune",
     "allora_kernels.layer_bench",
+    "allora_kernels.integrations",
+    "allora_kernels.integrations.opacus",
     "allora_kernels.data",
     "allora_kernels.finetune_config",
     "allora_kernels.base_model",
@@ -39,7 +46,12 @@ ROOMS = [
     "allora_kernels.finetune",
     "allora_kernels.cli",
 ]
-LOADS_KERNELS = {"allora_kernels.ops", "allora_kernels.explanation", "allora_kernels.tune"}
+LOADS_KERNELS = {
+    "allora_kernels.ops",
+    "allora_kernels.sample_ops",
+    "allora_kernels.explanation",
+    "allora_kernels.tune",
+}
 
 
 def module_name(path):
@@ -94,7 +106,7 @@ def test_importing_the_package_loads_nothing_heavy():
         before = set(sys.modules)
         import allora_kernels
         new = {name.split(".")[0] for name in set(sys.modules) - before}
-        heavy = {"triton", "transformers", "csrc_triton", "peft", "typer", "rich", "matplotlib", "datasets"}
+        heavy = {"triton", "transformers", "csrc_triton", "peft", "typer", "rich", "matplotlib", "datasets", "opacus"}
         assert not new & heavy, new & heavy
         """
     )

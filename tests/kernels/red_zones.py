@@ -15,11 +15,15 @@ def in_red_zone(t: Tensor | None) -> Tensor | None:
     if t is None:
         return None
     span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride())) if t.numel() else 0
-    buffer = torch.full((span + 2 * _ZONE,), float("nan"), dtype=t.dtype, device=t.device)
+    buffer = torch.full((span + 2 * _ZONE,), _poison(t.dtype), dtype=t.dtype, device=t.device)
     inside = buffer.as_strided(t.shape, t.stride(), _ZONE)
     inside.copy_(t)
     _remember(buffer, inside)
     return inside
+
+
+def _poison(dtype: torch.dtype) -> float | int:
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
 def _remember(buffer: Tensor, inside: Tensor) -> None:
@@ -40,5 +44,7 @@ def poisoned_outputs():
     with mock.patch("torch.empty", _poisoned_empty):
         yield
     for buffer, owned in _zones:
-        assert buffer[~owned].isnan().all(), "a kernel wrote outside of its tensor"
+        outside, poison = buffer[~owned], _poison(buffer.dtype)
+        untouched = outside.isnan() if buffer.is_floating_point() else outside == poison
+        assert untouched.all(), "a kernel wrote outside of its tensor"
     _zones.clear()

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from cases import SHAPES, WIDE_RANK, dtypes, layouts, shape_id
@@ -6,7 +8,7 @@ from red_zones import in_red_zone, poisoned_outputs
 import csrc_triton
 from allora_kernels import reference
 from allora_kernels.testing import assert_close, make_inputs
-from csrc_triton import configs
+from csrc_triton import configs, sweep_plan
 
 norms = pytest.mark.parametrize("norm", reference.NORMS)
 ETA = 1.3
@@ -99,3 +101,38 @@ def test_the_same_bits_every_run(device, norm):
     for _ in range(9 if device == "cuda" else 1):
         again = csrc_triton.adapter_grads(*args, ETA, norm, True, torch.float32, torch.float32)
         assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+@pytest.mark.parametrize("norm", ["row", "matrix", None])
+@pytest.mark.parametrize("separate", [False, True])
+def test_both_orders_of_the_sums_over_columns(device, norm, separate, monkeypatch):
+    from csrc_triton import adapter_grad
+
+    def forced(*args):
+        found = sweep_plan.plan_sweep(*args)
+        return dataclasses.replace(found, separate=separate)
+
+    monkeypatch.setattr(adapter_grad, "plan_sweep", forced)
+    check(*arguments(make_inputs(130, 70, 53, 40, device=device), norm), norm)
+    check(*arguments(make_inputs(130, 70, 53, 3, device=device), norm), norm, need_ds=False)
+
+
+@pytest.mark.parametrize("norm", ["row", "matrix"])
+def test_the_plan_counts_what_is_allocated(device, norm, monkeypatch):
+    M, N, R = 130, 300, 3
+    args = arguments(make_inputs(M, N, 1, R, device=device), norm)
+    plan = sweep_plan.plan_sweep(
+        M, N, R, norm, 1 + (norm == "row"), True, torch.float32, torch.float32, configs.arch_of(args[0].device)
+    )
+    assert not plan.separate
+    written = []
+    empty = torch.empty
+
+    def recorded(*size, **kwargs):
+        t = empty(*size, **kwargs)
+        written.append(t.nbytes if t.dim() == 3 and t.shape[2] == R else 0)
+        return t
+
+    monkeypatch.setattr(torch, "empty", recorded)
+    csrc_triton.adapter_grads(*args, ETA, norm, True, torch.float32, torch.float32)
+    assert 2 * sum(written) == plan.partial_bytes

@@ -1,25 +1,37 @@
+import itertools
+
 import pytest
 import torch
 from red_zones import in_red_zone, poisoned_outputs
 
 from allora_kernels.testing import assert_close
-from csrc_triton.combine import combine
+from csrc_triton.combine import combine, combine_groups
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 37, 41), (2, 700, 3), (2, 0, 5)])
-@pytest.mark.parametrize("scaled", [False, True])
-def test_sums_the_parts(device, dtype, shape, scaled):
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 37, 41), (2, 700, 3), (2, 0, 5), (0, 3, 5)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sums_the_parts(device, dtype, shape, weighted):
     partial = torch.randn(shape, device=device)
-    scale = torch.rand(2 * shape[1], device=device)[::2] if scaled else None
+    weights = torch.rand(2 * shape[0], device=device)[::2] if weighted else None
     with poisoned_outputs():
-        out = combine(in_red_zone(partial), dtype, in_red_zone(scale))
-    exact, eager = partial.double().sum(0), partial.sum(0)
-    if scaled:
-        exact, eager = scale.double()[:, None] * exact, scale[:, None] * eager
+        out = combine(in_red_zone(partial), dtype, in_red_zone(weights))
+    w = torch.ones(shape[0], device=device) if weights is None else weights
+    eager, exact = (torch.einsum("p,pij->ij", w.to(d), partial.to(d)) for d in (torch.float32, torch.float64))
     assert_close(out, eager.to(dtype), exact, "sum")
 
 
-def test_one_scale_for_all_rows(device):
-    partial, scale = torch.ones(2, 3, 4, device=device), torch.tensor([0.5], device=device)
-    assert torch.equal(combine(partial, torch.float32, scale.expand(3)), torch.ones(3, 4, device=device))
+def test_sums_equal_groups(device):
+    partial = torch.randn(6, 5, 130, device=device)
+    with poisoned_outputs():
+        out = combine_groups(in_red_zone(partial), 3, 2, None)
+    assert torch.equal(out, partial[::2] + partial[1::2])
+
+
+def test_sums_ragged_groups(device):
+    partial = torch.randn(6, 5, 130, device=device)
+    first = torch.tensor([0, 0, 1, 4, 4, 6], dtype=torch.int32, device=device)
+    with poisoned_outputs():
+        out = combine_groups(in_red_zone(partial), 5, 0, first)
+    exact = torch.stack([partial[a:b].double().sum(0) for a, b in itertools.pairwise(first.tolist())])
+    assert_close(out, exact.float(), exact, "sums")

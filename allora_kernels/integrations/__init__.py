@@ -1,0 +1,1 @@
+"""Other libraries' plug-in points, one file a library. Each needs its library; nothing here is imported without asking."""

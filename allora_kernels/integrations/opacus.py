@@ -1,0 +1,107 @@
+"""Opacus 1.6: FusedALLoRALinear under `opacus.PrivacyEngine`, in the modes "hooks" and "ghost".
+
+Importing this module registers the layer's grad sampler and norm sampler with Opacus and makes its `ModuleValidator`, which
+`PrivacyEngine.make_private` asks first, refuse a model whose adapters would silently get no per-sample gradient.
+"""
+
+import torch
+from opacus.grad_sample import register_grad_sampler, register_norm_sampler
+from opacus.validators.errors import IllegalModuleConfigurationError, UnsupportedModuleError
+from opacus.validators.module_validator import ModuleValidator
+from torch import Tensor, nn
+
+from .. import backend as _backend
+from ..linear import FusedALLoRALinear
+from ..reference import WEIGHT_NORMS
+from ..samples import Samples
+
+
+@torch.no_grad()
+def _inputs(layer: FusedALLoRALinear, activations: list[Tensor], backprops: Tensor) -> tuple[str, tuple, Samples]:
+    x = activations[0]
+    if x.dim() < 2:
+        raise ValueError(f"Opacus needs inputs [b, ..., K], got {list(x.shape)}")
+    samples = Samples.equal(x.shape[0], x.shape[1:-1].numel())
+    rows = x.reshape(samples.rows, x.shape[-1])
+    g = backprops.reshape(samples.rows, backprops.shape[-1]).to(rows.dtype)
+    a, b = layer.lora_A.detach(), layer.lora_B.detach()
+    # Under autocast the layer's products are in its dtype, which its output gradient has; elsewhere in the widest.
+    low = backprops.dtype != torch.promote_types(x.dtype, a.dtype) and backprops.dtype.itemsize == 2
+    dtype = backprops.dtype if low else torch.promote_types(x.dtype, torch.promote_types(a.dtype, b.dtype))
+    name = _backend.choose(x.device, dtype).name
+    steps = _backend.steps(name)
+    c = None
+    if layer.norm in WEIGHT_NORMS:
+        c = layer._coefficient.get(a, b, layer.eta, layer.norm, steps.weight_coefficient)
+    return name, (g, rows, steps.down_project(rows, a, dtype), b, c, layer.eta, layer.norm), samples
+
+
+@register_grad_sampler(FusedALLoRALinear)
+@torch.no_grad()
+def grad_sample(layer: FusedALLoRALinear, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    """``{lora_A: [b, R, K], lora_B: [b, N, R]}`` in the parameters' dtypes, C included, for activations ``[x [b, ..., K]]``."""
+    name, common, samples = _inputs(layer, activations, backprops)
+    needs = (layer.lora_A.requires_grad, layer.lora_B.requires_grad)
+    _, *grads = _backend.sample_steps(name).sample_grads(*common, False, *needs, samples)
+    return {p: g.to(p.dtype) for p, g in zip((layer.lora_A, layer.lora_B), grads) if g is not None}
+
+
+@register_norm_sampler(FusedALLoRALinear)
+@torch.no_grad()
+def norm_sample(layer: FusedALLoRALinear, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    """``{lora_A: [b], lora_B: [b]}``: the norms of `grad_sample`'s tensors."""
+    name, common, samples = _inputs(layer, activations, backprops)
+    steps = _backend.sample_steps(name)
+    norms = {}
+    for p, dtypes in ((layer.lora_A, (layer.lora_A.dtype, None)), (layer.lora_B, (None, layer.lora_B.dtype))):
+        if p.requires_grad:
+            squares = steps.sample_squared_norms(*common, False, *dtypes, samples)[-1]
+            norms[p] = squares.clamp_min(0).sqrt()
+    return norms
+
+
+def reasons_against(model: nn.Module) -> list[str]:
+    """Why adapters of `model` would silently get no per-sample gradient, or a wrong one, from Opacus; empty if they get it."""
+    reasons, owners = [], {}
+    for name, module in model.named_modules():
+        if isinstance(module, FusedALLoRALinear):
+            trained = [p for p in (module.lora_A, module.lora_B) if p.requires_grad]
+            if trained and not module.training:
+                reasons.append(
+                    f"layer {name!r} is in eval mode, where Opacus does not look at its inputs: call train()"
+                )
+            if module._recording is not None:
+                reasons.append(f"layer {name!r} is in per_sample.record, which has its own per-sample gradients")
+            for p in trained:
+                if owners.setdefault(p, name) != name:
+                    reasons.append(f"layers {owners[p]!r} and {name!r} share an adapter, whose norms Opacus cannot add")
+        elif isinstance(getattr(module, "lora_A", None), nn.ModuleDict) and not _calls_its_adapters(module):
+            reasons.append(
+                f"layer {name!r} ({type(module).__name__}) reads lora_A and lora_B by their weights and does not call them, so "
+                "Opacus's hooks on them never run: use FusedALLoRALinear, or PEFT's own layer"
+            )
+        if getattr(module, "gradient_checkpointing", False) is True:
+            reasons.append(
+                f"{name or 'the model'!r} has gradient checkpointing on: Opacus counts the recomputed calls too and hands "
+                "out no gradient; call gradient_checkpointing_disable()"
+            )
+    return reasons
+
+
+def _calls_its_adapters(module: nn.Module) -> bool:
+    return type(module).forward.__module__.split(".")[0] == "peft"
+
+
+_validate = ModuleValidator.validate.__func__
+
+
+def _validate_adapters_too(cls, module: nn.Module, *, strict: bool = False) -> list[UnsupportedModuleError]:
+    errors = _validate(cls, module, strict=False)
+    errors += [IllegalModuleConfigurationError(reason) for reason in reasons_against(module)]
+    if strict and errors:
+        raise UnsupportedModuleError(errors)
+    return errors
+
+
+# Opacus keeps validators by exact class and shows them one module at a time; what is refused here needs the whole model.
+ModuleValidator.validate = classmethod(_validate_adapters_too)

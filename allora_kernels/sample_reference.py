@@ -1,0 +1,148 @@
+"""Per-sample gradients in plain torch: what the kernels of the same names are tested against, and the eager backend.
+
+Shapes as in `reference`. A sample is a run of rows; `samples` says which. Its gradients are `reference.adapter_grads` of its
+rows, with one difference: they stay in fp32, or in what is wider.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from .reference import coefficient, entry_norms, token_norms
+from .samples import Samples
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _scaled(
+    g: Tensor, s: Tensor, lora_B: Tensor, c: Tensor | None, eta: float, norm: str | None, need_da: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """What C leaves to sum: G~ and S~ with ``dB = scale_b ⊙ G~ᵀ S~``, and u with ``dA = scale_a ⊙ uᵀ x``."""
+    compute = s.dtype
+    g, b = g.to(compute), lora_B.to(compute)
+    scale_a = scale_b = c
+    g_scaled, s_scaled, b_scaled, c_token = g, s, b, None
+    if norm == "row":
+        b_scaled, scale_a = (c[:, None] * lora_B).to(compute), None
+    elif norm == "factor":
+        scale_b, scale_a = c.split([lora_B.shape[0], s.shape[1]])
+    elif norm == "token":
+        c_token = coefficient(token_norms(s, lora_B), eta)
+        s_scaled = (c_token[:, None] * s).to(compute)
+    elif norm == "entry":
+        g_scaled = (coefficient(entry_norms(s, lora_B), eta) * g).to(compute)
+    u = None
+    if need_da:
+        u = g_scaled @ b_scaled
+        u = u if c_token is None else (c_token[:, None] * u).to(compute)
+    return g_scaled, s_scaled, u, scale_a, scale_b
+
+
+def _outer(v: Tensor, u: Tensor, scale: Tensor | None, samples: Samples) -> Tensor:
+    """``scale ⊙ v_iᵀ u_i`` of each sample's rows of v [M, I] and u [M, J]: [b, I, J] in fp32 or better."""
+    if samples.starts is None:
+        shape = (samples.count, samples.longest)
+        outer = torch.bmm(v.view(*shape, v.shape[1]).mT, u.view(*shape, u.shape[1]))
+    else:
+        outer = v.new_empty(samples.count, v.shape[1], u.shape[1])
+        for i, (start, stop) in enumerate(itertools.pairwise(samples.starts)):
+            torch.mm(v[start:stop].mT, u[start:stop], out=outer[i])
+    outer = _wide(outer)
+    return outer if scale is None else scale[:, None] * outer
+
+
+def sample_grads(
+    g: Tensor,
+    x: Tensor | None,
+    s: Tensor,
+    lora_B: Tensor,
+    c: Tensor | None,
+    eta: float,
+    norm: str | None,
+    need_ds: bool,
+    need_da: bool,
+    need_db: bool,
+    samples: Samples,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``dS [M, R]`` in S's dtype, and of each sample ``dA [b, R, K]`` and ``dB [b, N, R]`` in fp32 or better; None where not
+    needed. Arguments as for `reference.adapter_grads`."""
+    ds = g.to(s.dtype) @ lora_B.to(s.dtype) if need_ds else None
+    g, s, u, scale_a, scale_b = _scaled(g, s, lora_B, c, eta, norm, need_da)
+    da = _outer(u, x.to(u.dtype), scale_a, samples) if need_da else None
+    return ds, da, _outer(g, s, scale_b, samples) if need_db else None
+
+
+def sample_squared_norms(
+    g: Tensor,
+    x: Tensor | None,
+    s: Tensor,
+    lora_B: Tensor,
+    c: Tensor | None,
+    eta: float,
+    norm: str | None,
+    need_ds: bool,
+    dtype_a: torch.dtype | None,
+    dtype_b: torch.dtype | None,
+    samples: Samples,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """dS; dA and dB as `reference.adapter_grads` gives them; and the squared norm of each sample's gradient of the two
+    together ``[b]``, in fp32 or better. None for what is not needed."""
+    ds = g.to(s.dtype) @ lora_B.to(s.dtype) if need_ds else None
+    g, s, u, scale_a, scale_b = _scaled(g, s, lora_B, c, eta, norm, dtype_a is not None)
+    squares = torch.zeros(samples.count, device=g.device, dtype=torch.promote_types(s.dtype, torch.float32))
+    sums = []
+    for v, w, scale, dtype in ((u, x, scale_a, dtype_a), (g, s, scale_b, dtype_b)):
+        total = None
+        if dtype is not None:
+            w = w.to(s.dtype)
+            if samples.starts is None and samples.longest**2 < v.shape[1] * w.shape[1]:
+                # ‖vᵀ w‖² = Σ (v vᵀ) ⊙ (w wᵀ): the samples' rows are fewer than their gradients' entries.
+                v_rows, w_rows = (_wide(t).view(samples.count, samples.longest, t.shape[1]) for t in (v, w))
+                left = v_rows if scale is None else v_rows * scale.square()
+                squares += (torch.bmm(left, v_rows.mT) * torch.bmm(w_rows, w_rows.mT)).sum((1, 2))
+            else:
+                squares += _outer(v, w, scale, samples).square().sum((1, 2))
+            total = v.mT @ w
+            total = (total if scale is None else scale[:, None] * total).to(dtype)
+        sums.append(total)
+    return ds, *sums, squares
+
+
+def weighted_grads(
+    g: Tensor,
+    x: Tensor | None,
+    s: Tensor,
+    lora_B: Tensor,
+    c: Tensor | None,
+    eta: float,
+    norm: str | None,
+    row_weights: Tensor,
+    dtype_a: torch.dtype | None,
+    dtype_b: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dA and dB as `reference.adapter_grads` gives them, each row of G~ times its ``row_weights [M]``; None where not
+    needed."""
+    g, s, u, scale_a, scale_b = _scaled(g, s, lora_B, c, eta, norm, dtype_a is not None)
+    results = []
+    for v, w, scale, dtype in ((u, x, scale_a, dtype_a), (g, s, scale_b, dtype_b)):
+        total = None
+        if dtype is not None:
+            total = (_wide(v) * row_weights[:, None]).to(s.dtype).mT @ w.to(s.dtype)
+            total = (total if scale is None else scale[:, None] * total).to(dtype)
+        results.append(total)
+    return tuple(results)
+
+
+def weighted_sum(grad_sample: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``Σ_i weights[i] · grad_sample[i]`` in `dtype` for grad_sample [b, ...]; weights None: ones."""
+    if weights is None:
+        return grad_sample.sum(0).to(dtype)
+    return torch.tensordot(weights.to(grad_sample.dtype), grad_sample, dims=1).to(dtype)
+
+
+def squared_norms(grad_sample: Tensor) -> Tensor:
+    """``‖grad_sample[i]‖² [b]`` for grad_sample [b, ...]."""
+    return grad_sample.flatten(1).square().sum(1)

@@ -1,0 +1,229 @@
+"""Per-sample gradients and their norms, against `reference.adapter_grads` of each sample's rows."""
+
+import itertools
+
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from red_zones import in_red_zone, poisoned_outputs
+
+import csrc_triton
+from allora_kernels import reference, sample_reference
+from allora_kernels.samples import Samples
+from allora_kernels.testing import assert_close, make_inputs
+from csrc_triton import configs
+
+norms = pytest.mark.parametrize("norm", reference.NORMS)
+ETA = 1.3
+
+
+def segments_of(samples):
+    return csrc_triton.Segments(samples.count, samples.longest, in_red_zone(samples.pieces), in_red_zone(samples.first))
+
+
+def ragged(*lengths, device="cpu"):
+    return Samples.ragged(torch.tensor([0, *lengths], device=device).cumsum(0).int())
+
+
+def arguments(inputs, norm):
+    compute = torch.promote_types(inputs.x.dtype, inputs.lora_A.dtype)
+    s = reference.down_project(inputs.x, inputs.lora_A, compute)
+    c = None
+    if norm in reference.WEIGHT_NORMS:
+        c = reference.weight_coefficient(inputs.lora_A, inputs.lora_B, ETA, norm)
+    return inputs.g, inputs.x, s, inputs.lora_B, c
+
+
+def sample_by_sample(samples, tensors, norm, dtype):
+    """(dA [b, R, K], dB [b, N, R]): `reference.adapter_grads` of each sample's rows."""
+    g, x, s, b, c = tensors
+    starts = samples.starts or [i * samples.longest for i in range(samples.count + 1)]
+    grads = []
+    for start, stop in itertools.pairwise(starts):
+        rows = slice(start, stop)
+        grads.append(reference.adapter_grads(g[rows], x[rows], s[rows], b, c, ETA, norm, False, dtype, dtype)[1:])
+    if not grads:
+        R, K, N = s.shape[1], x.shape[1], g.shape[1]
+        return torch.zeros(0, R, K, dtype=dtype), torch.zeros(0, N, R, dtype=dtype)
+    return tuple(torch.stack(part) for part in zip(*grads))
+
+
+def doubles(tensors):
+    return tuple(None if t is None else t.double() for t in tensors)
+
+
+def check(samples, tensors, norm, need_ds=True, close=assert_close):
+    exact = sample_by_sample(samples, doubles(tensors), norm, torch.float64)
+    eager = sample_by_sample(samples, tensors, norm, torch.float32)
+    with poisoned_outputs():
+        ds, *ours = csrc_triton.sample_grads(
+            *map(in_red_zone, tensors), ETA, norm, need_ds, True, True, segments_of(samples)
+        )
+    for name, *results in zip(("da", "db"), ours, eager, exact):
+        close(*results, name)
+    if need_ds:
+        g, _, s, b, _ = tensors
+        close(ds, g.to(s.dtype) @ b.to(s.dtype), g.double() @ b.double(), "ds")
+    for name, got, e, x in zip(
+        ("da", "db"),
+        sample_reference.sample_grads(*tensors, ETA, norm, need_ds, True, True, samples)[1:],
+        eager,
+        exact,
+    ):
+        close(got, e, x, f"eager {name}")
+
+
+# Equal: b x T; none is a multiple of a tile, one sample is longer than a segment, one is a token.
+EQUAL = [(0, 7), (5, 0), (1, 37), (3, 70), (37, 1), (9, 5)]
+RAGGED = [(), (0, 0), (130,), (0, 1, 33, 0, 0, 40, 7, 0), (300, 2, 5), (1,) * 20]
+cuts = pytest.mark.parametrize(
+    "samples",
+    [*(Samples.equal(*shape) for shape in EQUAL), *(ragged(*lengths) for lengths in RAGGED)],
+    ids=[*("x".join(map(str, shape)) for shape in EQUAL), *("-".join(map(str, r)) or "none" for r in RAGGED)],
+)
+
+
+@cuts
+@norms
+def test_each_sample_has_the_gradient_of_its_rows(device, samples, norm):
+    samples = samples if samples.starts is None else Samples.ragged(samples.cu_seqlens.to(device))
+    check(samples, arguments(make_inputs(samples.rows, 41, 53, 3, device=device), norm), norm)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[1:])
+@norms
+def test_dtypes(device, dtypes, norm):
+    check(Samples.equal(3, 23), arguments(make_inputs(69, 41, 53, 5, *dtypes, device=device), norm), norm)
+
+
+@norms
+@pytest.mark.parametrize("rank", [40, 70])
+def test_ranks_wider_than_a_tile_and_the_separate_pass(device, norm, rank):
+    check(Samples.equal(4, 11), arguments(make_inputs(44, 70, 33, rank, device=device), norm), norm)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("norm", ["row", "entry"])
+def test_any_strides(device, layout, norm):
+    g, x, s, b, c = arguments(make_inputs(39, 53, 41, 4, device=device), norm)
+    check(ragged(30, 0, 9, device=device), (layout(g), layout(x), layout(s), layout(b), c), norm)
+
+
+@norms
+def test_a_g_longer_than_the_scratch(device, norm, monkeypatch):
+    monkeypatch.setattr(configs, "SCRATCH_BYTES", 40 * 4 * 3 * 2)
+    check(Samples.equal(5, 26), arguments(make_inputs(130, 70, 53, 3, device=device), norm), norm)
+    check(Samples.equal(5, 26), arguments(make_inputs(130, 70, 53, 3, device=device), norm), norm, need_ds=False)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@norms
+def test_long_samples_are_cut_and_short_ones_share_a_program(device, norm, parts, monkeypatch):
+    monkeypatch.setattr(configs, "num_splits", lambda *args, **kwargs: parts)
+    check(Samples.equal(2, 100), arguments(make_inputs(200, 41, 53, 3, device=device), norm), norm)
+    check(Samples.equal(50, 3), arguments(make_inputs(150, 41, 53, 3, device=device), norm), norm)
+
+
+def test_five_thousand_tokens_a_sample(device):
+    for samples in (Samples.equal(1, 5000), ragged(5000, 3, device=device)):
+        check(samples, arguments(make_inputs(samples.rows, 17, 19, 3, device=device), "row"), "row")
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.one_of(st.lists(st.integers(0, 60), max_size=6), st.tuples(st.integers(0, 12), st.integers(0, 40))),
+    N=st.integers(16, 80),
+    K=st.integers(16, 80),
+    R=st.integers(1, 16),
+    norm=st.sampled_from(reference.NORMS),
+    dtypes=st.sampled_from([(torch.float32, None), (torch.float16, None), (torch.bfloat16, torch.float32)]),
+)
+def test_any_shape_and_segmentation(device, lengths, N, K, R, norm, dtypes):
+    samples = Samples.equal(*lengths) if isinstance(lengths, tuple) else ragged(*lengths, device=device)
+    tensors = arguments(make_inputs(samples.rows, N, K, R, *dtypes, device=device), norm)
+    check(samples, tensors, norm)
+    check_norms(samples, tensors, norm)
+
+
+def test_few_programs_for_many_short_samples():
+    config = configs.pick_config("sweep_wide", 16384, 4096, 0, 16, torch.bfloat16, "sm_90")
+    cut = csrc_triton.Segments(1024, 16).cut(4096, 16, config, "sm_90")
+    tiles = 4096 // config.BLOCK_N
+    assert cut.segments == 1024 and tiles * -(-cut.segments // cut.per_program) <= 4 * 132
+    few = csrc_triton.Segments(2, 8192).cut(4096, 16, config, "sm_90")
+    assert few.parts > 1 and tiles * few.segments >= 100
+
+
+def check_norms(samples, tensors, norm, close=assert_close):
+    b = tensors[3]
+    exact = sample_by_sample(samples, doubles(tensors), norm, torch.float64)
+    eager = sample_by_sample(samples, tensors, norm, torch.float32)
+    with poisoned_outputs():
+        _, da, db, squares = csrc_triton.sample_squared_norms(
+            *map(in_red_zone, tensors), ETA, norm, True, b.dtype, b.dtype, segments_of(samples)
+        )
+    torch_squares = sample_reference.sample_squared_norms(*tensors, ETA, norm, True, b.dtype, b.dtype, samples)[-1]
+    expected, wide = (sum(t.flatten(1).square().sum(1) for t in grads) for grads in (eager, exact))
+    if tensors[2].dtype == torch.float32:
+        close(squares, expected, wide, "squared norms")
+        close(torch_squares, expected, wide, "eager squared norms")
+    # S and u are rounded to 16 bits before they are summed: relative to the largest, nothing else may be lost.
+    assert (squares.double() - wide).abs().max() <= 2e-2 * wide.max() if wide.numel() else True
+    for name, got, e, total in zip(("da", "db"), (da, db), eager, exact):
+        close(got, e.sum(0).to(b.dtype), total.sum(0), f"sum of {name}")
+
+
+@pytest.mark.parametrize(
+    "samples", [Samples.equal(0, 7), Samples.equal(3, 70), ragged(0, 1, 200, 0, 40)], ids=["none", "equal", "ragged"]
+)
+@norms
+def test_norms_without_the_gradients(device, samples, norm):
+    samples = samples if samples.starts is None else Samples.ragged(samples.cu_seqlens.to(device))
+    check_norms(samples, arguments(make_inputs(samples.rows, 41, 53, 3, device=device), norm), norm)
+
+
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("samples", [Samples.equal(9, 5), ragged(3, 0, 1, 16, 7, 0, 32)], ids=["equal", "ragged"])
+@norms
+def test_both_forms_of_the_norms(device, gram, samples, norm, monkeypatch):
+    from csrc_triton import sample_grad
+
+    used = []
+    original = sample_grad.sample_gram
+    monkeypatch.setattr(sample_grad, "gram_is_cheaper", lambda *args: gram)
+    monkeypatch.setattr(sample_grad, "sample_gram", lambda *args: used.append(1) or original(*args))
+    monkeypatch.setattr(configs, "num_splits", lambda *args, **kwargs: 1)
+    samples = samples if samples.starts is None else Samples.ragged(samples.cu_seqlens.to(device))
+    for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
+        check_norms(samples, arguments(make_inputs(samples.rows, 70, 97, 5, *dtypes, device=device), norm), norm)
+    assert bool(used) == gram
+
+
+@norms
+def test_a_weighted_sweep_is_the_weighted_sum(device, norm):
+    samples = ragged(40, 0, 3, 27, device=device)
+    tensors = arguments(make_inputs(samples.rows, 41, 53, 3, device=device), norm)
+    weights = torch.rand(samples.count, device=device)
+    exact = sample_by_sample(samples, doubles(tensors), norm, torch.float64)
+    eager = sample_by_sample(samples, tensors, norm, torch.float32)
+    args = (*tensors, ETA, norm)
+    dtypes = (torch.float32, torch.float32)
+    with poisoned_outputs():
+        swept = csrc_triton.adapter_grads(
+            *map(in_red_zone, tensors), ETA, norm, False, *dtypes, row_weights=in_red_zone(samples.spread(weights))
+        )[1:]
+    by_torch = sample_reference.weighted_grads(*args, samples.spread(weights), *dtypes)
+    for ours in (swept, by_torch):
+        for got, e, x in zip(ours, eager, exact):
+            w = weights.view(-1, 1, 1)
+            assert_close(got, (w * e).sum(0), (w.double() * x).sum(0), "weighted sum")
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (1, 1, 1), (3, 70, 41), (2, 0, 5), (300, 2, 3)])
+def test_squared_norms(device, shape):
+    t = torch.randn(shape, device=device)
+    with poisoned_outputs():
+        squares = csrc_triton.squared_norms(in_red_zone(t))
+    assert_close(squares, sample_reference.squared_norms(t), sample_reference.squared_norms(t.double()), "squares")

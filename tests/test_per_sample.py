@@ -1,0 +1,364 @@
+"""`per_sample`: what is recorded, clipped and measured, on both backends, and what is refused."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.utils.checkpoint import checkpoint
+
+from allora_kernels import FusedALLoRALinear, per_sample, reference
+
+norms_of_rules = pytest.mark.parametrize("norm", reference.NORMS)
+
+
+@pytest.fixture(params=["eager", "triton"])
+def backend(request, monkeypatch):
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return request.param
+
+
+class Net(nn.Module):
+    """Two adapted layers with something between them; the second sees what the first made."""
+
+    def __init__(self, norm="row", dtype=torch.float32, **kwargs):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = FusedALLoRALinear(11, 9, r=3, norm=norm, eta=1.5, dtype=dtype, **kwargs)
+        self.second = FusedALLoRALinear(9, 5, r=2, norm=norm, eta=1.5, dtype=dtype, **kwargs)
+        for layer in (self.first, self.second):
+            nn.init.normal_(layer.lora_B)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def adapters(model):
+    return {name: p for name, p in model.named_parameters() if "lora" in name}
+
+
+def recorded(model):
+    return {name: p.grad_sample for name, p in adapters(model).items()}
+
+
+def one_by_one(model, samples, loss=lambda y: y.square().sum()):
+    """The gradient of each sample alone, by plain backward passes: {name: [b, *shape]}."""
+    model = copy.deepcopy(model).double()
+    rows = {name: [] for name in adapters(model)}
+    for x in samples:
+        model.zero_grad()
+        loss(model(x.double())).backward()
+        for name, p in adapters(model).items():
+            rows[name].append(torch.zeros_like(p) if p.grad is None else p.grad)
+    return {name: torch.stack(grads) for name, grads in rows.items()}
+
+
+def all_close(ours, expected, **kwargs):
+    assert ours.keys() == expected.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name].double(), expected[name], rtol=2e-5, atol=2e-5, msg=name, **kwargs)
+
+
+def norms_of(grads):
+    return torch.stack([g.flatten(1).square().sum(1) for g in grads.values()]).sum(0).sqrt()
+
+
+def clipped(grads, max_norm):
+    w = (max_norm / norms_of(grads)).clamp(max=1)
+    return {name: torch.einsum("b,b...->...", w, g) for name, g in grads.items()}
+
+
+@norms_of_rules
+@pytest.mark.parametrize("shape", [(4, 11), (3, 6, 11), (2, 3, 2, 11), (1, 7, 11)])
+def test_each_sample_has_its_own_gradient(backend, norm, shape):
+    model, x = Net(norm), torch.randn(shape)
+    with per_sample.record(model):
+        model(x).square().sum().backward()
+    expected = one_by_one(model, x[:, None])
+    all_close(recorded(model), expected)
+    for name, p in adapters(model).items():
+        torch.testing.assert_close(p.grad_sample.sum(0), p.grad, msg=name)
+    torch.testing.assert_close(per_sample.norms(model), norms_of(expected).float())
+
+
+@norms_of_rules
+def test_ragged_samples(backend, norm):
+    model, x = Net(norm), torch.randn(1, 13, 11)
+    starts = torch.tensor([0, 4, 4, 5, 13], dtype=torch.int32)
+    with per_sample.record(model, starts):
+        model(x).square().sum().backward()
+    all_close(recorded(model), one_by_one(model, [x[:, a:b] for a, b in itertools.pairwise(starts.tolist())]))
+    assert not recorded(model)["first.lora_A"][1].any()
+
+
+@pytest.mark.parametrize("norms_only", [False, True])
+@norms_of_rules
+def test_clipping_takes_one_backward_pass(backend, norm, norms_only):
+    model, x = Net(norm), torch.randn(5, 3, 11)
+    expected = one_by_one(model, x)
+    max_norm = norms_of(expected).median().item()
+    with per_sample.record(model, norms_only=norms_only):
+        model(x).square().sum().backward()
+    assert hasattr(model.first.lora_A, "grad_sample") != norms_only
+    returned = per_sample.clip_(model, max_norm)
+    torch.testing.assert_close(returned, norms_of(expected).float())
+    torch.testing.assert_close(per_sample.norms(model), returned)
+    all_close({name: p.grad for name, p in adapters(model).items()}, clipped(expected, max_norm))
+
+
+@pytest.mark.parametrize("norms_only", [False, True])
+def test_micro_batches_follow_each_other(backend, norms_only):
+    model, x = Net(), torch.randn(6, 3, 11)
+    expected = one_by_one(model, x)
+    with per_sample.record(model, norms_only=norms_only):
+        for part in (x[:1], x[1:4], x[4:]):
+            model(part).square().sum().backward()
+    torch.testing.assert_close(per_sample.norms(model), norms_of(expected).float())
+    if not norms_only:
+        all_close(recorded(model), expected)
+        torch.testing.assert_close(model.first.lora_A.grad_sample.sum(0), model.first.lora_A.grad)
+    per_sample.clip_(model, 0.5)
+    all_close({name: p.grad for name, p in adapters(model).items()}, clipped(expected, 0.5))
+
+
+def test_ragged_micro_batches():
+    model, x = Net(), torch.randn(9, 11)
+    with per_sample.record(model, torch.tensor([0, 2, 5], dtype=torch.int32)) as recording:
+        model(x[:5]).square().sum().backward()
+        recording.set_cu_seqlens(torch.tensor([0, 4], dtype=torch.int32))
+        model(x[5:]).square().sum().backward()
+    all_close(recorded(model), one_by_one(model, [x[:2], x[2:5], x[5:]]))
+
+
+def test_a_layer_that_runs_twice_adds_up():
+    layer = FusedALLoRALinear(6, 6, r=2)
+    nn.init.normal_(layer.lora_B)
+    model, x = nn.Sequential(layer, nn.Tanh(), layer), torch.randn(4, 3, 6)
+    with per_sample.record(model):
+        model(x).square().sum().backward()
+    all_close(recorded(model), one_by_one(model, x))
+
+
+@pytest.mark.parametrize("b", [0, 1])
+@pytest.mark.parametrize("norms_only", [False, True])
+def test_no_sample_and_one(backend, b, norms_only):
+    model = Net()
+    with per_sample.record(model, norms_only=norms_only):
+        model(torch.randn(b, 3, 11)).square().sum().backward()
+    assert per_sample.clip_(model, 1.0).shape == (b,)
+    assert model.first.lora_A.grad.any() == bool(b)
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        per_sample.noise_scale(model)
+
+
+@pytest.mark.parametrize("norms_only", [False, True])
+def test_noise_scale_is_unbiased(norms_only):
+    model, x = Net(), torch.randn(400, 2, 11)
+    truth = one_by_one(model, x)
+    flat = torch.cat([g.flatten(1) for g in truth.values()], dim=1)
+    with per_sample.record(model, norms_only=norms_only):
+        (model(x).square().sum() / 400).backward()
+    whole = per_sample.noise_scale(model)
+    # The estimators by their definition: the sample covariance, and the mean less its own noise.
+    trace = flat.var(0, unbiased=True).sum()
+    squared = flat.mean(0).square().sum() - trace / 400
+    assert whole.value.item() == pytest.approx((trace / squared).item(), rel=1e-4)
+    assert whole.trace.item() * 400**2 == pytest.approx(trace.item(), rel=1e-4)
+    with per_sample.record(model, norms_only=norms_only):
+        model(x).square().sum().backward()
+    # The loss's factor does not matter.
+    assert per_sample.noise_scale(model).value.item() == pytest.approx(whole.value.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("norms_only", [False, True])
+def test_checkpointing_does_not_count_twice(backend, use_reentrant, norms_only):
+    model, x = Net(), torch.randn(4, 3, 11)
+    expected = one_by_one(model, x)
+    with per_sample.record(model, norms_only=norms_only):
+        for part in (x[:3], x[3:]):
+            y = checkpoint(model.first, part.requires_grad_(), use_reentrant=use_reentrant)
+            checkpoint(model.second, torch.tanh(y), use_reentrant=use_reentrant).square().sum().backward()
+    torch.testing.assert_close(per_sample.norms(model), norms_of(expected).float())
+    if not norms_only:
+        all_close(recorded(model), expected)
+
+
+def test_autocast(backend):
+    model, x = Net(), torch.randn(4, 3, 11)
+    with per_sample.record(model), torch.autocast("cpu", torch.bfloat16):
+        model(x).float().square().sum().backward()
+    expected = one_by_one(model, x)
+    for name, g in recorded(model).items():
+        assert g.dtype == torch.float32
+        assert (g - expected[name]).norm() < 0.03 * expected[name].norm()
+        torch.testing.assert_close(g.sum(0), adapters(model)[name].grad)
+
+
+def test_frozen_halves_of_an_adapter(backend):
+    model, x = Net(), torch.randn(4, 3, 11)
+    model.first.lora_A.requires_grad_(False)
+    model.second.lora_B.requires_grad_(False)
+    with per_sample.record(model):
+        model(x).square().sum().backward()
+    expected = one_by_one(model, x)
+    assert not hasattr(model.first.lora_A, "grad_sample") and not hasattr(model.second.lora_B, "grad_sample")
+    for name in ("first.lora_B", "second.lora_A"):
+        torch.testing.assert_close(recorded_one(model, name).double(), expected[name], rtol=2e-5, atol=2e-5)
+
+
+def recorded_one(model, name):
+    return dict(model.named_parameters())[name].grad_sample
+
+
+@norms_of_rules
+def test_vmap_of_grad_gives_the_same_numbers(backend, norm):
+    model, x = Net(norm), torch.randn(4, 3, 11)
+    params = {name: p.detach() for name, p in adapters(model).items()}
+    rest = {name: p.detach() for name, p in model.named_parameters() if name not in params}
+
+    def loss(params, x):
+        return functional_call(model, {**params, **rest}, (x,)).square().sum()
+
+    all_close(vmap(grad(loss), in_dims=(None, 0))(params, x), one_by_one(model, x))
+
+
+def test_nothing_is_kept_or_paid_outside(monkeypatch):
+    from allora_kernels import sample_reference
+
+    calls = []
+    original = sample_reference.sample_grads
+    monkeypatch.setattr(sample_reference, "sample_grads", lambda *args: calls.append(1) or original(*args))
+    model, x = Net(), torch.randn(4, 3, 11)
+    before = [sorted(vars(m)) for m in model.modules()]
+    model(x).sum().backward()
+    assert not calls and not hasattr(model.first.lora_A, "grad_sample")
+    with per_sample.record(model):
+        model(x).sum().backward()
+    assert len(calls) == 2
+    model(x).sum().backward()
+    assert len(calls) == 2 and [sorted(vars(m)) for m in model.modules()] == before
+    assert not model._forward_pre_hooks
+    per_sample.clear(model)
+    assert not hasattr(model.first.lora_A, "grad_sample")
+
+
+def test_norms_only_keeps_nothing_of_size_b(monkeypatch):
+    model, x = Net(), torch.randn(50, 3, 11)
+    with per_sample.record(model, norms_only=True) as recording:
+        model(x).square().sum().backward()
+        for calls in recording.calls.values():
+            for call in calls:
+                assert call.a is None and call.b is None and call.squares.shape == (50,)
+    per_sample.clip_(model, 1.0)
+    with pytest.raises(RuntimeError, match="clipped already"):
+        per_sample.clip_(model, 1.0)
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+def refused(model, error, match, run):
+    """`run` raises before any gradient is touched and leaves nothing behind."""
+    with pytest.raises(error, match=match):
+        run()
+    assert all(p.grad is None and not hasattr(p, "grad_sample") for p in model.parameters())
+    assert all("_recording" not in vars(m) for m in model.modules()) and not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    "starts, error, match",
+    [
+        (torch.tensor([1, 4], dtype=torch.int32), ValueError, "start at 0, got 1"),
+        (
+            torch.tensor([0, 3, 2, 4], dtype=torch.int32),
+            ValueError,
+            r"must not decrease, but \[1\] is 3 and \[2\] is 2",
+        ),
+        (torch.tensor([0, 3], dtype=torch.int32), ValueError, "ends at 3 and the input of layer 'first'"),
+        (torch.tensor([0, 5], dtype=torch.int32), ValueError, "ends at 5 and the input of layer 'first'"),
+        (torch.tensor([], dtype=torch.int32), ValueError, r"must be \[b \+ 1\]"),
+        (torch.tensor([[0, 4]], dtype=torch.int32), ValueError, r"must be \[b \+ 1\]"),
+        (torch.tensor([0, 4]), TypeError, "int32"),
+        ([0, 4], TypeError, "int32"),
+    ],
+)
+def test_bad_cu_seqlens(starts, error, match):
+    model = Net()
+
+    def run():
+        with per_sample.record(model, starts):
+            model(torch.randn(4, 11)).sum().backward()
+
+    refused(model, error, match, run)
+
+
+def test_a_number_of_samples_that_changes_on_the_way():
+    model = Net()
+
+    def run(mix):
+        with per_sample.record(model):
+            model.second(mix(model.first(torch.randn(4, 3, 11)))).sum().backward()
+
+    for mix in (lambda y: y.mean(0, keepdim=True), lambda y: y.flatten(0, 1), lambda y: y[:2]):
+        refused(model, ValueError, "layer 'first' has inputs for 4 of them, layer 'second'", lambda mix=mix: run(mix))
+    refused(model, ValueError, "has no leading dimension", lambda: run(lambda y: y.mean((0, 1))))
+
+
+def test_shared_adapters_and_nested_records():
+    model = Net()
+    model.second = FusedALLoRALinear(9, 9, r=3)
+    model.third = FusedALLoRALinear(9, 9, r=3)
+    model.third.lora_A = model.second.lora_A
+
+    def run():
+        with per_sample.record(model):
+            pass
+
+    refused(model, ValueError, "layers 'second' and 'third' share an adapter", run)
+    model = Net()
+
+    def nested():
+        with per_sample.record(model), per_sample.record(model.first):
+            pass
+
+    refused(model, RuntimeError, "recorded already", nested)
+    with pytest.raises(ValueError, match="no FusedALLoRALinear"), per_sample.record(nn.Linear(2, 2)):
+        pass
+
+
+def test_clipping_refuses_what_it_would_leave_unclipped():
+    model = nn.Sequential(Net(), nn.Linear(5, 2))
+    with pytest.raises(RuntimeError, match="no per-sample gradient"):
+        per_sample.norms(model)
+    with per_sample.record(model):
+        model(torch.randn(4, 11)).sum().backward()
+    before = model[0].first.lora_A.grad.clone()
+    with pytest.raises(ValueError, match=r"'1.weight' has a gradient but is no adapter's"):
+        per_sample.clip_(model, 1.0)
+    for bad in (0, -1.0, math.inf, math.nan, "1", True):
+        with pytest.raises(ValueError, match="max_norm"):
+            per_sample.clip_(model, bad)
+    assert torch.equal(model[0].first.lora_A.grad, before)
+
+
+def test_layers_that_did_not_take_part():
+    model = Net()
+    with per_sample.record(model):
+        model(torch.randn(4, 11)).sum().backward()
+        model.first(torch.randn(3, 11)).sum().backward()
+    with pytest.raises(RuntimeError, match="not every layer took part"):
+        per_sample.norms(model)
+
+
+def test_an_error_inside_leaves_no_record():
+    model = Net()
+    with pytest.raises(KeyError), per_sample.record(model):
+        model(torch.randn(4, 11)).sum().backward()
+        raise KeyError
+    assert not hasattr(model.first.lora_A, "grad_sample") and "_recording" not in vars(model.first)

@@ -1,0 +1,57 @@
+"""The sweep over G moves little besides G: the plan counts the bytes of its partial sums and takes the cheapest order."""
+
+import dataclasses
+
+import pytest
+import torch
+
+sweep_plan = pytest.importorskip("csrc_triton.sweep_plan")
+from allora_kernels import reference  # noqa: E402
+
+BF16 = (torch.bfloat16, torch.bfloat16)
+M, N = 8192, 4096
+
+
+def plan(norm, R, arch="sm_90", dtypes=BF16, rows=M):
+    sums = sweep_plan.sums_over_columns(norm, True, True)
+    return sweep_plan.plan_sweep(rows, N, R, norm, sums, True, *dtypes, arch)
+
+
+@pytest.mark.parametrize("norm", [*reference.WEIGHT_NORMS, "token", None])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_partial_sums_are_at_most_forty_percent_of_g_and_fit_the_cache(norm, arch):
+    found = plan(norm, 16, arch)
+    assert found.partial_bytes <= 0.4 * M * N * 2 and found.extra_reads == 0
+    # Written and read: half of the traffic is what lies in the cache at one time.
+    assert found.partial_bytes / 2 <= 32 * 2**20
+
+
+def test_a_high_rank_takes_a_pass_of_its_own():
+    assert not plan("row", 16).separate
+    found = plan("row", 64)
+    assert found.separate and found.extra_reads == 2
+    segments = M // found.segment_rows
+    assert found.extra_bytes(M, N, 2) <= sweep_plan.partial_bytes(M, N, 64, found.config.BLOCK_N, 2, segments)
+
+
+def test_the_count():
+    # Two sums of 3 shares [100, 16] and 5 segments [300, 16], fp32, written and read.
+    assert sweep_plan.partial_bytes(100, 300, 16, 128, 2, 5) == 2 * 4 * (2 * 3 * 100 * 16 + 5 * 300 * 16)
+
+
+def test_chunks_and_segments_cover_all_rows_once():
+    for rows in (1, 63, 64, 1000, 2**20 + 1):
+        found = plan("row", 16, rows=rows)
+        assert found.chunk_rows % found.config.BLOCK_M == 0 and found.segment_rows % found.config.BLOCK_M == 0
+        segments = sum(
+            -(-min(found.chunk_rows, rows - start) // found.segment_rows) for start in range(0, rows, found.chunk_rows)
+        )
+        assert segments == sweep_plan.total_segments(rows, found.chunk_rows, found.segment_rows)
+
+
+@pytest.mark.parametrize("R, longest", [(16, 4), (32, 7)])
+def test_the_crossover_to_gram_matrices_is_where_the_docs_say(R, longest):
+    # The sweep of a norms-only record: tiles of 32 rows, half as wide.
+    config = dataclasses.replace(plan("row", R).config, BLOCK_M=32, BLOCK_N=256)
+    wins = [T for T in range(1, 65) if sweep_plan.gram_is_cheaper(M // T, T, M, N, R, 2, 2, config, 32)]
+    assert wins == list(range(1, longest + 1))
