@@ -59,9 +59,12 @@ def _squares(
 
 
 def _fit(config: configs.Config, segments: Segments, narrow: bool) -> configs.Config:
-    """Tiles no taller than the samples; with `narrow` half as wide, as a second sum beside the first takes registers."""
+    """Tiles no taller than the samples; with `narrow` half as wide and on eight warps, as a second sum beside
+    the first takes registers."""
     width = max(32, config.BLOCK_N // 2) if narrow else config.BLOCK_N
-    return dataclasses.replace(config, BLOCK_M=segments.block_rows(config), BLOCK_N=width)
+    return dataclasses.replace(
+        config, BLOCK_M=segments.block_rows(config), BLOCK_N=width, num_warps=8 if narrow else config.num_warps
+    )
 
 
 def _run(g, x, s, b, c, eta, norm, need_ds, need_da, need_db, segments, reduce, narrow):
