@@ -78,3 +78,6 @@ def _(g, x, s, b, c, eta, norm, need_ds, dtype_a, dtype_b):
     da = s.new_empty(0) if dtype_a is None else s.new_empty(s.shape[1], x.shape[1], dtype=dtype_a)
     db = s.new_empty(0) if dtype_b is None else s.new_empty(b.shape[0], s.shape[1], dtype=dtype_b)
     return ds, da, db
+
+
+from . import vmap_rules  # noqa: E402, F401  the ops it names are defined above

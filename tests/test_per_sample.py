@@ -229,6 +229,32 @@ def test_vmap_of_grad_gives_the_same_numbers(backend, norm):
     all_close(vmap(grad(loss), in_dims=(None, 0))(params, x), one_by_one(model, x))
 
 
+def test_vmap_takes_one_sweep_for_all_samples(monkeypatch):
+    csrc_triton = pytest.importorskip("csrc_triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    calls = []
+    for name in ("sample_grads", "adapter_grads"):
+        original = getattr(csrc_triton, name)
+        monkeypatch.setattr(csrc_triton, name, lambda *args, f=original, name=name: calls.append(name) or f(*args))
+    layer = FusedALLoRALinear(11, 5, r=3)
+    nn.init.normal_(layer.lora_B)
+    params = {"lora_A": layer.lora_A.detach(), "lora_B": layer.lora_B.detach()}
+
+    def loss(params, x, scale):
+        frozen = {"weight": layer.weight, "bias": layer.bias}
+        params = {"lora_A": params["lora_A"], "lora_B": params["lora_B"] * scale}
+        return functional_call(layer, {**params, **frozen}, (x,)).square().sum()
+
+    x, one = torch.randn(4, 3, 11), torch.ones(())
+    together = vmap(grad(loss), in_dims=(None, 0, None))(params, x, one)
+    assert calls == ["sample_grads"]
+    # An adapter of its own for each sample: no launch can take them all.
+    apart = vmap(grad(loss), in_dims=(None, 0, 0))(params, x, torch.ones(4))
+    assert calls[1:] == ["adapter_grads"] * 4
+    for name in params:
+        torch.testing.assert_close(together[name], apart[name])
+
+
 def test_nothing_is_kept_or_paid_outside(monkeypatch):
     from allora_kernels import sample_reference
 

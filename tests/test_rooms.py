@@ -16,6 +16,7 @@ ROOMS = [
     "allora_kernels.reference",
     "allora_kernels.samples",
     "allora_kernels.sample_reference",
+    "allora_kernels.vmap_rules",
     "allora_kernels.ops",
     "allora_kernels.sample_ops",
     "allora_kernels.backend",
@@ -43,7 +44,12 @@ ROOMS = [
     "allora_kernels.finetune",
     "allora_kernels.cli",
 ]
-LOADS_KERNELS = {"allora_kernels.ops", "allora_kernels.sample_ops", "allora_kernels.explanation"}
+LOADS_KERNELS = {
+    "allora_kernels.ops",
+    "allora_kernels.vmap_rules",
+    "allora_kernels.sample_ops",
+    "allora_kernels.explanation",
+}
 
 
 def module_name(path):
