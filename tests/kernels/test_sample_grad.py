@@ -221,7 +221,7 @@ def test_a_weighted_sweep_is_the_weighted_sum(device, norm):
             assert_close(got, (w * e).sum(0), (w.double() * x).sum(0), "weighted sum")
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 4), (1, 1, 1), (3, 70, 41), (2, 0, 5), (300, 2, 3)])
+@pytest.mark.parametrize("shape", [(0, 3, 4), (1, 1, 1), (3, 70, 41), (2, 0, 5), (300, 2, 3), (1, 90, 50)])
 def test_squared_norms(device, shape):
     t = torch.randn(shape, device=device)
     with poisoned_outputs():
