@@ -76,8 +76,8 @@ def check(samples, tensors, norm, need_ds=True, close=assert_close):
 
 
 # Equal: b x T; none is a multiple of a tile, one sample is longer than a segment, one is a token.
-EQUAL = [(0, 7), (5, 0), (1, 37), (3, 70), (37, 1), (9, 5)]
-RAGGED = [(), (0, 0), (130,), (0, 1, 33, 0, 0, 40, 7, 0), (300, 2, 5), (1,) * 20]
+EQUAL = [(0, 7), (5, 0), (1, 37), (3, 70), (17, 1)]
+RAGGED = [(), (0, 0), (130,), (0, 1, 33, 0, 0, 40, 7, 0), (300, 2, 5), (1,) * 9]
 cuts = pytest.mark.parametrize(
     "samples",
     [*(Samples.equal(*shape) for shape in EQUAL), *(ragged(*lengths) for lengths in RAGGED)],
@@ -131,7 +131,7 @@ def test_five_thousand_tokens_a_sample(device):
         check(samples, arguments(make_inputs(samples.rows, 17, 19, 3, device=device), "row"), "row")
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.one_of(st.lists(st.integers(0, 60), max_size=6), st.tuples(st.integers(0, 12), st.integers(0, 40))),
     N=st.integers(16, 80),
@@ -196,7 +196,7 @@ def test_both_forms_of_the_norms(device, gram, samples, norm, monkeypatch):
     monkeypatch.setattr(sample_grad, "sample_gram", lambda *args: used.append(1) or original(*args))
     monkeypatch.setattr(configs, "num_splits", lambda *args, **kwargs: 1)
     samples = samples if samples.starts is None else Samples.ragged(samples.cu_seqlens.to(device))
-    for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
+    for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32))[: 2 - (samples.starts is not None)]:
         check_norms(samples, arguments(make_inputs(samples.rows, 70, 97, 5, *dtypes, device=device), norm), norm)
     assert bool(used) == gram
 
