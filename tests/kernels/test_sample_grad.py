@@ -114,8 +114,14 @@ def test_any_strides(device, layout, norm):
 @norms
 def test_a_g_longer_than_the_scratch(device, norm, monkeypatch):
     monkeypatch.setattr(configs, "SCRATCH_BYTES", 40 * 4 * 3 * 2)
-    check(Samples.equal(5, 26), arguments(make_inputs(130, 70, 53, 3, device=device), norm), norm)
-    check(Samples.equal(5, 26), arguments(make_inputs(130, 70, 53, 3, device=device), norm), norm, need_ds=False)
+    tensors = arguments(make_inputs(130, 300, 53, 3, device=device), norm)
+    check(Samples.equal(5, 26), tensors, norm)
+    check(Samples.equal(5, 26), tensors, norm, need_ds=False)
+    shapes = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **kwargs: shapes.append(size) or empty(*size, **kwargs))
+    csrc_triton.sample_grads(*tensors, ETA, norm, True, True, True, csrc_triton.Segments(5, 26))
+    assert shapes and not [size for size in shapes if size[1:] == (130, 3) and size[0] > 1]
 
 
 @pytest.mark.parametrize("parts", [1, 3])
