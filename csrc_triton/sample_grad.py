@@ -60,12 +60,15 @@ def _squares(
 
 def _fit(config: configs.Config, segments: Segments, norm: str | None, totals: bool) -> configs.Config:
     """Tiles no taller than the samples, and narrower where the registers are short: where a second sum, of all samples
-    (`totals`), is kept beside the first, for "entry", and where one stage already says so."""
-    config = dataclasses.replace(config, BLOCK_M=segments.block_rows(config))
-    if not totals and norm != "entry" and config.num_stages > 1:
+    (`totals`), is kept beside the first, for "entry", where one stage already says so, and for the widest, which are
+    made for tall tiles. Narrower than 64 takes more registers again."""
+    rows = segments.block_rows(config)
+    widest = config.BLOCK_N >= 512 and rows < config.BLOCK_M
+    config = dataclasses.replace(config, BLOCK_M=rows)
+    if not totals and norm != "entry" and config.num_stages > 1 and not widest:
         return config
-    width = max(32, config.BLOCK_N // (4 if norm == "entry" and totals else 2))
-    return dataclasses.replace(config, BLOCK_N=width, num_warps=8)
+    width = config.BLOCK_N // (4 if norm == "entry" and totals else 2)
+    return dataclasses.replace(config, BLOCK_N=max(width, min(64, config.BLOCK_N)), num_warps=8)
 
 
 def _run(g, x, s, b, c, eta, norm, need_ds, need_da, need_db, segments, reduce, totals):
