@@ -103,6 +103,19 @@ def made_up(device, cases, milliseconds, mebibytes):
     return gathered.data
 
 
+def test_a_cpus_file_reaches_the_page_beside_a_gpus(tmp_path):
+    (tmp_path / "docs").mkdir()
+    for page in report.PAGES:
+        (tmp_path / page).write_text((results.ROOT / page).read_text())
+    for stem, device, cases, time in (("gpu", "Made Up H100", GPU_CASES, 2.5), ("cpu", "cpu", CPU_CASES, 25.0)):
+        data = made_up(device, cases, {name: time for name in PROVIDERS}, {})
+        (tmp_path / f"{stem}.json").write_text(json.dumps(data))
+    assert report.main(["--results", str(tmp_path), "--root", str(tmp_path)]) == 0
+    page = (tmp_path / "docs/performance.md").read_text()
+    assert page.count("| `vmap-grad` | 2.5 (") == page.count("| `vmap-grad` | 25.0 (") == 1
+    assert "| on a CPU: clipped step faster than `opacus-ghost`, worst b x T | ≥ 1x | 1x | yes |" in page
+
+
 def test_targets_and_table_of_made_up_results():
     times = {"plain": 2.0, "ours": 2.2, "opacus-hooks": 12.1, "opacus-ghost": 4.0}
     gpu = made_up("Made Up H100", GPU_CASES, times, {"plain": 10, "ours": 13, "opacus-hooks": 20, "opacus-ghost": 12})
