@@ -30,11 +30,8 @@ def _device(data: dict) -> str:
     rows = [[f"`{name}`", *(_cell(newest[case], name) for case in cases)] for name in PROVIDERS]
     used = {record["run"] for record in newest.values()}
     source = provenance({"runs": [run for i, run in enumerate(data["runs"]) if i in used]})
-    threads = {data["runs"][i].get("threads") for i in used}
-    where = (
-        f"On a CPU, {', '.join(map(str, sorted(threads)))} thread(s)" if _name(data) == "cpu" else f"On {_name(data)}"
-    )
-    heading = f"{where}, ms of a clipped step (p20 to p80), what it is of `plain`, peak memory where it is known:"
+    where = "On one core of a CPU" if _name(data) == "cpu" else f"On {_name(data)}"
+    heading = f"{where}, ms of a clipped step (p20 to p80), its ratio to `plain`, peak memory where it is counted:"
     return f"{heading}\n\n{table(['', *map(str, cases)], rows)}\n\n{source}"
 
 

@@ -132,7 +132,7 @@ def test_targets_and_table_of_made_up_results():
 
     text = sample_report.block([gpu, cpu])
     assert "| `ours` | 2.2 (2.2 to 2.2) = 1.10x, 13 MiB |" in text and "not yet measured" not in text
-    assert "On a CPU, 1 thread" in text and "wrong: dA is off by 1" in text and "commit cccccccccc" in text
+    assert "On one core of a CPU, ms" in text and "wrong: dA is off by 1" in text and "commit cccccccccc" in text
     alone = sample_report.block([cpu])
     assert f"| `ours` |{' not yet measured |' * len(GPU_CASES)}" in alone and "| `ours` | 22.0" in alone
     assert "| `ours` | not yet measured |" in report.blocks({}, {})["per-sample"]

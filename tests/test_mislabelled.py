@@ -79,3 +79,16 @@ def test_one_epoch_is_refused(mislabelled, capsys):
     with pytest.raises(SystemExit):
         mislabelled.main(["--epochs", "1"])
     assert "at least 2" in capsys.readouterr().err
+
+
+def test_the_docs_quote_the_record_of_these_settings(mislabelled):
+    record = json.loads((ROOT / "bench" / "results" / "mislabelled-cpu.json").read_text())
+    page = (ROOT / "docs" / "per_sample.md").read_text()
+    for name, found in record["precision_at_k"].items():
+        assert f"| {name} | {' | '.join(f'{value:.2f}' for value in found.values())} |" in page
+    assert f"| k = {' | '.join(record['precision_at_k']['loss'])} |" in page
+    words = " ".join(page.split())
+    assert f"of {record['texts']:,} film descriptions and reviews, flips the label of {record['flipped']} of" in words
+    assert f"took {record['seconds']} s ({record['cpu_seconds']} s of CPU time) on {record['threads']} cores" in words
+    settings = {"epochs": mislabelled.EPOCHS, "rank": mislabelled.RANK, "learning_rate": mislabelled.LEARNING_RATE}
+    assert record["settings"] == settings | {"batch": mislabelled.BATCH, "words": mislabelled.WORDS}
