@@ -77,3 +77,6 @@ adapter_grads: Callable[..., tuple[Tensor, Tensor, Tensor]] = _define(
     csrc_triton.adapter_grads,
     _adapter_grads_fake,
 )
+
+
+from . import vmap_rules  # noqa: E402, F401  the ops it names are defined above

@@ -87,6 +87,8 @@ def _prepare(run: Run, case: Case, names: list[str]) -> tuple[dict[str, dict], R
             rows[name] = failure(error)
             continue
         rows[name] = {"status": "ok"} if fault is None else {"status": "wrong", "reason": fault}
+        if provider.plan is not None:
+            rows[name]["plan"] = provider.plan
         if fault is None:
             ready[name] = (provider, x, inputs.g)
     return rows, ready

@@ -5,7 +5,7 @@ an fp32 adapter where the provider has one. A pass is one kernel that can overla
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -69,24 +69,31 @@ def _epilogue(z: _Sizes) -> tuple[Pass, Pass]:
     )
 
 
-def _sweep_columns(case: Case) -> int:
-    """Columns of G in a tile of the sweep on an H100."""
+def _sweep_of_g(z: _Sizes) -> list[Pass]:
+    """dS, u and dB on an H100, as `sweep_plan` cuts it: one sweep that leaves shares, or two reads of G."""
+    case = z.case
+    together = Pass("dS, u and dB from one sweep over G", z.y + z.s + z.b, 2 * z.s + z.b, 3 * z.over_n)
     if not TRITON_INSTALLED:
-        return 256
-    from csrc_triton.configs import pick_config
+        return [together]
+    from csrc_triton.sweep_plan import plan_sweep
 
     dtype, adapter_dtype = getattr(torch, case.dtype), getattr(torch, case.adapter_dtype)
-    return pick_config("sweep", case.M, case.N, 0, case.R, dtype, "sm_90", adapter_dtype).BLOCK_N
+    compute = torch.promote_types(dtype, adapter_dtype)
+    plan = plan_sweep(case.M, case.N, case.R, "row", 2, True, dtype, compute, "sm_90")
+    if not plan.separate:
+        more = plan.extra_reads * z.y
+        return [replace(together, reads=together.reads + more, cached=plan.partial_bytes)]
+    return [
+        Pass("dS and u from a pass over G", z.y * plan.extra_reads + 2 * z.b, 2 * z.s, 2 * z.over_n),
+        Pass("dB from a sweep over G", z.y + z.s, z.b, z.over_n, plan.partial_bytes),
+    ]
 
 
 def _ours(z: _Sizes) -> tuple[list[Pass], list[Pass]]:
-    case = z.case
     y, dx = _epilogue(z)
-    # Each tile of columns leaves its own fp32 share of G B and of G (cB), written once and read once.
-    shares = 2 * 2 * -(-case.N // _sweep_columns(case)) * case.M * case.R * 4
     return [_s(z), y], [
-        Pass("C from A Aᵀ and B", z.a + z.b, 4 * case.N, 2.0 * case.R**2 * (case.K + case.N)),
-        Pass("dS, u and dB from one sweep over G", z.y + z.s + z.b, 2 * z.s + z.b, 3 * z.over_n, shares),
+        Pass("C from A Aᵀ and B", z.a + z.b, 4 * z.case.N, 2.0 * z.case.R**2 * (z.case.K + z.case.N)),
+        *_sweep_of_g(z),
         Pass("dA from one sweep over x", z.x + z.s, z.a, z.over_k),
         dx,
     ]

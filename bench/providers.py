@@ -21,11 +21,13 @@ ETA = 2.0
 @dataclass(frozen=True)
 class Provider:
     """`forward(x)` is the adapted layer; `parameters` holds lora_A, lora_B and whatever else it trains, or nothing for the
-    frozen floor; `new_step()` forgets what an optimizer step would make stale."""
+    frozen floor; `new_step()` forgets what an optimizer step would make stale; `plan` says what runs each step, where
+    that is a choice."""
 
     forward: Callable[[Tensor], Tensor]
     parameters: tuple[Tensor, ...] = ()
     new_step: Callable[[], None] = lambda: None
+    plan: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def _ours(inputs: Inputs) -> Provider:
     with torch.no_grad():
         layer.lora_A.copy_(inputs.lora_A)
         layer.lora_B.copy_(inputs.lora_B)
-    return Provider(layer, (layer.lora_A, layer.lora_B), layer.clear_coefficient)
+    plan = layer.explain(rows=len(inputs.x)).plan
+    return Provider(layer, (layer.lora_A, layer.lora_B), layer.clear_coefficient, plan)
 
 
 def _of_function(function: type[torch.autograd.Function], compile: bool = False) -> Callable[[Inputs], Provider]:

@@ -111,6 +111,7 @@ _TABLES = {
         ("interpreter", "*"): (64, 0, 64, 64, 1, 1),
     },
     "low_rank_add": {
+        ("unaligned", "16"): (64, 64, 0, 32, 4, 1),
         ("*", "16"): (64, 128, 0, 32, 4, 1),
         ("*", "mixed"): (32, 64, 0, 16, 4, 1),
         ("*", "32"): (32, 32, 0, 16, 4, 1),
@@ -191,7 +192,7 @@ def candidates(
     # Loads of rows that do not begin at a multiple of 16 elements cannot be wide, and their addresses fill the registers:
     # the smaller tile, spread over twice the threads.
     unaligned = (N % 16 or K % 16 or R % 8) and arch != "interpreter" and op != "fused_linear_persistent"
-    archs = ("*",) if unaligned else (arch, "*")
+    archs = ("unaligned", "*") if unaligned else (arch, "*")
     found = next((table[key] for key in itertools.product(archs, kinds) if key in table), [])
     rows = found if isinstance(found, list) else [found]
     return [

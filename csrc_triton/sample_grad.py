@@ -58,21 +58,27 @@ def _squares(
     return squares, combine(result, dtype)
 
 
-def _fit(config: configs.Config, segments: Segments, narrow: bool) -> configs.Config:
-    """Tiles no taller than the samples; with `narrow` half as wide, as a second sum beside the first takes registers."""
-    width = max(32, config.BLOCK_N // 2) if narrow else config.BLOCK_N
-    return dataclasses.replace(config, BLOCK_M=segments.block_rows(config), BLOCK_N=width)
+def _fit(config: configs.Config, segments: Segments, norm: str | None, totals: bool) -> configs.Config:
+    """Tiles no taller than the samples, and narrower where the registers are short: where a second sum, of all samples
+    (`totals`), is kept beside the first, for "entry", and where one stage already says so."""
+    config = dataclasses.replace(config, BLOCK_M=segments.block_rows(config))
+    if not totals and norm != "entry" and config.num_stages > 1:
+        return config
+    width = max(32, config.BLOCK_N // (4 if norm == "entry" and totals else 2))
+    return dataclasses.replace(config, BLOCK_N=width, num_warps=8)
 
 
-def _run(g, x, s, b, c, eta, norm, need_ds, need_da, need_db, segments, reduce, narrow):
-    """dS, u and what `reduce` (`_outer` or `_squares`, with its options bound) makes of the two sweeps, None where not
-    needed. M >= 1."""
+def _run(g, x, s, b, c, eta, norm, need_ds, need_da, need_db, segments, reduce, totals):
+    """dS, u and what `reduce` (`_outer` or, with `totals`, `_squares`) makes of the two sweeps, None where not needed.
+
+    M >= 1.
+    """
     (M, N), R = g.shape, s.shape[1]
     rule_g, rule_x = rules(s, b, c, eta, norm, x.shape[1] if need_da else 0)
     compute, arch = s.dtype, configs.arch_of(g.device)
     count = sums_over_columns(norm, need_ds, need_da)
     plan = plan_sweep(M, N, R, norm, count, need_db, g.dtype, compute, arch)
-    config = _fit(plan.config, segments, narrow)
+    config = _fit(plan.config, segments, norm, totals)
     result_a = result_b = None
     # Samples do not end where chunks of rows do, so a G too long for one chunk has its sums over columns taken apart.
     if norm == "entry" and plan.chunk_rows < M:
@@ -102,7 +108,7 @@ def _run(g, x, s, b, c, eta, norm, need_ds, need_da, need_db, segments, reduce, 
             combine(share, target.dtype, out=target)
     if need_da:
         config = plan_sweep(M, x.shape[1], R, None, 0, True, x.dtype, compute, arch).config
-        config = _fit(config, segments, narrow)
+        config = _fit(config, segments, None, totals)
         result_a = reduce(x, u, None, rule_x, segments, config, "RL")
     return ds, u, result_a, result_b
 

@@ -170,7 +170,7 @@ def sample_gram(v: Tensor, u: Tensor, f: Tensor | None, rule, segments) -> Tenso
         BLOCK_M=GRAM_ROWS,
         BLOCK_L=_BLOCK_L,
         BLOCK_R=configs.block_r(R, 32),
-        num_warps=4,
+        num_warps=8,
         num_stages=2,
     )
     return squares.sum(dim=0).clamp_min(0)

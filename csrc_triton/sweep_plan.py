@@ -6,6 +6,7 @@ shares but need registers, and a high rank makes every share large. Where the sh
 pass of their own over G, which makes none.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,7 @@ def sums_over_columns(norm: str | None, need_ds: bool, need_da: bool) -> int:
     return int(need_ds) + int(need_da) if norm in ("row", "entry") else int(need_ds or need_da)
 
 
+@functools.lru_cache(maxsize=4096)
 def plan_sweep(
     M: int,
     L: int,

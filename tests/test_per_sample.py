@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from allora_kernels import FusedALLoRALinear, per_sample, reference
@@ -228,6 +229,32 @@ def test_vmap_of_grad_gives_the_same_numbers(backend, norm):
     all_close(vmap(grad(loss), in_dims=(None, 0))(params, x), one_by_one(model, x))
 
 
+def test_vmap_takes_one_sweep_for_all_samples(monkeypatch):
+    csrc_triton = pytest.importorskip("csrc_triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    calls = []
+    for name in ("sample_grads", "adapter_grads"):
+        original = getattr(csrc_triton, name)
+        monkeypatch.setattr(csrc_triton, name, lambda *args, f=original, name=name: calls.append(name) or f(*args))
+    layer = FusedALLoRALinear(11, 5, r=3)
+    nn.init.normal_(layer.lora_B)
+    params = {"lora_A": layer.lora_A.detach(), "lora_B": layer.lora_B.detach()}
+
+    def loss(params, x, scale):
+        frozen = {"weight": layer.weight, "bias": layer.bias}
+        params = {"lora_A": params["lora_A"], "lora_B": params["lora_B"] * scale}
+        return functional_call(layer, {**params, **frozen}, (x,)).square().sum()
+
+    x, one = torch.randn(4, 3, 11), torch.ones(())
+    together = vmap(grad(loss), in_dims=(None, 0, None))(params, x, one)
+    assert calls == ["sample_grads"]
+    # An adapter of its own for each sample: no launch can take them all.
+    apart = vmap(grad(loss), in_dims=(None, 0, 0))(params, x, torch.ones(4))
+    assert calls[1:] == ["adapter_grads"] * 4
+    for name in params:
+        torch.testing.assert_close(together[name], apart[name])
+
+
 def test_nothing_is_kept_or_paid_outside(monkeypatch):
     from allora_kernels import sample_reference
 
@@ -258,6 +285,41 @@ def test_norms_only_keeps_nothing_of_size_b(monkeypatch):
     per_sample.clip_(model, 1.0)
     with pytest.raises(RuntimeError, match="clipped already"):
         per_sample.clip_(model, 1.0)
+
+
+class _NoHostReads(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read back from the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("norms_only", [False, True])
+def test_a_training_step_reads_nothing_back(norms_only, monkeypatch):
+    def read(*args, **kwargs):
+        raise AssertionError("a value was read back from the device")
+
+    model, x = Net("entry"), torch.randn(13, 11)
+    starts = torch.tensor([0, 4, 4, 13], dtype=torch.int32)
+    with per_sample.record(model, starts, norms_only=norms_only), monkeypatch.context() as patched, _NoHostReads():
+        for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"):
+            patched.setattr(torch.Tensor, name, read)
+        model(x).square().sum().backward()
+        for layer in (model.first, model.second):
+            for call in model.first._recording.calls[layer]:
+                call.samples.spread(torch.ones(3))
+
+
+def test_a_compiled_model_is_not_recorded_wrongly():
+    model, x = Net(), torch.randn(4, 11)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(x).sum().backward()
+    model.zero_grad()
+    with pytest.raises(Exception, match="compiled model cannot be recorded"), per_sample.record(model):
+        compiled(x).sum().backward()
+    assert model.first.lora_A.grad is None
+    with per_sample.record(model):
+        model(x).square().sum().backward()
+    all_close(recorded(model), one_by_one(model, x[:, None]))
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

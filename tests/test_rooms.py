@@ -16,6 +16,7 @@ ROOMS = [
     "allora_kernels.reference",
     "allora_kernels.samples",
     "allora_kernels.sample_reference",
+    "allora_kernels.vmap_rules",
     "allora_kernels.ops",
     "allora_kernels.sample_ops",
     "allora_kernels.backend",
@@ -48,6 +49,7 @@ ROOMS = [
 ]
 LOADS_KERNELS = {
     "allora_kernels.ops",
+    "allora_kernels.vmap_rules",
     "allora_kernels.sample_ops",
     "allora_kernels.explanation",
     "allora_kernels.tune",

@@ -22,12 +22,13 @@ def _inputs(layer: FusedALLoRALinear, activations: list[Tensor], backprops: Tens
     if x.dim() < 2:
         raise ValueError(f"Opacus needs inputs [b, ..., K], got {list(x.shape)}")
     samples = Samples.equal(x.shape[0], x.shape[1:-1].numel())
-    rows = x.reshape(samples.rows, x.shape[-1])
-    g = backprops.reshape(samples.rows, backprops.shape[-1]).to(rows.dtype)
+    # The output has x's dtype, but for autocast: there it has autocast's, and the layer's products are in that.
+    dtype = backprops.dtype
+    rows = x.reshape(samples.rows, x.shape[-1]).to(dtype)
+    g = backprops.reshape(samples.rows, backprops.shape[-1])
     a, b = layer.lora_A.detach(), layer.lora_B.detach()
-    # Under autocast the layer's products are in its dtype, which its output gradient has; elsewhere in the widest.
-    low = backprops.dtype != torch.promote_types(x.dtype, a.dtype) and backprops.dtype.itemsize == 2
-    dtype = backprops.dtype if low else torch.promote_types(x.dtype, torch.promote_types(a.dtype, b.dtype))
+    if dtype == x.dtype:
+        dtype = torch.promote_types(dtype, torch.promote_types(a.dtype, b.dtype))
     name = _backend.choose(x.device, dtype).name
     steps = _backend.steps(name)
     c = None

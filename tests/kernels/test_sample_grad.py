@@ -76,8 +76,8 @@ def check(samples, tensors, norm, need_ds=True, close=assert_close):
 
 
 # Equal: b x T; none is a multiple of a tile, one sample is longer than a segment, one is a token.
-EQUAL = [(0, 7), (5, 0), (1, 37), (3, 70), (37, 1), (9, 5)]
-RAGGED = [(), (0, 0), (130,), (0, 1, 33, 0, 0, 40, 7, 0), (300, 2, 5), (1,) * 20]
+EQUAL = [(0, 7), (5, 0), (1, 37), (3, 70), (17, 1)]
+RAGGED = [(), (0, 0), (130,), (0, 1, 33, 0, 0, 40, 7, 0), (300, 2, 5), (1,) * 9]
 cuts = pytest.mark.parametrize(
     "samples",
     [*(Samples.equal(*shape) for shape in EQUAL), *(ragged(*lengths) for lengths in RAGGED)],
@@ -114,8 +114,14 @@ def test_any_strides(device, layout, norm):
 @norms
 def test_a_g_longer_than_the_scratch(device, norm, monkeypatch):
     monkeypatch.setattr(configs, "SCRATCH_BYTES", 40 * 4 * 3 * 2)
-    check(Samples.equal(5, 26), arguments(make_inputs(130, 70, 53, 3, device=device), norm), norm)
-    check(Samples.equal(5, 26), arguments(make_inputs(130, 70, 53, 3, device=device), norm), norm, need_ds=False)
+    tensors = arguments(make_inputs(130, 300, 53, 3, device=device), norm)
+    check(Samples.equal(5, 26), tensors, norm)
+    check(Samples.equal(5, 26), tensors, norm, need_ds=False)
+    shapes = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **kwargs: shapes.append(size) or empty(*size, **kwargs))
+    csrc_triton.sample_grads(*tensors, ETA, norm, True, True, True, csrc_triton.Segments(5, 26))
+    assert shapes and not [size for size in shapes if size[1:] == (130, 3) and size[0] > 1]
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -131,7 +137,7 @@ def test_five_thousand_tokens_a_sample(device):
         check(samples, arguments(make_inputs(samples.rows, 17, 19, 3, device=device), "row"), "row")
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.one_of(st.lists(st.integers(0, 60), max_size=6), st.tuples(st.integers(0, 12), st.integers(0, 40))),
     N=st.integers(16, 80),
@@ -196,7 +202,7 @@ def test_both_forms_of_the_norms(device, gram, samples, norm, monkeypatch):
     monkeypatch.setattr(sample_grad, "sample_gram", lambda *args: used.append(1) or original(*args))
     monkeypatch.setattr(configs, "num_splits", lambda *args, **kwargs: 1)
     samples = samples if samples.starts is None else Samples.ragged(samples.cu_seqlens.to(device))
-    for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
+    for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32))[: 2 - (samples.starts is not None)]:
         check_norms(samples, arguments(make_inputs(samples.rows, 70, 97, 5, *dtypes, device=device), norm), norm)
     assert bool(used) == gram
 
@@ -221,7 +227,7 @@ def test_a_weighted_sweep_is_the_weighted_sum(device, norm):
             assert_close(got, (w * e).sum(0), (w.double() * x).sum(0), "weighted sum")
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 4), (1, 1, 1), (3, 70, 41), (2, 0, 5), (300, 2, 3)])
+@pytest.mark.parametrize("shape", [(0, 3, 4), (1, 1, 1), (3, 70, 41), (2, 0, 5), (300, 2, 3), (1, 90, 50)])
 def test_squared_norms(device, shape):
     t = torch.randn(shape, device=device)
     with poisoned_outputs():
