@@ -11,16 +11,21 @@ from torch import Tensor
 
 import csrc_triton
 
+from . import vmap_rules
+
 _library = torch.library.Library("allora", "DEF")
 
 
-def _define(schema: str, launcher: Callable, fake: Callable) -> torch._ops.OpOverload:
-    """The op of `schema`; `launcher` runs it on GPU tensors and, by Triton's interpreter, on CPU tensors."""
+def _define(schema: str, launcher: Callable, fake: Callable, vmap: Callable | None = None) -> torch._ops.OpOverload:
+    """The op of `schema`; `launcher` runs it on GPU tensors and, by Triton's interpreter, on CPU tensors. Without a rule of
+    its own torch.func.vmap calls it for one sample after another."""
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.partition("(")[0]
     for key in ("CUDA", "CPU"):
         _library.impl(name, launcher, key)
     torch.library.register_fake(f"allora::{name}", fake, lib=_library)
+    if vmap is not None:
+        torch.library.register_vmap(f"allora::{name}", vmap, lib=_library)
     return getattr(torch.ops.allora, name).default
 
 
@@ -33,18 +38,21 @@ adapted_linear: Callable[..., tuple[Tensor, Tensor]] = _define(
     "adapted_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, ScalarType dtype) -> (Tensor, Tensor)",
     csrc_triton.adapted_linear,
     _adapted_linear_fake,
+    vmap_rules.adapted_linear,
 )
 
 down_project: Callable[..., Tensor] = _define(
     "down_project(Tensor x, Tensor a, ScalarType dtype) -> Tensor",
     csrc_triton.down_project,
     lambda x, a, dtype: x.new_empty(x.shape[0], a.shape[0], dtype=dtype),
+    vmap_rules.down_project,
 )
 
 fused_linear: Callable[..., Tensor] = _define(
     "fused_linear(Tensor x, Tensor weight, Tensor? bias, Tensor s, Tensor b) -> Tensor",
     csrc_triton.fused_linear,
     lambda x, weight, bias, s, b: x.new_empty(x.shape[0], weight.shape[0]),
+    vmap_rules.fused_linear,
 )
 
 low_rank_add: Callable[..., None] = _define(
@@ -76,7 +84,5 @@ adapter_grads: Callable[..., tuple[Tensor, Tensor, Tensor]] = _define(
     " ScalarType? dtype_a, ScalarType? dtype_b) -> (Tensor, Tensor, Tensor)",
     csrc_triton.adapter_grads,
     _adapter_grads_fake,
+    vmap_rules.adapter_grads,
 )
-
-
-from . import vmap_rules  # noqa: E402, F401  the ops it names are defined above

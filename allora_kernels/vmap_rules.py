@@ -1,5 +1,8 @@
 """What `torch.func.vmap` makes of the ops: one launch for all samples where only activations are batched, as they are under
-``vmap(grad(...))`` over samples; else one call a sample."""
+``vmap(grad(...))`` over samples; else one call a sample.
+
+Each takes what `torch.library.register_vmap` hands it for the op of its name.
+"""
 
 import torch
 from torch import Tensor
@@ -21,14 +24,14 @@ def _one_by_one(op, info, in_dims, args):
     return tuple(torch.stack(parts) for parts in zip(*results)), (0,) * len(results[0])
 
 
-def _down_project(info, in_dims, x, a, dtype):
+def down_project(info, in_dims, x, a, dtype):
     op = torch.ops.allora.down_project
     if in_dims[1] is not None:
         return _one_by_one(op, info, in_dims, (x, a, dtype))
     return op(_rows(x, in_dims[0]), a, dtype).unflatten(0, (info.batch_size, -1)), 0
 
 
-def _adapted_linear(info, in_dims, x, weight, bias, a, b, dtype):
+def adapted_linear(info, in_dims, x, weight, bias, a, b, dtype):
     op = torch.ops.allora.adapted_linear
     if in_dims[0] is None or in_dims[1:5] != (None, None, None, None):
         return _one_by_one(op, info, in_dims, (x, weight, bias, a, b, dtype))
@@ -36,7 +39,7 @@ def _adapted_linear(info, in_dims, x, weight, bias, a, b, dtype):
     return (y.unflatten(0, (info.batch_size, -1)), s.unflatten(0, (info.batch_size, -1))), (0, 0)
 
 
-def _fused_linear(info, in_dims, x, weight, bias, s, b):
+def fused_linear(info, in_dims, x, weight, bias, s, b):
     op = torch.ops.allora.fused_linear
     if in_dims[0] is None or in_dims[3] is None or (in_dims[1], in_dims[2], in_dims[4]) != (None, None, None):
         return _one_by_one(op, info, in_dims, (x, weight, bias, s, b))
@@ -44,7 +47,7 @@ def _fused_linear(info, in_dims, x, weight, bias, s, b):
     return y.unflatten(0, (info.batch_size, -1)), 0
 
 
-def _adapter_grads(info, in_dims, g, x, s, b, c, eta, norm, need_ds, dtype_a, dtype_b):
+def adapter_grads(info, in_dims, g, x, s, b, c, eta, norm, need_ds, dtype_a, dtype_b):
     args = (g, x, s, b, c, eta, norm, need_ds, dtype_a, dtype_b)
     batched = {dim is not None for dim, t in zip(in_dims[:3], (g, x, s)) if t is not None}
     if batched != {True} or in_dims[3] is not None or in_dims[4] is not None:
@@ -58,9 +61,3 @@ def _adapter_grads(info, in_dims, g, x, s, b, c, eta, norm, need_ds, dtype_a, dt
     da = s.new_empty(count, 0) if da is None else da.to(dtype_a)
     db = s.new_empty(count, 0) if db is None else db.to(dtype_b)
     return (ds, da, db), (0, 0, 0)
-
-
-torch.library.register_vmap("allora::adapted_linear", _adapted_linear)
-torch.library.register_vmap("allora::down_project", _down_project)
-torch.library.register_vmap("allora::fused_linear", _fused_linear)
-torch.library.register_vmap("allora::adapter_grads", _adapter_grads)
