@@ -51,7 +51,8 @@ def _outer(v: Tensor, u: Tensor, scale: Tensor | None, samples: Samples) -> Tens
         for i, (start, stop) in enumerate(itertools.pairwise(samples.starts)):
             torch.mm(v[start:stop].mT, u[start:stop], out=outer[i])
     outer = _wide(outer)
-    return outer if scale is None else scale[:, None] * outer
+    # In place: one more tensor of this size costs more than its arithmetic.
+    return outer if scale is None else outer.mul_(scale[:, None])
 
 
 def sample_grads(
@@ -145,4 +146,4 @@ def weighted_sum(grad_sample: Tensor, weights: Tensor | None, dtype: torch.dtype
 
 def squared_norms(grad_sample: Tensor) -> Tensor:
     """``‖grad_sample[i]‖² [b]`` for grad_sample [b, ...]."""
-    return grad_sample.flatten(1).square().sum(1)
+    return torch.linalg.vector_norm(grad_sample.flatten(1), dim=1).square()

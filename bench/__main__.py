@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import budget, cases, ceilings, layer, model, show, ways
+from . import budget, cases, ceilings, layer, model, sample_providers, samples, show, ways
 from .providers import PROVIDERS
 from .results import Results, default_file, environment
 from .runner import Run
@@ -28,6 +28,7 @@ SECTIONS = {
     "layer": (layer.run_layer, 10),
     "ways": (ways.run_ways, 2),
     "model": (model.run_model, 7),
+    "per-sample": (samples.run_samples, 2),
     "launches": (layer.run_launches, 1),
 }
 
@@ -38,8 +39,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--shapes", nargs="+", type=cases.parse_shape, default=[], metavar="M=..,N=..,K=..,R=..", help="layers to run"
     )
-    known = list(dict.fromkeys([*PROVIDERS, *model.VARIANTS]))
-    parser.add_argument("--providers", nargs="+", choices=known, help="only these (frozen always)")
+    known = list(dict.fromkeys([*PROVIDERS, *model.VARIANTS, *sample_providers.PROVIDERS]))
+    parser.add_argument("--providers", nargs="+", choices=known, help="only these (the floor always)")
     parser.add_argument("--missing", action="store_true", help="skip what the file has from this commit")
     parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing after this long (default 9)")
     parser.add_argument("--rounds", type=int, default=30, help="rounds of a layer's timing (default 30)")

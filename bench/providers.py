@@ -73,7 +73,8 @@ def _frozen(inputs: Inputs) -> Provider:
     return Provider(lambda x: F.linear(x, inputs.weight, inputs.bias))
 
 
-def _frozen_linear(inputs: Inputs) -> nn.Linear:
+def frozen_linear(inputs: Inputs) -> nn.Linear:
+    """The frozen layer itself, sharing `inputs`' weight and bias."""
     n, k = inputs.weight.shape
     linear = nn.Linear(k, n, bias=inputs.bias is not None, device="meta")
     linear.weight = nn.Parameter(inputs.weight, requires_grad=False)
@@ -84,7 +85,7 @@ def _frozen_linear(inputs: Inputs) -> nn.Linear:
 
 def _ours(inputs: Inputs) -> Provider:
     layer = FusedALLoRALinear.from_linear(
-        _frozen_linear(inputs), r=inputs.lora_A.shape[0], eta=ETA, adapter_dtype=inputs.lora_A.dtype
+        frozen_linear(inputs), r=inputs.lora_A.shape[0], eta=ETA, adapter_dtype=inputs.lora_A.dtype
     )
     with torch.no_grad():
         layer.lora_A.copy_(inputs.lora_A)
@@ -112,7 +113,7 @@ def _peft(use_dora: bool = False) -> Callable[[Inputs], Provider]:
 
         r = inputs.lora_A.shape[0]
         config = LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=["linear"], use_dora=use_dora)
-        module = inject_adapter_in_model(config, nn.ModuleDict({"linear": _frozen_linear(inputs)}))
+        module = inject_adapter_in_model(config, nn.ModuleDict({"linear": frozen_linear(inputs)}))
         layer = module["linear"]
         lora_A, lora_B = layer.lora_A["default"], layer.lora_B["default"]
         lora_A.weight = nn.Parameter(inputs.lora_A.clone())

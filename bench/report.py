@@ -2,8 +2,8 @@
 results.
 
 A table stands between ``<!-- bench:NAME:begin -->`` and ``<!-- bench:NAME:end -->``; nothing else of a page is touched.
-Without results of a GPU the tables say "not yet measured". `--check` writes nothing and exits with 1 if a page is out
-of date.
+Without results of a GPU the tables say "not yet measured"; of a CPU's only the section "per-sample" is quoted. `--check` writes
+nothing and exits with 1 if a page is out of date.
 """
 
 import argparse
@@ -11,8 +11,9 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-from . import budget, plots, results, targets
+from . import budget, plots, results, sample_report, targets
 from .cases import TARGETS, Case
+from .markdown import provenance, table
 from .measured import median, ratio, records
 from .passes import passes, total
 from .providers import PROVIDERS
@@ -33,35 +34,17 @@ def fill(page: str, blocks: dict[str, str]) -> str:
     return re.sub(r"<!-- bench:([\w-]+):begin -->\n.*?<!-- bench:\1:end -->", replace, page, flags=re.DOTALL)
 
 
-def blocks(gpus: dict[str, dict], drawn: dict[str, dict[str, str]]) -> dict[str, str]:
-    """The text of each block: "readme", "targets", "budget" and "results", from the results of each GPU by file stem."""
+def blocks(gpus: dict[str, dict], drawn: dict[str, dict[str, str]], cpu: dict | None = None) -> dict[str, str]:
+    """The text of each block: "readme", "targets", "budget", "results" and "per-sample", from the results of each GPU by file
+    stem, and of a CPU."""
     first = next((gpus[stem] for stem in sorted(gpus, key=lambda stem: ("h100" not in stem, stem))), None)
     return {
-        "readme": NOT_YET if first is None else f"{_target_shapes(first)}\n\n{_provenance(first)}",
-        "targets": targets.table(first),
+        "readme": NOT_YET if first is None else f"{_target_shapes(first)}\n\n{provenance(first)}",
+        "targets": targets.table(first, cpu),
         "budget": _budget(list(gpus.values())),
         "results": "\n\n".join(_device(data, drawn.get(stem, {})) for stem, data in gpus.items()) or NOT_YET,
+        "per-sample": sample_report.block([*gpus.values(), *([] if cpu is None else [cpu])]),
     }
-
-
-def _row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def _table(headings: list[str], rows: list[list[object]]) -> str:
-    return "\n".join([_row(*headings), _row(*["---"] * len(headings)), *(_row(*cells) for cells in rows)])
-
-
-def _provenance(data: dict) -> str:
-    """Where the numbers come from, each run that a record is left of."""
-    lines = []
-    for run in data["runs"]:
-        changed = ", with uncommitted changes" if run.get("changed_files") else ""
-        versions = ", ".join(
-            f"{name} {run.get(name)}" for name in ("driver", "torch", "triton", "transformers", "peft")
-        )
-        lines.append(f"{run['device']}, {versions}, commit {str(run.get('commit'))[:10]}{changed}, {run['date']}.")
-    return "\n".join(dict.fromkeys(lines))
 
 
 def _times(value: float | None) -> str:
@@ -75,7 +58,7 @@ def _target_shapes(data: dict) -> str:
 
     rows = [[f"`{name}`", *(cell(name, case) for case in TARGETS.values())] for name in PROVIDERS]
     heading = "cost over the frozen layer: forward / forward + backward (bf16, R=16)"
-    return _table([heading, *TARGETS], rows)
+    return table([heading, *TARGETS], rows)
 
 
 def _absence(data: dict, name: str, case: Case) -> str:
@@ -89,12 +72,12 @@ def _budget(gpus: list[dict]) -> str:
     parts = []
     for case in TARGETS.values():
         rows = budget.rows(case, budget.TFLOPS, budget.TERABYTES_PER_S, gpus)
-        parts += [f"{case}:", _table(["computed", *budget.HEADINGS[1:]], rows)]
+        parts += [f"{case}:", table(["computed", *budget.HEADINGS[1:]], rows)]
     return "\n\n".join(parts)
 
 
 def _device(data: dict, drawn: dict[str, str]) -> str:
-    parts = [f"### {data['runs'][-1]['device']}", _provenance(data), _ceilings(data)]
+    parts = [f"### {data['runs'][-1]['device']}", provenance(data), _ceilings(data)]
     parts += [f"![{title}]({file})" for file, title in drawn.items()]
     parts += [_target_shapes(data), _detail(data), _every_case(data), _dispatch(data)]
     parts += [_ways(data), _models(data), _not_run(data)]
@@ -138,7 +121,7 @@ def _detail(data: dict) -> str:
                 ]
             )
         headings = ["forward + backward", "ms (p20 to p80)", "TFLOP/s, useful", "TB/s, counted", "kernels", "peak MiB"]
-        return f"{case}:\n\n{_table(headings, rows)}"
+        return f"{case}:\n\n{table(headings, rows)}"
     return ""
 
 
@@ -158,7 +141,7 @@ def _every_case(data: dict) -> str:
             status = record["providers"].get(name, {}).get("status", "")
             cells.append(f"{time / floor:.2f}" if time and floor else status.replace("ok", ""))
         rows.append([case, f"{floor:.3f}" if floor else "", *cells])
-    return f"Forward + backward over the frozen layer, every case:\n\n{_table(['case', 'frozen, ms', *names], rows)}"
+    return f"Forward + backward over the frozen layer, every case:\n\n{table(['case', 'frozen, ms', *names], rows)}"
 
 
 def _dispatch(data: dict) -> str:
@@ -168,7 +151,7 @@ def _dispatch(data: dict) -> str:
             for name in record["providers"]
             if any(times := [median(record, name, kind) for kind in ("forward", "forward_backward")])
         ]
-        return "Host's time of a call, the GPU idle:\n\n" + _table(["", "forward, µs", "forward + backward, µs"], rows)
+        return "Host's time of a call, the GPU idle:\n\n" + table(["", "forward, µs", "forward + backward, µs"], rows)
     return ""
 
 
@@ -188,7 +171,7 @@ def _ways(data: dict) -> str:
             [f"{record['case']['product']} of {Case(**case)}", picked, f"{times[picked] / floor:.3f}", best, over]
         )
     headings = ["product", "picked", "over the frozen GEMM", "the fastest", "picked over it"]
-    return f"The ways of a product:\n\n{_table(headings, rows)}" if rows else ""
+    return f"The ways of a product:\n\n{table(headings, rows)}" if rows else ""
 
 
 def _models(data: dict) -> str:
@@ -202,7 +185,7 @@ def _models(data: dict) -> str:
             speed, peak = (row.get(key) if ok else None for key in ("tokens_per_s", "peak_bytes"))
             shown = f"{speed:,.0f}" if speed else f"{row['status']}: {row.get('reason', '')}"
             rows.append([how, f"`{name}`", shown, f"{peak / 2**30:.1f}" if peak else ""])
-    return _table(["Llama-3.1-8B's shape", "", "tokens/s", "peak GiB"], rows) if rows else ""
+    return table(["Llama-3.1-8B's shape", "", "tokens/s", "peak GiB"], rows) if rows else ""
 
 
 def _not_run(data: dict) -> str:
@@ -218,13 +201,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     everything = {file.stem: results.load(file) for file in results.all_files(options.results)}
-    # What a CPU takes says nothing of what is promised.
+    # What a CPU takes says nothing of what is promised of a GPU.
     gpus = {stem: data for stem, data in everything.items() if data["records"] and data["runs"][-1]["device"] != "cpu"}
     if options.check:
         drawn = {stem: _drawn(options.root / "docs", stem) for stem in gpus}
     else:
         drawn = {stem: plots.draw(data, options.root / "docs", stem) for stem, data in gpus.items()}
-    texts = blocks(gpus, drawn)
+    cpu = next((data for stem, data in everything.items() if stem not in gpus and data["records"]), None)
+    texts = blocks(gpus, drawn, cpu)
     stale = []
     for name in PAGES:
         page = options.root / name

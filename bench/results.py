@@ -29,7 +29,7 @@ def environment(device: torch.device, commit: str | None = None) -> dict:
         "device": "cpu",
         "arch": platform.machine(),
         "driver": None,
-        **{name: _version(name) for name in ("torch", "triton", "transformers", "peft")},
+        **{name: _version(name) for name in ("torch", "triton", "transformers", "peft", "opacus")},
         "cuda": torch.version.cuda or torch.version.hip,
         "python": platform.python_version(),
         "commit": _git("rev-parse", "HEAD") or commit,

@@ -11,9 +11,10 @@ def record(console: Console, section: str, title: str, rows: dict[str, dict]) ->
     columns = _COLUMNS[section]
     for heading, _ in columns:
         table.add_column(heading, justify="right")
+    floor = rows.get(_FLOORS.get(section, "frozen"), {})
     for name, row in rows.items():
         if row["status"] == "ok":
-            table.add_row(name, *(cell(row, rows.get("frozen", {})) for _, cell in columns))
+            table.add_row(name, *(cell(row, floor) for _, cell in columns))
         else:
             table.add_row(name, row["status"], *[""] * (len(columns) - 1))
     console.print(table)
@@ -22,15 +23,15 @@ def record(console: Console, section: str, title: str, rows: dict[str, dict]) ->
             console.print(f"  {name}: {row['status']}: {row['reason']}", highlight=False, markup=False)
 
 
-def time_and_ratio(row: dict, frozen: dict, kind: str) -> str:
-    """``"1.234 ms ±3% = 1.08x"``: median, half the spread between the 20th and 80th percentile, ratio to frozen."""
+def time_and_ratio(row: dict, floor: dict, kind: str) -> str:
+    """``"1.234 ms ±3% = 1.08x"``: median, half the spread between the 20th and 80th percentile, ratio to the floor."""
     timing = row.get(kind)
     if timing is None:
         return ""
     spread = (timing["p80_ms"] - timing["p20_ms"]) / 2 / timing["median_ms"]
     text = f"{timing['median_ms']:.4g} ms ±{spread:.0%}"
-    floor = frozen.get(kind)
-    return f"{text} = {timing['median_ms'] / floor['median_ms']:.2f}x" if floor else text
+    least = floor.get(kind)
+    return f"{text} = {timing['median_ms'] / least['median_ms']:.2f}x" if least else text
 
 
 def _bytes(count: int | None) -> str:
@@ -41,7 +42,9 @@ _TIMES = [
     ("forward", lambda row, frozen: time_and_ratio(row, frozen, "forward")),
     ("forward + backward", lambda row, frozen: time_and_ratio(row, frozen, "forward_backward")),
 ]
-# By section: a heading, and the cell of a provider's row beside the frozen layer's.
+# The provider that the others are compared with, where it is not the frozen layer.
+_FLOORS = {"per-sample": "plain"}
+# By section: a heading, and the cell of a provider's row beside the floor's.
 _COLUMNS = {
     "layer": [*_TIMES, ("peak memory", lambda row, frozen: _bytes(row.get("forward_backward_peak_bytes")))],
     "dispatch": _TIMES,
@@ -52,6 +55,10 @@ _COLUMNS = {
     "ways": [
         ("time", lambda row, frozen: time_and_ratio(row, frozen, "time")),
         ("picked", lambda row, frozen: "picked" if row["picked"] else ""),
+    ],
+    "per-sample": [
+        ("clipped step", lambda row, plain: time_and_ratio(row, plain, "step")),
+        ("peak memory", lambda row, _: _bytes(row.get("step_peak_bytes"))),
     ],
     "model": [
         ("step", lambda row, frozen: time_and_ratio(row, frozen, "step")),

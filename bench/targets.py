@@ -1,22 +1,24 @@
-"""What this library promises of its speed on an H100, and whether a file of results keeps it."""
+"""What this library promises of its speed (on an H100 where nothing else is said), and whether a file of results keeps it."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 from .cases import ONE_RANK_MORE, TARGETS, Case
 from .measured import median, ratio, records
+from .samples import CPU_CASES, GPU_CASES, SampleCase
 
 
 @dataclass(frozen=True)
 class Target:
     """`measure(data)` gives the number, None where the results do not have it; `limits` in the order they are to be
-    reached, each an upper bound if `at_most`, else a lower one."""
+    reached, each an upper bound if `at_most`, else a lower one. `on_cpu`: it is a CPU's results that are asked."""
 
     title: str
     measure: Callable[[dict], float | None]
     limits: tuple[float, ...]
     at_most: bool = True
     unit: str = "x"
+    on_cpu: bool = False
 
     def met(self, value: float) -> list[bool]:
         """For each limit, whether `value` keeps it."""
@@ -76,6 +78,25 @@ def _right(row: dict, what: str) -> bool:
     return row.get("status") == "ok" and bool(row.get(what))
 
 
+def _samples(provider: str, over: str, cases: list[SampleCase], pick: Callable) -> Callable[[dict], float | None]:
+    """The worst ratio of two clipped steps over all `cases`."""
+    return lambda data: _worst((ratio(data, case, provider, "step", over, "per-sample") for case in cases), pick)
+
+
+def _extra_memory(other: str) -> Callable[[dict], float | None]:
+    """The worst ratio of what clipping takes over the plain step's memory: ours over the other's."""
+
+    def of_case(data: dict, case: SampleCase) -> float | None:
+        for record in records(data, "per-sample"):
+            rows = [record["providers"].get(name, {}) for name in ("plain", "ours", other)]
+            if record["case"] == asdict(case) and all(_right(row, "step_peak_bytes") for row in rows):
+                plain, ours, others = (row["step_peak_bytes"] for row in rows)
+                return (ours - plain) / (others - plain) if others > plain else None
+        return None
+
+    return lambda data: _worst((of_case(data, case) for case in GPU_CASES), max)
+
+
 def _layer(kind: str, title: str, *limits: float) -> Target:
     words = {"forward": "forward", "forward_backward": "forward + backward"}[kind]
     return Target(f"{words} over `frozen`, {title}", lambda data: ratio(data, TARGETS[title], "ours", kind), limits)
@@ -110,14 +131,36 @@ ALL = [
     ),
     Target("model: peak memory over PEFT LoRA, 16-bit adapters", _model("ours", "peft", "peak_bytes"), (1.0,)),
     Target("model: peak memory over PEFT LoRA, fp32 adapters", _model("ours-fp32", "peft-fp32", "peak_bytes"), (0.85,)),
+    Target("clipped step over our plain step, worst b x T", _samples("ours", "plain", GPU_CASES, max), (1.15,)),
+    *(
+        Target(
+            f"clipped step faster than `{other}`, worst b x T", _samples(other, "ours", GPU_CASES, min), (limit,), False
+        )
+        for other, limit in (("opacus-hooks", 5.0), ("opacus-ghost", 2.0))
+    ),
+    *(
+        Target(f"memory over our plain step's, over that of `{other}`, worst b x T", _extra_memory(other), (0.5,))
+        for other in ("opacus-hooks", "opacus-ghost")
+    ),
+    *(
+        Target(
+            f"on a CPU: clipped step faster than `{other}`, worst b x T",
+            _samples(other, "ours", CPU_CASES, min),
+            (1.0,),
+            at_most=False,
+            on_cpu=True,
+        )
+        for other in ("opacus-hooks", "opacus-ghost")
+    ),
 ]
 
 
-def table(data: dict | None) -> str:
-    """The targets as a Markdown table; of `data` None, all not yet measured."""
+def table(data: dict | None, cpu: dict | None = None) -> str:
+    """The targets as a Markdown table, by the results of a GPU and of a CPU; of None, not yet measured."""
     lines = ["| target | limit | measured | met |", "| --- | --- | --- | --- |"]
     for target in ALL:
-        value = None if data is None else target.measure(data)
+        source = cpu if target.on_cpu else data
+        value = None if source is None else target.measure(source)
         sign = "≤" if target.at_most else "≥"
         limits = ", then ".join(f"{sign} {limit:g}{target.unit}" for limit in target.limits)
         measured = "not yet measured" if value is None else f"{value:.3g}{target.unit}"
