@@ -176,6 +176,11 @@ def block_r(r: int, limit: int = 64) -> int:
     return max(16, min(1 << (r - 1).bit_length(), limit))
 
 
+def aligned(N: int, K: int, R: int) -> bool:
+    """Whether rows of these lengths begin where a wide load can."""
+    return N % 16 == 0 and K % 16 == 0 and R % 8 == 0
+
+
 def candidates(
     op: str, N: int, K: int, R: int, dtype: torch.dtype, arch: str, low_rank_dtype: torch.dtype | None = None
 ) -> list[Config]:
@@ -191,7 +196,7 @@ def candidates(
     table = _TABLES[op]
     # Loads of rows that do not begin at a multiple of 16 elements cannot be wide, and their addresses fill the registers:
     # the smaller tile, spread over twice the threads.
-    unaligned = (N % 16 or K % 16 or R % 8) and arch != "interpreter" and op != "fused_linear_persistent"
+    unaligned = not aligned(N, K, R) and arch != "interpreter" and op != "fused_linear_persistent"
     archs = ("unaligned", "*") if unaligned else (arch, "*")
     found = next((table[key] for key in itertools.product(archs, kinds) if key in table), [])
     rows = found if isinstance(found, list) else [found]

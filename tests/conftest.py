@@ -31,3 +31,9 @@ def device(request, monkeypatch):
             pytest.skip("the kernels are built for the GPU in this process")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """The same random numbers for a test whatever ran before it."""
+    torch.manual_seed(0)
