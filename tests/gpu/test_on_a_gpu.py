@@ -1,11 +1,12 @@
 """What only a GPU can show. The suites under tests/kernels run there too, on CUDA tensors."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 
-from allora_kernels import FusedALLoRALinear, allora_linear, reference
+from allora_kernels import FusedALLoRALinear, allora_linear, per_sample, reference, tune
 from allora_kernels.testing import assert_close, make_inputs
 
 pytestmark = pytest.mark.gpu
@@ -55,6 +56,52 @@ def test_the_same_bits_every_run(norm):
     for _ in range(9):
         for again, before in zip(run(allora_linear, inputs, norm), first):
             assert torch.equal(again, before)
+
+
+@pytest.mark.parametrize("shape", [(2048, 4096, 4096, 16), (512, 1024, 4096, 16), (8192, 4096, 4096, 64)])
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+def test_every_plan_that_is_offered_runs_and_is_right(shape, adapter_dtype):
+    for product in tune.products(make_inputs(*shape, torch.bfloat16, adapter_dtype, device="cuda")):
+        options, rejected = tune.plans_of(product)
+        assert options and not rejected
+
+
+def test_a_remembered_launch_is_not_taken_for_another_alignment():
+    inputs = make_inputs(300, 1024, 1024, 16, torch.bfloat16, device="cuda")
+    for offset in (0, 1, 8, 0, 1):
+        buffer = torch.empty(300 * 1024 + 16, device="cuda", dtype=torch.bfloat16)
+        x = buffer[offset : offset + 300 * 1024].view(300, 1024).copy_(inputs.x)
+        check(inputs._replace(x=x), "row")
+
+
+def per_sample_gradients(layer, x, g, cu_seqlens=None, **settings):
+    layer.zero_grad()
+    with per_sample.record(layer, cu_seqlens, **settings):
+        layer(x).backward(g)
+    return layer.lora_A.grad_sample, layer.lora_B.grad_sample
+
+
+@norms
+@pytest.mark.parametrize("ragged", [False, True])
+def test_per_sample_gradients_of_a_real_size(norm, ragged):
+    inputs = make_inputs(2048, 1536, 1024, 16, torch.bfloat16, torch.float32, device="cuda")
+    layer = FusedALLoRALinear(1024, 1536, r=16, norm=norm, device="cuda", dtype=torch.bfloat16)
+    layer.lora_A = torch.nn.Parameter(inputs.lora_A)
+    layer.lora_B = torch.nn.Parameter(inputs.lora_B)
+    starts = [0, 0, 5, 1200, 1216, 2048] if ragged else list(range(0, 2049, 128))
+    cu_seqlens = torch.tensor(starts, dtype=torch.int32, device="cuda") if ragged else None
+    shape = (2048,) if ragged else (16, 128)
+    results = [per_sample_gradients(layer, inputs.x.view(*shape, -1), inputs.g.view(*shape, -1), cu_seqlens)]
+    again = per_sample_gradients(layer, inputs.x.view(*shape, -1), inputs.g.view(*shape, -1), cu_seqlens)
+    assert all(map(torch.equal, results[0], again))
+    for dtype in (None, torch.float64):
+        samples = []
+        for start, stop in itertools.pairwise(starts):
+            rows = inputs._replace(x=inputs.x[start:stop], g=inputs.g[start:stop], weight=layer.weight, bias=layer.bias)
+            samples.append(run(reference.allora_linear, rows if dtype is None else rows.to(dtype), norm)[2:])
+        results.append([torch.stack(parts) for parts in zip(*samples)])
+    for name, *values in zip(("da", "db"), *results):
+        assert_close(*values, name)
 
 
 def test_fp32_is_ieee_unless_torch_allows_tf32():
