@@ -106,6 +106,35 @@ def low_rank_add(y: Tensor, s: Tensor, lora_B: Tensor) -> None:
     y.add_((s @ lora_B.to(s.dtype).mT).to(y.dtype))
 
 
+def scaled_operands(
+    g: Tensor, s: Tensor, lora_B: Tensor, c: Tensor | None, eta: float, norm: str | None, need_da: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """What C leaves to sum over tokens: (G~, S~, u, scale_a, scale_b), where ``dB = scale_b ⊙ G~ᵀ S~`` and
+    ``dA = scale_a ⊙ uᵀ x``. u is None without `need_da`, a scale where C is not on that side.
+
+    A coefficient that does not depend on the token leaves the sum, so it multiplies the small side (a row of B, dA or
+    dB) and not g.
+    """
+    compute = s.dtype
+    g, b = g.to(compute), lora_B.to(compute)
+    scale_a = scale_b = c
+    g_scaled, s_scaled, b_scaled, c_token = g, s, b, None
+    if norm == "row":
+        b_scaled, scale_a = (c[:, None] * lora_B).to(compute), None
+    elif norm == "factor":
+        scale_b, scale_a = c.split([lora_B.shape[0], s.shape[1]])
+    elif norm == "token":
+        c_token = coefficient(token_norms(s, lora_B), eta)
+        s_scaled = (c_token[:, None] * s).to(compute)
+    elif norm == "entry":
+        g_scaled = (coefficient(entry_norms(s, lora_B), eta) * g).to(compute)
+    u = None
+    if need_da:
+        u = g_scaled @ b_scaled
+        u = u if c_token is None else (c_token[:, None] * u).to(compute)
+    return g_scaled, s_scaled, u, scale_a, scale_b
+
+
 def adapter_grads(
     g: Tensor,
     x: Tensor | None,
@@ -123,32 +152,14 @@ def adapter_grads(
     `c` is `weight_coefficient`'s vector for the weight-dependent rules, else None. dS is never rescaled: dX needs it
     as it is. A result whose `need_ds` is False or whose dtype is None is not computed and comes back empty; x may be
     None where `dtype_a` is.
-
-    A coefficient that does not depend on the token leaves the sum over tokens, so it multiplies the small side (a row
-    of B, dA or dB) and not g.
     """
-    compute = s.dtype
-    g, b = g.to(compute), lora_B.to(compute)
     ds = da = db = s.new_empty(0)
-    scale_a = scale_b = c
-    g_scaled, s_scaled, b_scaled, c_token = g, s, b, None
-    if norm == "row":
-        b_scaled, scale_a = (c[:, None] * lora_B).to(compute), None
-    elif norm == "factor":
-        scale_b, scale_a = c.split([lora_B.shape[0], s.shape[1]])
-    elif norm == "token":
-        c_token = coefficient(token_norms(s, lora_B), eta)
-        s_scaled = (c_token[:, None] * s).to(compute)
-    elif norm == "entry":
-        g_scaled = (coefficient(entry_norms(s, lora_B), eta) * g).to(compute)
-
+    g = g.to(s.dtype)
     if need_ds:
-        ds = g @ b
+        ds = g @ lora_B.to(s.dtype)
+    g_scaled, s_scaled, u, scale_a, scale_b = scaled_operands(g, s, lora_B, c, eta, norm, dtype_a is not None)
     if dtype_a is not None:
-        u = g_scaled @ b_scaled
-        if c_token is not None:
-            u = (c_token[:, None] * u).to(compute)
-        da = u.mT @ x.to(compute)
+        da = u.mT @ x.to(s.dtype)
         da = (da if scale_a is None else scale_a[:, None] * da).to(dtype_a)
     if dtype_b is not None:
         db = g_scaled.mT @ s_scaled

@@ -9,36 +9,12 @@ import itertools
 import torch
 from torch import Tensor
 
-from .reference import coefficient, entry_norms, token_norms
+from .reference import scaled_operands
 from .samples import Samples
 
 
 def _wide(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def _scaled(
-    g: Tensor, s: Tensor, lora_B: Tensor, c: Tensor | None, eta: float, norm: str | None, need_da: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """What C leaves to sum: G~ and S~ with ``dB = scale_b ⊙ G~ᵀ S~``, and u with ``dA = scale_a ⊙ uᵀ x``."""
-    compute = s.dtype
-    g, b = g.to(compute), lora_B.to(compute)
-    scale_a = scale_b = c
-    g_scaled, s_scaled, b_scaled, c_token = g, s, b, None
-    if norm == "row":
-        b_scaled, scale_a = (c[:, None] * lora_B).to(compute), None
-    elif norm == "factor":
-        scale_b, scale_a = c.split([lora_B.shape[0], s.shape[1]])
-    elif norm == "token":
-        c_token = coefficient(token_norms(s, lora_B), eta)
-        s_scaled = (c_token[:, None] * s).to(compute)
-    elif norm == "entry":
-        g_scaled = (coefficient(entry_norms(s, lora_B), eta) * g).to(compute)
-    u = None
-    if need_da:
-        u = g_scaled @ b_scaled
-        u = u if c_token is None else (c_token[:, None] * u).to(compute)
-    return g_scaled, s_scaled, u, scale_a, scale_b
 
 
 def _outer(v: Tensor, u: Tensor, scale: Tensor | None, samples: Samples) -> Tensor:
@@ -70,8 +46,9 @@ def sample_grads(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``dS [M, R]`` in S's dtype, and of each sample ``dA [b, R, K]`` and ``dB [b, N, R]`` in fp32 or better; None where not
     needed. Arguments as for `reference.adapter_grads`."""
-    ds = g.to(s.dtype) @ lora_B.to(s.dtype) if need_ds else None
-    g, s, u, scale_a, scale_b = _scaled(g, s, lora_B, c, eta, norm, need_da)
+    g = g.to(s.dtype)
+    ds = g @ lora_B.to(s.dtype) if need_ds else None
+    g, s, u, scale_a, scale_b = scaled_operands(g, s, lora_B, c, eta, norm, need_da)
     da = _outer(u, x.to(u.dtype), scale_a, samples) if need_da else None
     return ds, da, _outer(g, s, scale_b, samples) if need_db else None
 
@@ -91,8 +68,9 @@ def sample_squared_norms(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """dS; dA and dB as `reference.adapter_grads` gives them; and the squared norm of each sample's gradient of the two
     together ``[b]``, in fp32 or better. None for what is not needed."""
-    ds = g.to(s.dtype) @ lora_B.to(s.dtype) if need_ds else None
-    g, s, u, scale_a, scale_b = _scaled(g, s, lora_B, c, eta, norm, dtype_a is not None)
+    g = g.to(s.dtype)
+    ds = g @ lora_B.to(s.dtype) if need_ds else None
+    g, s, u, scale_a, scale_b = scaled_operands(g, s, lora_B, c, eta, norm, dtype_a is not None)
     squares = torch.zeros(samples.count, device=g.device, dtype=torch.promote_types(s.dtype, torch.float32))
     sums = []
     for v, w, scale, dtype in ((u, x, scale_a, dtype_a), (g, s, scale_b, dtype_b)):
@@ -126,7 +104,7 @@ def weighted_grads(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dA and dB as `reference.adapter_grads` gives them, each row of G~ times its ``row_weights [M]``; None where not
     needed."""
-    g, s, u, scale_a, scale_b = _scaled(g, s, lora_B, c, eta, norm, dtype_a is not None)
+    g, s, u, scale_a, scale_b = scaled_operands(g, s, lora_B, c, eta, norm, dtype_a is not None)
     results = []
     for v, w, scale, dtype in ((u, x, scale_a, dtype_a), (g, s, scale_b, dtype_b)):
         total = None
