@@ -4,8 +4,7 @@ Triton finds the compiled kernel for a launch by specialising every argument and
 ours, which is what a small GEMM takes. Here the key is what decides that specialisation and little more.
 """
 
-import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 MAX_REMEMBERED = 8192
 
 _compiled: dict[tuple, Any] = {}
+_signatures: dict[int, "Signature"] = {}
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
@@ -40,7 +40,7 @@ def launch_remembered(kernel, grid: tuple[int, ...], args: tuple, options: dict[
             _compiled.clear()
         _compiled[key] = kernel[grid](*args, **options)
     else:
-        constexprs = tuple(options.values())[: _signature(kernel)[2]]
+        constexprs = tuple(options.values())[: signature(kernel).constexprs]
         compiled[(*grid, 1, 1)[:3]](*args, *constexprs)
 
 
@@ -50,7 +50,7 @@ def specialization_key(kernel, args: tuple, options: dict[str, Any], device: int
     Triton specialises a tensor by dtype and 16-byte alignment, a descriptor by dtype and block, a number by its value or,
     where the kernel says so, by its width alone.
     """
-    tensors, unspecialized, _ = _signature(kernel)
+    tensors, unspecialized, _ = signature(kernel)
     parts = [*map(_tensor_part, args[:tensors]), *args[tensors:]]
     for i in unspecialized:
         parts[i] = args[i] >> 31
@@ -63,12 +63,28 @@ def _tensor_part(argument: Tensor | TensorDescriptor | None) -> tuple | None:
     return None if argument is None else (argument.base.dtype, *argument.block_shape)
 
 
-@functools.cache
-def _signature(kernel) -> tuple[int, tuple[int, ...], int]:
-    """(how many tensors come first, positions of the numbers that are not specialised, how many constexprs come last)."""
+class Signature(NamedTuple):
+    """How many tensors come first, the positions of the numbers that are not specialised, how many constexprs come last."""
+
+    tensors: int
+    unspecialized: tuple[int, ...]
+    constexprs: int
+
+
+def signature(kernel) -> Signature:
+    """The `Signature` of a kernel of ours, which lives as long as this module."""
+    # By its id: a kernel's own hash is that of its source, formatted anew each time.
+    found = _signatures.get(id(kernel))
+    if found is None:
+        found = _signatures[id(kernel)] = _read_signature(kernel)
+    return found
+
+
+def _read_signature(kernel) -> Signature:
     params = kernel.params
     constexprs = sum(p.is_constexpr for p in params)
     assert all(p.is_constexpr for p in params[len(params) - constexprs :]), "constexprs come last"
     tensors = sum(p.name.endswith(("_ptr", "_desc")) for p in params)
     assert all(p.name.endswith(("_ptr", "_desc")) for p in params[:tensors]), "tensors come first"
-    return tensors, tuple(i for i, p in enumerate(params) if p.do_not_specialize and not p.is_constexpr), constexprs
+    unspecialized = tuple(i for i, p in enumerate(params) if p.do_not_specialize and not p.is_constexpr)
+    return Signature(tensors, unspecialized, constexprs)

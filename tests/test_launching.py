@@ -184,7 +184,7 @@ def test_the_key_keeps_apart_what_triton_does():
 def test_every_kernel_has_its_arguments_in_that_order():
     script = """
 import sys, triton, csrc_triton
-from csrc_triton.launching import _signature
+from csrc_triton.launching import signature
 kernels = {
     value
     for name, module in list(sys.modules.items())
@@ -193,7 +193,7 @@ kernels = {
     if isinstance(value, triton.JITFunction) and value.__name__.endswith("_kernel")
 }
 for kernel in kernels:
-    _signature(kernel)
+    signature(kernel)
 print(len(kernels))
 """
     # In a process of its own: in this one the kernels may be built for the interpreter.
