@@ -51,7 +51,8 @@ def options(call: Call, arch: str, describable: bool = True) -> list[Plan]:
         found += [Plan("persistent", config) for config in persistent]
     # The rank's accumulator stays in registers beside the tile's, where the addresses of narrow loads leave no room, and
     # split factors would triple its dots.
-    fits = R <= 64 and (arch == "interpreter" or (dtype == low_rank_dtype and configs.aligned(N, K, R)))
+    narrow = dtype.itemsize == 2 and dtype == low_rank_dtype and configs.aligned(N, K, R)
+    fits = R <= 64 and (arch == "interpreter" or narrow)
     if call.op == "adapted_linear" and fits:
         found += [Plan("inside", dataclasses.replace(config, BLOCK_R=configs.block_r(R))) for config in tiles]
     return [*found, Plan("vendor", None)]
