@@ -70,9 +70,10 @@ SCRATCH_BYTES = 32 * 2**20
 """What the sweep over G may use for its sums over columns: they fit the L2 cache of a data-centre GPU."""
 
 # By operation, then by (architecture, kind): BLOCK_M, BLOCK_N, BLOCK_K, the widest BLOCK_R, num_warps, num_stages; for a
-# GEMM several, largest tile first. The kinds are "16" (16-bit x and factors), "mixed" (16-bit x, fp32 factors;
-# "mixed-fp16" where fp16 x, which takes two bf16 parts, needs smaller tiles) and "32" (fp32 x). "*" is any architecture:
-# its entries compile within 48 KB of shared memory everywhere.
+# GEMM several, largest tile first. The kinds are "16" (16-bit x and factors; "16-broken" where rows of R elements do not
+# fill wide loads), "mixed" (16-bit x, fp32 factors; "mixed-fp16" where fp16 x, which takes two bf16 parts, needs smaller
+# tiles) and "32" (fp32 x). "*" is any architecture: its entries compile within 48 KB of shared memory everywhere.
+# "unaligned" is any architecture too, see `candidates`.
 _TABLES = {
     "fused_linear": {
         ("sm_90", "16"): [
@@ -120,6 +121,7 @@ _TABLES = {
         ("interpreter", "*"): (64, 64, 0, 64, 1, 1),
     },
     "sweep": {
+        ("sm_80", "16-broken"): (32, 128, 0, 64, 8, 2),
         ("sm_90", "16"): (64, 256, 0, 64, 8, 3),
         ("sm_90", "mixed"): (64, 128, 0, 32, 8, 3),
         ("sm_90", "mixed-fp16"): (32, 64, 0, 16, 4, 2),
@@ -131,6 +133,8 @@ _TABLES = {
     },
     # Wide enough that a rule with two sums over columns writes little; "sweep" is for the ranks that do not fit.
     "sweep_wide": {
+        ("sm_80", "16-broken"): (32, 256, 0, 16, 8, 2),
+        ("sm_100", "16-broken"): (64, 256, 0, 32, 8, 2),
         ("sm_90", "16"): (64, 512, 0, 32, 8, 2),
         ("sm_90", "mixed"): (32, 256, 0, 16, 8, 2),
         ("sm_90", "mixed-fp16"): (32, 64, 0, 16, 4, 2),
@@ -194,7 +198,7 @@ def candidates(
     elif low_rank_dtype == torch.float32:
         kinds = ("mixed-fp16", "mixed", "*") if dtype == torch.float16 else ("mixed", "*")
     else:
-        kinds = ("16", "*")
+        kinds = ("16-broken", "16", "*") if R % 16 else ("16", "*")
     table = _TABLES[op]
     # Loads of rows that do not begin at a multiple of 16 elements cannot be wide, and their addresses fill the registers:
     # the smaller tile, spread over twice the threads.
