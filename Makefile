@@ -30,7 +30,7 @@ bench: $(VENV)/.ready
 # The newest Triton that the pins do not name: offline compilation and a subset of the kernel tests.
 test-newest: .venv-newest/.ready
 	.venv-newest/bin/python -m pytest -q -n $(WORKERS) tests/test_offline_compile.py tests/kernels/test_fused_linear.py \
-	    tests/kernels/test_adapter_grad.py tests/kernels/test_row_norms.py tests/kernels/test_ops.py
+	    tests/kernels/test_adapter_grad.py tests/kernels/test_row_norms.py tests/kernels/test_ops.py tests/kernels/test_ways.py tests/test_launching.py
 
 # torch first and pinned, so that no other package's wish for it brings another build.
 $(VENV)/.ready: pyproject.toml constraints.txt

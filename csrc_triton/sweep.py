@@ -151,7 +151,9 @@ def _sweep_kernel(
                 tl.store(square_ptr, tl.sum(acc * acc), mask=exists)
                 total += acc
             else:
-                tl.store(outer_ptr + offset * stride_op + tile_ptrs, acc, mask=mask_lr & exists)
+                # Triton 3.9's interpreter takes no mask that a scalar was spread over, so the segment is spread instead.
+                exists_l = tl.zeros_like(offs_l) + segment < SEGMENTS
+                tl.store(outer_ptr + offset * stride_op + tile_ptrs, acc, mask=mask_lr & exists_l[:, None])
     if SQUARES:
         tl.store(outer_ptr + tl.program_id(1).to(tl.int64) * stride_op + tile_ptrs, total, mask=mask_lr)
 
