@@ -135,6 +135,12 @@ def scaled_operands(
     return g_scaled, s_scaled, u, scale_a, scale_b
 
 
+def scaled_sum(v: Tensor, w: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``scale ⊙ vᵀ w`` in `dtype`, the sum over the rows of v and w; `scale` (None: ones) multiplies the result's rows."""
+    total = v.mT @ w
+    return (total if scale is None else scale[:, None] * total).to(dtype)
+
+
 def adapter_grads(
     g: Tensor,
     x: Tensor | None,
@@ -159,11 +165,9 @@ def adapter_grads(
         ds = g @ lora_B.to(s.dtype)
     g_scaled, s_scaled, u, scale_a, scale_b = scaled_operands(g, s, lora_B, c, eta, norm, dtype_a is not None)
     if dtype_a is not None:
-        da = u.mT @ x.to(s.dtype)
-        da = (da if scale_a is None else scale_a[:, None] * da).to(dtype_a)
+        da = scaled_sum(u, x.to(s.dtype), scale_a, dtype_a)
     if dtype_b is not None:
-        db = g_scaled.mT @ s_scaled
-        db = (db if scale_b is None else scale_b[:, None] * db).to(dtype_b)
+        db = scaled_sum(g_scaled, s_scaled, scale_b, dtype_b)
     return ds, da, db
 
 

@@ -9,7 +9,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from .reference import scaled_operands
+from .reference import scaled_operands, scaled_sum
 from .samples import Samples
 
 
@@ -84,8 +84,7 @@ def sample_squared_norms(
                 squares += (torch.bmm(left, v_rows.mT) * torch.bmm(w_rows, w_rows.mT)).sum((1, 2))
             else:
                 squares += _outer(v, w, scale, samples).square().sum((1, 2))
-            total = v.mT @ w
-            total = (total if scale is None else scale[:, None] * total).to(dtype)
+            total = scaled_sum(v, w, scale, dtype)
         sums.append(total)
     return ds, *sums, squares
 
@@ -109,8 +108,7 @@ def weighted_grads(
     for v, w, scale, dtype in ((u, x, scale_a, dtype_a), (g, s, scale_b, dtype_b)):
         total = None
         if dtype is not None:
-            total = (_wide(v) * row_weights[:, None]).to(s.dtype).mT @ w.to(s.dtype)
-            total = (total if scale is None else scale[:, None] * total).to(dtype)
+            total = scaled_sum((_wide(v) * row_weights[:, None]).to(s.dtype), w.to(s.dtype), scale, dtype)
         results.append(total)
     return tuple(results)
 

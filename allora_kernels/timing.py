@@ -7,6 +7,7 @@ L2 cache is filled with other data, and the device is kept busy for as long as t
 costs the larger of the two.
 """
 
+import abc
 import gc
 import statistics
 import time
@@ -113,17 +114,17 @@ def _run(calls: Calls, stopwatch: "_Stopwatch", rounds: int, warmup: int, budget
     return {name: Timing.of(samples[name]) for name in names}
 
 
-class _Stopwatch:
+class _Stopwatch(abc.ABC):
     """`warm_up` and `time` run a call; `read` gives what was timed since the last `read`, in milliseconds."""
 
-    def warm_up(self, name: str, call: Callable[[], object]) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def warm_up(self, name: str, call: Callable[[], object]) -> None: ...
 
-    def time(self, name: str, call: Callable[[], object]) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def time(self, name: str, call: Callable[[], object]) -> None: ...
 
-    def read(self) -> Iterator[tuple[str, float]]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def read(self) -> Iterator[tuple[str, float]]: ...
 
 
 class _HostStopwatch(_Stopwatch):

@@ -227,14 +227,14 @@ def wave_cost(config: Config, M: int, N: int, arch: str) -> float:
     as much, which is computed, not measured.
     """
     m, n = config.BLOCK_M, config.BLOCK_N
-    waves = -(-(-(-M // m) * -(-N // n)) // NUM_SMS.get(arch, DEFAULT_NUM_SMS))
+    waves = cdiv(cdiv(M, m) * cdiv(N, n), NUM_SMS.get(arch, DEFAULT_NUM_SMS))
     return waves * m * n * (1 + 32 / m + 32 / n)
 
 
 def num_splits(tiles: int, length: int, step: int, arch: str, waves: int = 2) -> int:
     """Into how many parts to cut a reduction of `length` so that `tiles` output tiles give about `waves` full waves."""
     programs = waves * NUM_SMS.get(arch, DEFAULT_NUM_SMS) if arch != "interpreter" else 4
-    return max(1, min(programs // max(tiles, 1), -(-length // step)))
+    return max(1, min(programs // max(tiles, 1), cdiv(length, step)))
 
 
 def num_sms(device: torch.device) -> int:

@@ -5,8 +5,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import configs
+from .configs import cdiv
 from .sweep import Cut
-from .sweep_plan import round_up
+from .sweep_plan import rows_of_a_segment
 
 
 class Segments(NamedTuple):
@@ -25,14 +26,12 @@ class Segments(NamedTuple):
     def cut(self, L: int, R: int, config: configs.Config, arch: str) -> Cut:
         """The launch for columns L: equal long samples cut further, so that they fill the chip; short ones, several to a
         program, so that there are no more programs than keep it busy."""
-        tiles = -(-L // config.BLOCK_N) * -(-R // config.BLOCK_R)
+        tiles = cdiv(L, config.BLOCK_N) * cdiv(R, config.BLOCK_R)
         if self.pieces is not None:
             segments = self.pieces.shape[0] - 1
             return Cut(segments, _per_program(segments, tiles, arch), 0, 1, 0, self.pieces)
-        waves = 1 if config.num_warps >= 8 else 2
-        parts = configs.num_splits(tiles * self.count, self.longest, 2 * config.BLOCK_M, arch, waves=waves)
-        segment_rows = round_up(-(-self.longest // parts), config.BLOCK_M)
-        parts = max(1, -(-self.longest // segment_rows))
+        segment_rows = rows_of_a_segment(self.longest, tiles * self.count, config, arch)
+        parts = max(1, cdiv(self.longest, segment_rows))
         segments = self.count * parts
         return Cut(segments, _per_program(segments, tiles, arch), self.longest, parts, segment_rows)
 
@@ -47,4 +46,4 @@ class Segments(NamedTuple):
 
 def _per_program(segments: int, tiles: int, arch: str) -> int:
     programs = 4 * configs.NUM_SMS.get(arch, configs.DEFAULT_NUM_SMS) if arch != "interpreter" else 8
-    return max(1, -(-segments * tiles // programs))
+    return max(1, cdiv(segments * tiles, programs))

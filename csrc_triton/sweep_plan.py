@@ -75,11 +75,7 @@ def _plan(M, L, R, sums, outer, config, arch, projection_reads=0) -> SweepPlan:
     rows = min(M, configs.SCRATCH_BYTES // (4 * tiles_l * R * sums)) if sums else M
     chunk_rows = round_up(rows, config.BLOCK_M)
     rows = min(M, chunk_rows)
-    # Every segment costs an [L, R] partial sum: enough of them to fill the chip, no more. Eight warps fill half of a
-    # multiprocessor's registers, and one such block keeps enough loads in flight.
-    waves = 1 if config.num_warps >= 8 else 2
-    parts = configs.num_splits(tiles_l * tiles_r, rows, 2 * config.BLOCK_M, arch, waves=waves)
-    segment_rows = round_up(cdiv(rows, parts), config.BLOCK_M)
+    segment_rows = rows_of_a_segment(rows, tiles_l * tiles_r, config, arch)
     segments = total_segments(M, chunk_rows, segment_rows) if outer else 0
     sweep_reads = tiles_r if outer or sums else 0
     return SweepPlan(
@@ -90,6 +86,15 @@ def _plan(M, L, R, sums, outer, config, arch, projection_reads=0) -> SweepPlan:
         partial_bytes=partial_bytes(M, L, R, config.BLOCK_N, sums, segments),
         extra_reads=sweep_reads + projection_reads - 1,
     )
+
+
+def rows_of_a_segment(rows: int, tiles: int, config: configs.Config, arch: str) -> int:
+    """Into how long segments to cut a run of `rows` that `tiles` programs side by side sum up."""
+    # Every segment costs an [L, R] partial sum: enough of them to fill the chip, no more. Eight warps fill half of a
+    # multiprocessor's registers, and one such block keeps enough loads in flight.
+    waves = 1 if config.num_warps >= 8 else 2
+    parts = configs.num_splits(tiles, rows, 2 * config.BLOCK_M, arch, waves=waves)
+    return round_up(cdiv(rows, parts), config.BLOCK_M)
 
 
 FLOPS_PER_BYTE = 266
