@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backend as _backend
-from .coefficient_cache import CoefficientCache
 from .reference import NORMS, WEIGHT_NORMS
 
 MAX_RANK = 256
@@ -74,12 +73,12 @@ class _ALLoRALinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, cache, sink):
+    def forward(x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, sink):
         return _backend.steps(backend).adapted_linear(x, weight, bias, lora_A, lora_B, dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, lora_A, lora_B, dtype, eta, norm, backend, cache, sink = inputs
+        x, weight, _, lora_A, lora_B, dtype, eta, norm, backend, sink = inputs
         _, s = output
         needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         ctx.mark_non_differentiable(s)
@@ -87,34 +86,28 @@ class _ALLoRALinear(torch.autograd.Function):
         ctx.save_for_backward(
             weight if needs_x else None, lora_A, lora_B, x if needs_a else None, s if needs_a or needs_b else None
         )
-        ctx.settings = (dtype, eta, norm, backend, cache, sink)
+        ctx.settings = (dtype, eta, norm, backend, sink)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g, _):
         if g is None:
-            return (None,) * 11
+            return (None,) * 10
         # The steps choose their dtypes themselves; a backward pass inside autocast must not change them.
         with _no_autocast(g.device.type):
             dx, da, db = _ALLoRALinear._gradients(ctx, g)
-        return dx, None, None, da, db, None, None, None, None, None, None
+        return dx, None, None, da, db, None, None, None, None, None
 
     @staticmethod
     def _gradients(ctx, g):
         needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         weight, lora_A, lora_B, x, s = ctx.saved_tensors
-        dtype, eta, norm, backend, cache, sink = ctx.settings
+        dtype, eta, norm, backend, sink = ctx.settings
         steps = _backend.steps(backend)
         dx = da = db = None
         if needs_a or needs_b:
-            c = None
-            if norm in WEIGHT_NORMS:
-                compute = steps.weight_coefficient
-                c = (
-                    compute(lora_A, lora_B, eta, norm)
-                    if cache is None
-                    else cache.get(lora_A, lora_B, eta, norm, compute)
-                )
+            # Anew in each backward pass: torch has writes to a parameter that leave no trace for a cache to see.
+            c = steps.weight_coefficient(lora_A, lora_B, eta, norm) if norm in WEIGHT_NORMS else None
             dtype_a, dtype_b = lora_A.dtype if needs_a else None, lora_B.dtype if needs_b else None
             adapter_grads = steps.adapter_grads if sink is None else functools.partial(sink, backend)
             ds, da, db = adapter_grads(g, x, s, lora_B, c, eta, norm, needs_x, dtype_a, dtype_b)
@@ -147,10 +140,8 @@ def _autocasts(x: Tensor) -> bool:
     return x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def apply(
-    x, weight, bias, lora_A, lora_B, eta, norm, backend=None, cache: CoefficientCache | None = None, sink=None
-) -> Tensor:
-    """`allora_linear` with the layer's coefficient cache, and what takes the step `adapter_grads` over to see more of it."""
+def apply(x, weight, bias, lora_A, lora_B, eta, norm, backend=None, sink=None) -> Tensor:
+    """`allora_linear`, and what takes the step `adapter_grads` over to see more of it."""
     _check_tensors(x, weight, bias, lora_A, lora_B)
     check_rule(lora_A.shape[0], eta, norm)
     widest = dtype = _compute_dtype(x, lora_A, lora_B)
@@ -170,7 +161,7 @@ def apply(
     if choice.fallback and not torch.compiler.is_compiling():
         _backend.warn_fallback(choice.reason)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y, _ = _apply_function(rows, weight, bias, lora_A, lora_B, dtype, eta, norm, choice.name, cache, sink)
+    y, _ = _apply_function(rows, weight, bias, lora_A, lora_B, dtype, eta, norm, choice.name, sink)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from . import backend as _backend
 from . import functional
-from .coefficient_cache import CoefficientCache
 from .explanation import Explanation, explain
 
 
@@ -107,18 +106,12 @@ class FusedALLoRALinear(nn.Linear):
         like = {"device": self.weight.device, "dtype": dtype}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **like))
-        self._coefficient = CoefficientCache()
         self.reset_adapter()
 
     def reset_adapter(self) -> None:
         """Initialise the adapter as PEFT does: A Kaiming-uniform(a=√5), B zero. The layer then equals its frozen one."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
-
-    def clear_coefficient(self) -> None:
-        """Forget the cached coefficient C, after a write to lora_A or lora_B that torch cannot see: through ``.data`` or a
-        NumPy view by hand, or from another process."""
-        self._coefficient.clear()
 
     def reset_parameters(self) -> None:
         """As in `nn.Linear`; where there is an adapter, it is initialised too."""
@@ -132,11 +125,9 @@ class FusedALLoRALinear(nn.Linear):
         return self.weight.mT if self.fan_in_fan_out else self.weight
 
     def forward(self, input: Tensor) -> Tensor:
-        # Inside a compiled graph C is a node of the graph; a cache read at trace time would be frozen into it.
-        cache = None if torch.compiler.is_compiling() else self._coefficient
         sink = None if self._recording is None else self._recording.sink(self, input)
         return functional.apply(
-            input, self.frozen_weight, self.bias, self.lora_A, self.lora_B, self.eta, self.norm, cache=cache, sink=sink
+            input, self.frozen_weight, self.bias, self.lora_A, self.lora_B, self.eta, self.norm, sink=sink
         )
 
     @torch.no_grad()

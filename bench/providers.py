@@ -21,12 +21,10 @@ ETA = 2.0
 @dataclass(frozen=True)
 class Provider:
     """`forward(x)` is the adapted layer; `parameters` holds lora_A, lora_B and whatever else it trains, or nothing for the
-    frozen floor; `new_step()` forgets what an optimizer step would make stale; `plan` says what runs each step, where
-    that is a choice."""
+    frozen floor; `plan` says what runs each step, where that is a choice."""
 
     forward: Callable[[Tensor], Tensor]
     parameters: tuple[Tensor, ...] = ()
-    new_step: Callable[[], None] = lambda: None
     plan: dict[str, str] | None = None
 
 
@@ -91,7 +89,7 @@ def _ours(inputs: Inputs) -> Provider:
         layer.lora_A.copy_(inputs.lora_A)
         layer.lora_B.copy_(inputs.lora_B)
     plan = layer.explain(rows=len(inputs.x)).plan
-    return Provider(layer, (layer.lora_A, layer.lora_B), layer.clear_coefficient, plan)
+    return Provider(layer, (layer.lora_A, layer.lora_B), plan)
 
 
 def _of_function(function: type[torch.autograd.Function], compile: bool = False) -> Callable[[Inputs], Provider]:
@@ -148,7 +146,6 @@ PROVIDERS = {
 
 def forward_backward(provider: Provider, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
     """(y, dx, dA, dB, ...) of one forward and backward pass; of the frozen layer (y, dx)."""
-    provider.new_step()
     y = provider.forward(x)
     return y, *torch.autograd.grad(y, (x, *provider.parameters), g)
 

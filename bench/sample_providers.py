@@ -61,7 +61,6 @@ def _ours(how: str) -> Callable[[Batch], Step]:
             layer.lora_B.copy_(inputs.lora_B)
 
         def step():
-            layer.clear_coefficient()
             if how == "plain":
                 layer(inputs.x).backward(inputs.g)
             else:

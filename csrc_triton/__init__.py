@@ -72,7 +72,7 @@ def plan_steps(
         "adapter_grads (sweep over x)": plan_sweep_step(K, None, 0),
     }
     if norm in ("row", "matrix", "factor"):
-        steps["weight_coefficient"] = f"Triton on {arch}, once per optimizer step"
+        steps["weight_coefficient"] = f"Triton on {arch}, once a backward pass"
     elif norm == "token":
         steps["token_coefficient"] = f"Triton on {arch}"
     return steps

@@ -2,6 +2,9 @@
 
 Nothing here forms the N x K product BA: ``‖(BA)[i,:]‖² = B[i,:] (A Aᵀ) B[i,:]ᵀ``, ``‖BA‖_F² = Σ (A Aᵀ) ⊙ (BᵀB)`` and
 ``‖(S Bᵀ)[m,:]‖² = S[m,:] (BᵀB) S[m,:]ᵀ``. All norms are taken in fp32, whatever the factors' dtypes.
+
+A Gram matrix stays in parts, one a run of columns; the kernel that needs it adds them, in order, as it loads them. So C is
+cheap enough to be computed in every backward pass: two launches, for "factor" one.
 """
 
 import torch
@@ -10,13 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .combine import combine
 from .configs import cdiv
 from .launching import launch
 from .tiling import coefficient, dot, offsets, sqrt_of_square
 
 _BLOCK_R = 32
 _BLOCK_L = 64
+_MAX_PARTS = 32
+"""Every program that needs the Gram matrix reads all of its parts."""
 
 
 @triton.jit
@@ -55,13 +59,13 @@ def _gram_kernel(
     tl.store(partial_ptrs, acc, mask=mask_i[:, None] & mask_j[None, :])
 
 
-def gram(factor: Tensor) -> Tensor:
-    """``F Fᵀ [R, R]`` in fp32 for a factor [R, L] of any strides."""
+def gram_parts(factor: Tensor) -> Tensor:
+    """``F Fᵀ`` as the sum of parts [P, R, R] in fp32, for a factor [R, L] of any strides."""
     R, L = factor.shape
     tiles = cdiv(R, _BLOCK_R)
     parts = configs.num_splits(tiles * tiles, L, 4 * _BLOCK_L, configs.arch_of(factor.device), waves=1)
-    split_l = cdiv(cdiv(L, parts), _BLOCK_L) * _BLOCK_L
-    parts = max(1, cdiv(L, split_l)) if L else 1
+    split_l = cdiv(cdiv(L, min(parts, _MAX_PARTS)), _BLOCK_L) * _BLOCK_L
+    parts = cdiv(L, split_l)
     partial = torch.empty(parts, R, R, device=factor.device, dtype=torch.float32)
     launch(
         _gram_kernel,
@@ -77,23 +81,34 @@ def gram(factor: Tensor) -> Tensor:
         num_warps=4,
         num_stages=2,
     )
-    return partial[0] if parts == 1 else combine(partial, torch.float32)
+    return partial
 
 
-@triton.jit(do_not_specialize=["L"])
+@triton.jit
+def _add_parts(ptr, offs, mask, PARTS, stride_part):
+    """The sum, in order, of what lies at `offs` in each of PARTS parts."""
+    total = tl.zeros(offs.shape, tl.float32)
+    for _ in range(PARTS):
+        total += tl.load(ptr + offs, mask=mask, other=0.0)
+        ptr += stride_part
+    return total
+
+
+@triton.jit(do_not_specialize=["L", "PARTS"])
 def _quadratic_coefficient_kernel(
     v_ptr,
     q_ptr,
     c_ptr,
     L,
     R,
+    PARTS,
     stride_vl,
     stride_vr,
     inv_eta_squared,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """``c[l] = C(√(v[l,:] Q v[l,:]ᵀ))`` for v [L, R], Q [R, R] fp32 contiguous, c [L] fp32.
+    """``c[l] = C(√(v[l,:] Q v[l,:]ᵀ))`` for v [L, R], Q the sum of parts [PARTS, R, R] (fp32, contiguous), c [L] fp32.
 
     One program writes BLOCK_L coefficients; the quadratic form is clamped at 0, below which only rounding takes it.
     """
@@ -108,9 +123,10 @@ def _quadratic_coefficient_kernel(
             offs_i = offsets(i, BLOCK_R)
             mask_i = offs_i < R
             v_ptrs = v_ptr + offs_l[:, None] * stride_vl + offs_i[None, :] * stride_vr
-            q_ptrs = q_ptr + offs_i[:, None] * R + offs_j[None, :]
+            # Parts of at most 256 x 256 are within 32 bits, which leaves registers for the dot.
+            offs_q = (i + tl.arange(0, BLOCK_R))[:, None] * R + (j + tl.arange(0, BLOCK_R))[None, :]
             v = tl.load(v_ptrs, mask=mask_l[:, None] & mask_i[None, :], other=0.0)  # [BLOCK_L, BLOCK_R]
-            q = tl.load(q_ptrs, mask=mask_i[:, None] & mask_j[None, :], other=0.0)  # [BLOCK_R, BLOCK_R]
+            q = _add_parts(q_ptr, offs_q, mask_i[:, None] & mask_j[None, :], PARTS, R * R)  # [BLOCK_R, BLOCK_R]
             product = dot(v, q, product, tl.float32, "ieee")
         v_ptrs = v_ptr + offs_l[:, None] * stride_vl + offs_j[None, :] * stride_vr
         v = tl.load(v_ptrs, mask=mask_l[:, None] & mask_j[None, :], other=0.0).to(tl.float32)
@@ -120,7 +136,7 @@ def _quadratic_coefficient_kernel(
 
 
 def quadratic_coefficient(v: Tensor, q: Tensor, eta: float) -> Tensor:
-    """``C(√(v[l,:] Q v[l,:]ᵀ)) [L]`` in fp32 for v [L, R] of any strides and a Gram matrix q [R, R]."""
+    """``C(√(v[l,:] Q v[l,:]ᵀ)) [L]`` in fp32 for v [L, R] of any strides and a Gram matrix in parts q [P, R, R]."""
     L, R = v.shape
     c = torch.empty(L, device=v.device, dtype=torch.float32)
     if L == 0:
@@ -133,42 +149,45 @@ def quadratic_coefficient(v: Tensor, q: Tensor, eta: float) -> Tensor:
         c,
         L,
         R,
+        q.shape[0],
         *v.stride(),
         eta**-2,
         BLOCK_L=_BLOCK_L,
         # Wider tiles spill: an IEEE dot runs on the scalar units, out of registers.
         BLOCK_R=16,
-        num_warps=4,
+        num_warps=8,
         num_stages=1,
     )
     return c
 
 
-@triton.jit
-def _matrix_coefficient_kernel(gram_a_ptr, gram_b_ptr, c_ptr, NUMEL, inv_eta_squared, BLOCK: tl.constexpr):
-    """``c = C(√(Σ (A Aᵀ) ⊙ (BᵀB)))`` for two contiguous Gram matrices of NUMEL elements, c [1]; one program."""
+@triton.jit(do_not_specialize=["PARTS_A", "PARTS_B"])
+def _matrix_coefficient_kernel(
+    gram_a_ptr,
+    gram_b_ptr,
+    c_ptr,
+    NUMEL,
+    PARTS_A,
+    PARTS_B,
+    inv_eta_squared,
+    BLOCK: tl.constexpr,
+):
+    """``c = C(√(Σ (A Aᵀ) ⊙ (BᵀB)))`` for two Gram matrices of NUMEL elements in contiguous parts, c [1]; one program."""
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, NUMEL, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         mask = offs < NUMEL
-        total += tl.load(gram_a_ptr + offs, mask=mask, other=0.0) * tl.load(gram_b_ptr + offs, mask=mask, other=0.0)
+        gram_a = _add_parts(gram_a_ptr, offs, mask, PARTS_A, NUMEL)
+        total += gram_a * _add_parts(gram_b_ptr, offs, mask, PARTS_B, NUMEL)
     tl.store(c_ptr, coefficient(sqrt_of_square(tl.sum(total, axis=0)), inv_eta_squared))
 
 
 @triton.jit
-def _row_coefficient_kernel(
-    f_ptr,
-    c_ptr,
-    L,
-    D,
-    stride_fl,
-    stride_fd,
-    inv_eta_squared,
-    BLOCK_L: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+def _row_coefficients(
+    f_ptr, c_ptr, start, L, D, stride_fl, stride_fd, inv_eta_squared, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """``c[l] = C(‖F[l,:]‖)`` for F [L, D], c [L] fp32; one program writes BLOCK_L of them."""
-    offs_l = offsets(tl.program_id(0) * BLOCK_L, BLOCK_L)
+    """``c[l] = C(‖F[l,:]‖)`` for BLOCK_L rows of F [L, D] from `start` on."""
+    offs_l = offsets(start, BLOCK_L)
     mask_l = offs_l < L
     squares = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
     for d in range(0, D, BLOCK_D):
@@ -180,42 +199,75 @@ def _row_coefficient_kernel(
     tl.store(c_ptr + offs_l, coefficient(norms, inv_eta_squared), mask=mask_l)
 
 
-def _row_coefficient(factor: Tensor, c: Tensor, eta: float, block_l: int, block_d: int) -> None:
-    L, D = factor.shape
+@triton.jit
+def _factor_coefficient_kernel(
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    N,
+    K,
+    R,
+    stride_ar,
+    stride_ak,
+    stride_bn,
+    stride_br,
+    inv_eta_squared,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``c = [C(‖B[n,:]‖), C(‖A[r,:]‖)]`` for A [R, K], B [N, R], c [N + R] fp32.
+
+    One program writes the coefficients of BLOCK_N rows of B, or of one of A's few, long rows.
+    """
+    blocks = tl.cdiv(N, BLOCK_N)
+    block = tl.program_id(0)
+    if block < blocks:
+        _row_coefficients(b_ptr, c_ptr, block * BLOCK_N, N, R, stride_bn, stride_br, inv_eta_squared, BLOCK_N, BLOCK_R)
+    else:
+        _row_coefficients(a_ptr, c_ptr + N, block - blocks, R, K, stride_ar, stride_ak, inv_eta_squared, 1, BLOCK_K)
+
+
+def factor_coefficient(a: Tensor, b: Tensor, eta: float) -> Tensor:
+    """``[C(‖b[n,:]‖), C(‖a[r,:]‖)] [N + R]`` in fp32 for a [R, K] and b [N, R] of any strides."""
+    (R, K), N = a.shape, b.shape[0]
+    c = torch.empty(N + R, device=a.device, dtype=torch.float32)
     launch(
-        _row_coefficient_kernel,
-        (cdiv(L, block_l),),
-        factor,
+        _factor_coefficient_kernel,
+        (cdiv(N, _BLOCK_L) + R,),
+        a,
+        b,
         c,
-        L,
-        D,
-        *factor.stride(),
+        N,
+        K,
+        R,
+        *a.stride(),
+        *b.stride(),
         eta**-2,
-        BLOCK_L=block_l,
-        BLOCK_D=block_d,
+        BLOCK_N=_BLOCK_L,
+        BLOCK_R=16,
+        BLOCK_K=1024,
         num_warps=4,
         num_stages=2,
     )
+    return c
 
 
 def weight_coefficient(a: Tensor, b: Tensor, eta: float, norm: str) -> Tensor:
     """C in fp32 of a weight-dependent rule, for a [R, K] and b [N, R] of any strides: ``"row"`` [N]; ``"matrix"`` [1];
     ``"factor"`` [N + R], first the coefficients of b's rows, then those of a's."""
-    (N, R), device = b.shape, a.device
     if norm == "row":
-        return quadratic_coefficient(b, gram(a), eta)
+        return quadratic_coefficient(b, gram_parts(a), eta)
     if norm == "matrix":
-        c = torch.empty(1, device=device, dtype=torch.float32)
-        launch(_matrix_coefficient_kernel, (1,), gram(a), gram(b.mT), c, R * R, eta**-2, BLOCK=1024, num_warps=4)
+        gram_a, gram_b = gram_parts(a), gram_parts(b.mT)
+        c, numel = torch.empty(1, device=a.device, dtype=torch.float32), a.shape[0] ** 2
+        parts = (gram_a.shape[0], gram_b.shape[0])
+        launch(_matrix_coefficient_kernel, (1,), gram_a, gram_b, c, numel, *parts, eta**-2, BLOCK=1024, num_warps=4)
         return c
     assert norm == "factor", norm
-    c = torch.empty(N + R, device=device, dtype=torch.float32)
-    _row_coefficient(b, c[:N], eta, block_l=64, block_d=16)
-    # A has few, long rows: a program a row, so that they run side by side.
-    _row_coefficient(a, c[N:], eta, block_l=1, block_d=1024)
-    return c
+    return factor_coefficient(a, b, eta)
 
 
 def token_coefficient(s: Tensor, b: Tensor, eta: float) -> Tensor:
     """C [M] in fp32 of the rule ``"token"``, for s [M, R] and b [N, R]."""
-    return quadratic_coefficient(s, gram(b.mT), eta)
+    return quadratic_coefficient(s, gram_parts(b.mT), eta)

@@ -16,7 +16,7 @@ KERNELS = {
     "low_rank_add",
     "matrix_coefficient",
     "quadratic_coefficient",
-    "row_coefficient",
+    "factor_coefficient",
     "sweep",
 }
 

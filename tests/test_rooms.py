@@ -20,7 +20,6 @@ ROOMS = [
     "allora_kernels.ops",
     "allora_kernels.sample_ops",
     "allora_kernels.backend",
-    "allora_kernels.coefficient_cache",
     "allora_kernels.explanation",
     "allora_kernels.functional",
     "allora_kernels.linear",

@@ -31,9 +31,7 @@ def _inputs(layer: FusedALLoRALinear, activations: list[Tensor], backprops: Tens
         dtype = torch.promote_types(dtype, torch.promote_types(a.dtype, b.dtype))
     name = _backend.choose(x.device, dtype).name
     steps = _backend.steps(name)
-    c = None
-    if layer.norm in WEIGHT_NORMS:
-        c = layer._coefficient.get(a, b, layer.eta, layer.norm, steps.weight_coefficient)
+    c = steps.weight_coefficient(a, b, layer.eta, layer.norm) if layer.norm in WEIGHT_NORMS else None
     return name, (g, rows, steps.down_project(rows, a, dtype), b, c, layer.eta, layer.norm), samples
 
 

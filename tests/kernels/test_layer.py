@@ -46,22 +46,6 @@ def test_eager_is_taken_for_double_precision(device):
         allora_linear(*make_inputs(2, 3, 4, 2, torch.float64, device=device)[:5], backend="triton")
 
 
-@norms
-def test_the_layer_caches_what_changes_once_per_step(device, norm, monkeypatch):
-    from allora_kernels import ops
-
-    calls = []
-    original = ops.weight_coefficient
-    monkeypatch.setattr(ops, "weight_coefficient", lambda *args: calls.append(1) or original(*args))
-    layer = FusedALLoRALinear(8, 4, r=2, norm=norm, device=device)
-    optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.1)
-    for _ in range(2):
-        for _ in range(3):
-            layer(torch.randn(5, 8, device=device)).sum().backward()
-        optimizer.step()
-    assert len(calls) == (2 if norm in reference.WEIGHT_NORMS else 0)
-
-
 def test_autocast_runs_the_kernels_in_its_dtype(device):
     layer = FusedALLoRALinear(41, 53, r=3, device=device)
     torch.nn.init.normal_(layer.lora_B)

@@ -76,13 +76,29 @@ def test_an_adapter_of_zeros_has_coefficient_eta(device, norm):
     torch.testing.assert_close(c, torch.full_like(c, 1.5), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("norm", ["row", "matrix"])
 @pytest.mark.parametrize("parts", [1, 3])
-def test_gram_parts_add_up(device, parts, monkeypatch):
+def test_parts_of_a_gram_matrix_add_up(device, parts, norm, monkeypatch):
     monkeypatch.setattr(configs, "num_splits", lambda *args, **kwargs: parts)
-    factor = make_inputs(1, 1, 257, WIDE_RANK[3], device=device).lora_A
+    inputs = make_inputs(1, 193, 257, WIDE_RANK[3], device=device)
     with poisoned_outputs():
-        gram = row_norms.gram(in_red_zone(factor))
-    assert_close(gram, reference.gram(factor), reference.gram(factor.double()), "A Aᵀ")
+        gram = row_norms.gram_parts(in_red_zone(inputs.lora_A))
+    assert len(gram) == parts
+    a = inputs.lora_A
+    assert_close(gram.sum(0), reference.gram(a), reference.gram(a.double()), "A Aᵀ")
+    check_weight_coefficient(a, inputs.lora_B, norm)
+
+
+@pytest.mark.parametrize("norm, launches", [("row", 2), ("matrix", 3), ("factor", 1)])
+def test_launches_of_a_coefficient(device, norm, launches, monkeypatch):
+    launched = []
+    launch = row_norms.launch
+    monkeypatch.setattr(
+        row_norms, "launch", lambda kernel, *args, **kw: launched.append(kernel) or launch(kernel, *args, **kw)
+    )
+    inputs = make_inputs(1, 53, 4096, 16, device=device)
+    csrc_triton.weight_coefficient(inputs.lora_A, inputs.lora_B, 2.0, norm)
+    assert len(launched) == launches
 
 
 @pytest.mark.parametrize("norm", ["row", "matrix"])
