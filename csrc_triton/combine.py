@@ -12,7 +12,7 @@ from .launching import launch
 from .tiling import TRITON_DTYPE, narrow, offsets
 
 
-@triton.jit(do_not_specialize=["P", "NUMEL"])
+@triton.jit(do_not_specialize=["P", "NUMEL", "TILES"])
 def _combine_kernel(
     partial_ptr,
     weight_ptr,

@@ -24,9 +24,6 @@ def _down_project_kernel(
     stride_xk,
     stride_ar,
     stride_ak,
-    stride_sp,
-    stride_sm,
-    stride_sr,
     SPLIT_K,
     DTYPE: tl.constexpr,
     OUT_DTYPE: tl.constexpr,
@@ -35,7 +32,7 @@ def _down_project_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """``s[p] = x[:, part p] A[:, part p]ᵀ`` for x [M, K], A [R, K], s [P, M, R], part p = SPLIT_K columns of x.
+    """``s[p] = x[:, part p] A[:, part p]ᵀ`` for x [M, K], A [R, K], contiguous s [P, M, R], part p = SPLIT_K columns of x.
 
     One program writes one [BLOCK_M, BLOCK_R] tile of one part; accumulates in fp32.
     """
@@ -58,7 +55,7 @@ def _down_project_kernel(
         acc = dot(x, a, acc, DTYPE, PRECISION)
         x_ptrs += step * stride_xk
         a_ptrs += step * stride_ak
-    s_ptrs = s_ptr + part.to(tl.int64) * stride_sp + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
+    s_ptrs = s_ptr + (part.to(tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :]
     tl.store(s_ptrs, narrow(acc, OUT_DTYPE), mask=mask_m[:, None] & mask_r[None, :])
 
 
@@ -87,7 +84,6 @@ def down_project(x: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
         R,
         *x.stride(),
         *a.stride(),
-        *s.stride(),
         split_k,
         DTYPE=TRITON_DTYPE[dtype],
         OUT_DTYPE=TRITON_DTYPE[out_dtype],

@@ -8,9 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton import JITFunction, knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 MAX_REMEMBERED = 8192
+
+ON_ROCM = torch.version.hip is not None
+_MAX_INT_32 = 2**31 - 1
 
 _compiled: dict[tuple, Any] = {}
 _signatures: dict[int, "Signature"] = {}
@@ -22,7 +26,8 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     args: the kernel's tensors, then its numbers; options: its constexprs in their order, then launch options.
     """
     device = getattr(args[0], "base", args[0]).device
-    if device.type != "cuda":
+    # Kernels built for the interpreter take tensors of any device, and have nothing compiled to remember.
+    if device.type != "cuda" or not isinstance(kernel, JITFunction):
         kernel[grid](*args, **options)
     elif device.index == torch.cuda.current_device():
         launch_remembered(kernel, grid, args, options, device.index)
@@ -47,18 +52,24 @@ def launch_remembered(kernel, grid: tuple[int, ...], args: tuple, options: dict[
 def specialization_key(kernel, args: tuple, options: dict[str, Any], device: int) -> tuple:
     """Equal for two launches only if Triton compiles the same code for both.
 
-    Triton specialises a tensor by dtype and 16-byte alignment, a descriptor by dtype and block, a number by its value or,
-    where the kernel says so, by its width alone.
+    Triton specialises a tensor by dtype and 16-byte alignment (on ROCm also by whether 32-bit offsets reach all of its
+    storage), a descriptor by dtype and block, a number by its value or, where the kernel says so, by its width alone. Its
+    settings for debugging and instrumentation are options of every launch.
     """
     tensors, unspecialized, _ = signature(kernel)
     parts = [*map(_tensor_part, args[:tensors]), *args[tensors:]]
     for i in unspecialized:
         parts[i] = args[i] >> 31
-    return (id(kernel), device, *parts, *options.values())
+    settings = (knobs.runtime.debug, knobs.compilation.instrumentation_mode)
+    if ON_ROCM:
+        settings += (knobs.amd.use_buffer_ops,)
+    return (id(kernel), device, *settings, *parts, *options.values())
 
 
 def _tensor_part(argument: Tensor | TensorDescriptor | None) -> tuple | None:
     if isinstance(argument, Tensor):
+        if ON_ROCM:
+            return argument.dtype, argument.data_ptr() % 16, argument.untyped_storage().nbytes() > _MAX_INT_32
         return argument.dtype, argument.data_ptr() % 16
     return None if argument is None else (argument.base.dtype, *argument.block_shape)
 

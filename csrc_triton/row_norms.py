@@ -195,7 +195,7 @@ def _row_coefficients(
         f_ptrs = f_ptr + offs_l[:, None] * stride_fl + offs_d[None, :] * stride_fd
         f = tl.load(f_ptrs, mask=mask_l[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)
         squares += f * f
-    norms = tl.sqrt(tl.sum(squares, axis=1))
+    norms = tl.sqrt_rn(tl.sum(squares, axis=1))
     tl.store(c_ptr + offs_l, coefficient(norms, inv_eta_squared), mask=mask_l)
 
 

@@ -154,13 +154,14 @@ def add_low_rank(
 @triton.jit
 def sqrt_of_square(square):
     """The norm whose square was computed, where rounding may have taken it below 0; a nan stays one."""
-    return tl.sqrt(tl.where(square < 0.0, 0.0, square))
+    return tl.sqrt_rn(tl.where(square < 0.0, 0.0, square))
 
 
 @triton.jit
 def coefficient(n, inv_eta_squared):
-    """``C = (n + 1/η²)^(-1/2)`` for norms n."""
-    return 1.0 / tl.sqrt(n + inv_eta_squared)
+    """``C = (n + 1/η²)^(-1/2)`` for norms n, correctly rounded at each step: a GPU's plain square root and quotient are not,
+    and C at n = 0 would be off η by what they please."""
+    return tl.div_rn(tl.full(n.shape, 1.0, tl.float32), tl.sqrt_rn(n + inv_eta_squared))
 
 
 def dot_precision(dtype: torch.dtype, x_dtype: torch.dtype, out_dtype: torch.dtype) -> str:

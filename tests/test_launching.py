@@ -3,6 +3,7 @@
 The driver is a stub: nothing is compiled or run, so this needs no GPU.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton")
@@ -76,11 +77,27 @@ def launches(monkeypatch):
     _kernel.device_caches.clear()
 
 
+@functools.cache
+def huge(dtype):
+    """More than 2 GB of address space, of which nothing is touched."""
+    return torch.empty(2**31 // dtype.itemsize + 64, dtype=dtype)
+
+
 def arguments(
-    rows=5, columns=64, offset=0, z=True, m=100, n=32, stride=1, scale=0.5, dtype=torch.float32, block=(16, 16)
+    rows=5,
+    columns=64,
+    offset=0,
+    z=True,
+    m=100,
+    n=32,
+    stride=1,
+    scale=0.5,
+    dtype=torch.float32,
+    block=(16, 16),
+    large=False,
 ):
     x = TensorDescriptor.from_tensor(torch.zeros(rows, 64, dtype=torch.bfloat16), list(block))
-    y = torch.zeros(2 * columns, dtype=dtype)[offset : offset + columns]
+    y = (huge(dtype) if large else torch.zeros(2 * columns, dtype=dtype))[offset : offset + columns]
     return x, y, torch.zeros(1) if z else None, m, n, stride, scale
 
 
@@ -135,6 +152,7 @@ calls = st.tuples(
             "scale": st.sampled_from([0.25, 1.0]),
             "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
             "block": st.sampled_from([(16, 16), (16, 32)]),
+            "large": st.booleans(),
         }
     ),
     st.fixed_dictionaries(
@@ -148,16 +166,26 @@ calls = st.tuples(
 )
 
 
-def specialization(args, options):
-    backend = triton.compiler.make_backend(GPUTarget("cuda", 90, 32))
+TARGETS = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}
+
+
+@pytest.fixture(params=TARGETS)
+def backend(request, monkeypatch):
+    monkeypatch.setattr(launching, "ON_ROCM", request.param == "hip")
+    return triton.compiler.make_backend(TARGETS[request.param])
+
+
+def specialization(backend, args, options):
+    """What Triton itself goes by on this backend."""
     binder = create_function_from_signature(_kernel.signature, _kernel.params, backend)
     _, specialized, rest = binder(*args, **options, debug=False)
     return str((specialized, sorted(rest.items())))
 
 
-@settings(max_examples=300, deadline=None)
-@given(calls, st.data())
-def test_equal_keys_are_specialised_alike(call, data):
+# Nothing an example does outlives it.
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(call=calls, data=st.data())
+def test_equal_keys_are_specialised_alike(backend, call, data):
     # The other call differs in a few places, or the keys would hardly ever be equal.
     other = tuple(dict(part) for part in call)
     for _ in range(data.draw(st.integers(0, 2))):
@@ -167,18 +195,90 @@ def test_equal_keys_are_specialised_alike(call, data):
     launched = [(arguments(**numbers), options(**flags)) for numbers, flags in (call, other)]
     keys = [launching.specialization_key(_kernel, *one, 0) for one in launched]
     if keys[0] == keys[1]:
-        assert specialization(*launched[0]) == specialization(*launched[1])
+        assert specialization(backend, *launched[0]) == specialization(backend, *launched[1])
 
 
-def test_the_key_keeps_apart_what_triton_does():
-    base = arguments(), options()
-    for change in ({"offset": 1}, {"z": False}, {"n": 33}, {"stride": 2}, {"dtype": torch.bfloat16}, {"m": 2**31}):
-        assert launching.specialization_key(_kernel, arguments(**change), base[1], 0) != launching.specialization_key(
-            _kernel, *base, 0
-        )
-    assert launching.specialization_key(_kernel, arguments(m=7, rows=9), base[1], 0) == launching.specialization_key(
-        _kernel, *base, 0
-    )
+CHANGES = [
+    {"offset": 1},
+    {"z": False},
+    {"n": 33},
+    {"stride": 2},
+    {"dtype": torch.bfloat16},
+    {"m": 2**31},
+    {"block": (16, 32)},
+    {"large": True},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
+def test_the_key_keeps_apart_what_triton_does(backend, change):
+    launched = [(arguments(), options()), (arguments(**change), options())]
+    base, other = (launching.specialization_key(_kernel, *one, 0) for one in launched)
+    base_code, other_code = (specialization(backend, *one) for one in launched)
+    assert (base != other) == (base_code != other_code)
+
+
+def test_the_key_is_the_same_for_what_triton_does_not_look_at(backend):
+    keys = {launching.specialization_key(_kernel, arguments(m=m, rows=m), options(), 0) for m in (7, 100, 16)}
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize(
+    "group, name, value", [("runtime", "debug", True), ("compilation", "instrumentation_mode", "x")]
+)
+def test_the_key_knows_triton_s_settings(group, name, value, monkeypatch):
+    before = launching.specialization_key(_kernel, arguments(), options(), 0)
+    monkeypatch.setattr(getattr(triton.knobs, group), name, value)
+    assert launching.specialization_key(_kernel, arguments(), options(), 0) != before
+
+
+def test_a_kernel_of_the_interpreter_takes_a_gpu_s_tensors(monkeypatch):
+    """TRITON_INTERPRET=1 with CUDA tensors: there is nothing compiled to remember."""
+    calls = []
+
+    class Interpreted:
+        def __getitem__(self, grid):
+            return lambda *args, **options: calls.append((grid, args, options))
+
+    class OnGPU:
+        device = torch.device("cuda", 0)
+
+    x = OnGPU()
+    launching.launch(Interpreted(), (3,), x, 5, BLOCK=16)
+    assert calls == [((3,), (x, 5), {"BLOCK": 16})]
+
+
+def test_another_number_of_rows_takes_no_other_code():
+    """Ragged training has another M in every step."""
+    script = """
+import torch
+from unittest import mock
+from bench.offline_compile import catch_launches
+from csrc_triton import launching
+import csrc_triton
+
+def step(m, norm):
+    n = k = 4096
+    x, g, w = (torch.empty(size, dtype=torch.bfloat16) for size in ((m, k), (m, n), (n, k)))
+    a, b, s = (torch.empty(size, dtype=torch.bfloat16) for size in ((16, k), (n, 16), (m, 16)))
+    c = torch.empty(n) if norm == "row" else None
+    csrc_triton.down_project(x, a, torch.bfloat16)
+    csrc_triton.adapted_linear(x, w, None, a, b, torch.bfloat16)
+    csrc_triton.adapter_grads(g, x, s, b, c, 2.0, norm, True, torch.bfloat16, torch.bfloat16)
+    csrc_triton.fused_linear(g, w.mT, None, s, a.mT)
+
+for norm in ("row", "token"):
+    for start in (801, 8001):
+        keys = set()
+        for m in range(start, start + 50):
+            with mock.patch("csrc_triton.fused_linear.F.linear", lambda x, w, bias: x.new_empty(len(x), len(w))):
+                caught = catch_launches(lambda: step(m, norm), "sm_90")
+            new = {launching.specialization_key(kernel, args, kwargs, 0) for kernel, args, kwargs in caught}
+            assert m == start or new <= keys, [key for key in new - keys]
+            keys |= new
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_every_kernel_has_its_arguments_in_that_order():

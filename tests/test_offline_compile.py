@@ -66,3 +66,25 @@ def test_compiles_without_spills_in_the_chips_shared_memory(arch, dtype):
 )
 def test_other_adapters_and_odd_sizes_fit_hopper(options):
     compile_for("sm_90", *options.split())
+
+
+@pytest.mark.slow
+def test_c_takes_no_approximate_square_root_or_quotient():
+    """At zero C is η as exactly as fp32 can say it, on any GPU."""
+    script = """
+import re, torch, triton, csrc_triton
+from bench.offline_compile import TARGETS, catch_launches, specialize
+a, b, s = torch.empty(16, 512), torch.empty(512, 16), torch.empty(64, 16)
+steps = [lambda norm=norm: csrc_triton.weight_coefficient(a, b, 2.0, norm) for norm in ("row", "matrix", "factor")]
+steps.append(lambda: csrc_triton.adapter_grads(torch.empty(64, 512), None, s, b, None, 2.0, "entry", True, None, a.dtype))
+for arch in ("sm_80", "sm_90", "sm_100"):
+    found = set()
+    for step in steps:
+        for caught in catch_launches(step, arch):
+            source, options = specialize(*caught, arch)
+            ptx = triton.compile(source, target=TARGETS[arch], options=options).asm["ptx"]
+            found |= set(re.findall(r"(?:sqrt|div|rsqrt|rcp)[.](?:approx|full|rn)[.a-z0-9]*", ptx))
+    assert found and all(".rn" in name for name in found), (arch, found)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
