@@ -2,6 +2,7 @@
 
 from . import per_sample
 from .adapt import AdaptReport, adapter_layers, adapter_parameters, apply_allora, merge_adapter
+from .batch_invariance import use_batch_invariant
 from .checkpoint import load_adapter, save_adapter
 from .functional import allora_linear
 from .linear import FusedALLoRALinear
@@ -17,5 +18,6 @@ __all__ = [
     "merge_adapter",
     "per_sample",
     "save_adapter",
+    "use_batch_invariant",
 ]
 __version__ = "0.1.0"

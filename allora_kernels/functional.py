@@ -158,6 +158,11 @@ def apply(x, weight, bias, lora_A, lora_B, eta, norm, backend=None, sink=None) -
     elif bias is not None and bias.dtype != weight.dtype:
         raise ValueError(f"bias is {bias.dtype} but weight is {weight.dtype}: cast it, or use torch.autocast")
     choice = _backend.choose(x.device, widest, backend)
+    if choice.name == "eager" and _backend.batch_invariant():
+        raise RuntimeError(
+            f"use_batch_invariant is on, but this call takes eager torch ({choice.reason}), which is not batch-invariant: "
+            "call use_batch_invariant(False), or give the kernels a tensor they can take"
+        )
     if choice.fallback and not torch.compiler.is_compiling():
         _backend.warn_fallback(choice.reason)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -202,6 +207,7 @@ def allora_linear(
         ValueError: shapes that do not fit, mixed devices, x and weight of different dtypes, a weight or bias that
             requires grad, an unknown `norm` or `backend`, eta not in [1e-18, 1e18], ``backend="triton"`` where it cannot
             run.
+        RuntimeError: `use_batch_invariant` is on and the backend is eager.
         TypeError: something that is no floating-point tensor where one is due.
     """
     return apply(x, weight, bias, lora_A, lora_B, eta, norm, backend)

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import configs, plans
+from . import batch_invariance, configs, plans
 from .adapted_linear import adapted_linear
 from .adapter_grad import adapter_grads
 from .combine import combine
@@ -60,6 +60,11 @@ def plan_steps(
         describable = dtype.itemsize == 2 and n % 8 == 0 and k % 8 == 0
         return plans.pick(plans.Call(op, M, n, k, r, dtype, compute), device, describable)
 
+    def invariance_cost(op, n, k):
+        call = plans.Call(op, M, n, k, r, dtype, compute)
+        best = plans.pick_by_cost(call, device, dtype.itemsize == 2 and n % 8 == 0 and k % 8 == 0)
+        return plans.estimate(call, plans.pick(call, device, False), arch) / plans.estimate(call, best, arch)
+
     def describe(plan):
         return str(plan) if plan.config is None else f"Triton on {arch}: {plan}"
 
@@ -75,4 +80,9 @@ def plan_steps(
         steps["weight_coefficient"] = f"Triton on {arch}, once a backward pass"
     elif norm == "token":
         steps["token_coefficient"] = f"Triton on {arch}"
+    if batch_invariance.enabled():
+        y, dx = invariance_cost("adapted_linear", N, K), invariance_cost("fused_linear", K, N)
+        steps["batch invariance"] = (
+            f"on: y {y:.2f} and dx {dx:.2f} times as long by estimate, and one more pass over g for dS"
+        )
     return steps

@@ -15,7 +15,7 @@ A rule of the coefficient C enters as what it multiplies:
 import torch
 from torch import Tensor
 
-from . import configs
+from . import batch_invariance, configs
 from .combine import combine
 from .configs import cdiv
 from .down_project import down_project
@@ -149,6 +149,11 @@ def adapter_grads(
         da = s.new_zeros(R, x.shape[1], dtype=dtype_a) if need_da else da
         db = s.new_zeros(N, R, dtype=dtype_b) if need_db else db
         return ds, da, db
+
+    if need_ds and batch_invariance.enabled():
+        # How a sweep is cut follows M, and the order of dS's sums with it.
+        _, da, db = adapter_grads(g, x, s, b, c, eta, norm, False, dtype_a, dtype_b, row_weights)
+        return down_project(g, b.mT, s.dtype), da, db
 
     rule_g, rule_x = rules(s, b, c, eta, norm, x.shape[1] if need_da else 0)
     if row_weights is not None:

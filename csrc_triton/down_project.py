@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import batch_invariance, configs
 from .combine import combine
 from .configs import cdiv
 from .launching import launch
@@ -65,10 +65,11 @@ def down_project(x: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
     if M == 0:
         return torch.empty(0, R, device=x.device, dtype=dtype)
     arch = configs.arch_of(x.device)
-    config = configs.pick_config("down_project", M, 0, K, R, x.dtype, arch, dtype)
+    planned_rows = batch_invariance.planned_rows(M)
+    config = configs.pick_config("down_project", planned_rows, 0, K, R, x.dtype, arch, dtype)
     tiles = (cdiv(M, config.BLOCK_M), cdiv(R, config.BLOCK_R))
     # A part shorter than eight steps spends its time in the prologue.
-    parts = configs.num_splits(tiles[0] * tiles[1], K, 8 * config.BLOCK_K, arch, waves=1)
+    parts = configs.num_splits(cdiv(planned_rows, config.BLOCK_M) * tiles[1], K, 8 * config.BLOCK_K, arch, waves=1)
     split_k = cdiv(cdiv(K, parts), config.BLOCK_K) * config.BLOCK_K
     parts = cdiv(K, split_k)
     out_dtype = dtype if parts == 1 else torch.float32

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import configs, tuning
+from . import batch_invariance, configs, tuning
 from .configs import Config
 
 WAYS = {
@@ -80,8 +80,16 @@ def estimate(call: Call, plan: Plan, arch: str) -> float:
 def pick(call: Call, device: torch.device, describable: bool) -> Plan:
     """The plan of this call on this device.
 
-    What `tuning` has measured comes first. The interpreter takes tiles, whatever they cost.
+    What `tuning` has measured comes first. The interpreter takes tiles, whatever they cost. Under batch invariance the
+    plan is the same for every number of rows and every alignment of the operands.
     """
+    if batch_invariance.enabled():
+        return _pick_invariant(call._replace(M=batch_invariance.PLANNED_ROWS), configs.arch_of(device))
+    return pick_by_cost(call, device, describable)
+
+
+def pick_by_cost(call: Call, device: torch.device, describable: bool) -> Plan:
+    """`pick` where no batch invariance is asked for."""
     key = tuning.device_key(device) if device.type == "cuda" else None
     return _pick(call, configs.arch_of(device), describable, key)
 
@@ -92,6 +100,13 @@ def _pick(call: Call, arch: str, describable: bool, key: str | None) -> Plan:
     measured = tuning.lookup(key, call) if key else None
     if measured in found:
         return Plan(*measured)
+    return found[0] if arch == "interpreter" else min(found, key=lambda plan: estimate(call, plan, arch))
+
+
+@functools.lru_cache(maxsize=4096)
+def _pick_invariant(call: Call, arch: str) -> Plan:
+    # The vendor's GEMM chooses by M what it runs.
+    found = [plan for plan in options(call, arch, describable=False) if plan.way != "vendor"]
     return found[0] if arch == "interpreter" else min(found, key=lambda plan: estimate(call, plan, arch))
 
 

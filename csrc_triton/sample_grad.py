@@ -10,10 +10,11 @@ import functools
 import torch
 from torch import Tensor
 
-from . import configs
+from . import batch_invariance, configs
 from .adapter_grad import Sums, project, rules, sweep_chunks
 from .combine import combine, combine_groups
 from .configs import cdiv
+from .down_project import down_project
 from .norms import squared_norms
 from .sample_gram import GRAM_ROWS, sample_gram
 from .segments import Segments
@@ -76,6 +77,9 @@ def _run(g, x, s, b, c, eta, norm, need_ds, need_da, need_db, segments, reduce, 
 
     M >= 1.
     """
+    if need_ds and batch_invariance.enabled():
+        _, *rest = _run(g, x, s, b, c, eta, norm, False, need_da, need_db, segments, reduce, totals)
+        return down_project(g, b.mT, s.dtype), *rest
     (M, N), R = g.shape, s.shape[1]
     rule_g, rule_x = rules(s, b, c, eta, norm, x.shape[1] if need_da else 0)
     compute, arch = s.dtype, configs.arch_of(g.device)

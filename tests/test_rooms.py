@@ -20,6 +20,7 @@ ROOMS = [
     "allora_kernels.ops",
     "allora_kernels.sample_ops",
     "allora_kernels.backend",
+    "allora_kernels.batch_invariance",
     "allora_kernels.explanation",
     "allora_kernels.functional",
     "allora_kernels.linear",
