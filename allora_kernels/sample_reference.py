@@ -12,6 +12,9 @@ from torch import Tensor
 from .reference import scaled_operands, scaled_sum
 from .samples import Samples
 
+CHUNK = 2**24
+"""Entries of the samples' gradients that are made at a time where only their norms are kept."""
+
 
 def _wide(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
@@ -29,6 +32,22 @@ def _outer(v: Tensor, u: Tensor, scale: Tensor | None, samples: Samples) -> Tens
     outer = _wide(outer)
     # In place: one more tensor of this size costs more than its arithmetic.
     return outer if scale is None else outer.mul_(scale[:, None])
+
+
+def _outer_squares(v: Tensor, u: Tensor, scale: Tensor | None, samples: Samples) -> Tensor:
+    """The squared norm of each matrix of `_outer`, of a bounded number of them at a time: [b].
+
+    Not by Gram matrices, ``Σ (v vᵀ) ⊙ (u uᵀ)``: where the rows of a sample cancel, rounding takes that below zero.
+    """
+    if samples.starts is not None:
+        return _outer(v, u, scale, samples).square().sum((1, 2))
+    at_once = max(1, CHUNK // max(1, v.shape[1] * u.shape[1]))
+    squares = []
+    for start in range(0, max(samples.count, 1), at_once):
+        part = Samples.equal(min(at_once, samples.count - start), samples.longest)
+        rows = slice(start * samples.longest, start * samples.longest + part.rows)
+        squares.append(_outer(_wide(v[rows]), _wide(u[rows]), scale, part).square().sum((1, 2)))
+    return torch.cat(squares)
 
 
 def sample_grads(
@@ -77,13 +96,7 @@ def sample_squared_norms(
         total = None
         if dtype is not None:
             w = w.to(s.dtype)
-            if samples.starts is None and samples.longest**2 < v.shape[1] * w.shape[1]:
-                # ‖vᵀ w‖² = Σ (v vᵀ) ⊙ (w wᵀ): the samples' rows are fewer than their gradients' entries.
-                v_rows, w_rows = (_wide(t).view(samples.count, samples.longest, t.shape[1]) for t in (v, w))
-                left = v_rows if scale is None else v_rows * scale.square()
-                squares += (torch.bmm(left, v_rows.mT) * torch.bmm(w_rows, w_rows.mT)).sum((1, 2))
-            else:
-                squares += _outer(v, w, scale, samples).square().sum((1, 2))
+            squares += _outer_squares(v, w, scale, samples)
             total = scaled_sum(v, w, scale, dtype)
         sums.append(total)
     return ds, *sums, squares
