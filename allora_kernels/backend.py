@@ -53,30 +53,6 @@ def choose(device: torch.device, dtype: torch.dtype, asked: str | None = None) -
     return Choice("eager", obstacle, fallback=on_gpu)
 
 
-_batch_invariant = False
-
-
-def batch_invariant() -> bool:
-    """Whether `use_batch_invariant` is on."""
-    return _batch_invariant
-
-
-def set_batch_invariant(on: bool) -> None:
-    """Switch it for every call from now on.
-
-    Raises:
-        RuntimeError: Triton is not installed, and eager torch is not batch-invariant.
-    """
-    global _batch_invariant
-    if on and not TRITON_INSTALLED:
-        raise RuntimeError("batch invariance needs the kernels: Triton is not installed (pip install triton)")
-    if on or _batch_invariant:
-        from csrc_triton import batch_invariance
-
-        batch_invariance.enable(on)
-    _batch_invariant = on
-
-
 @functools.cache
 def warn_fallback(reason: str) -> None:
     """Warn, once for each reason, that a GPU call takes the slower path."""

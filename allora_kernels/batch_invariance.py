@@ -1,6 +1,24 @@
 """`use_batch_invariant`: a row of y and dX has the same bits in any batch."""
 
-from . import backend as _backend
+from .backend import TRITON_INSTALLED
+
+_enabled = False
+
+
+def enabled() -> bool:
+    """Whether `use_batch_invariant` is on."""
+    return _enabled
+
+
+def _enable(on: bool) -> None:
+    global _enabled
+    if on and not TRITON_INSTALLED:
+        raise RuntimeError("batch invariance needs the kernels: Triton is not installed (pip install triton)")
+    if on or _enabled:
+        from csrc_triton import batch_invariance
+
+        batch_invariance.enable(on)
+    _enabled = on
 
 
 class use_batch_invariant:
@@ -19,11 +37,11 @@ class use_batch_invariant:
     """
 
     def __init__(self, on: bool = True) -> None:
-        self._before = _backend.batch_invariant()
-        _backend.set_batch_invariant(bool(on))
+        self._before = _enabled
+        _enable(bool(on))
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, *_) -> None:
-        _backend.set_batch_invariant(self._before)
+        _enable(self._before)

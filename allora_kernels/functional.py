@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backend as _backend
+from . import batch_invariance
 from .reference import NORMS, WEIGHT_NORMS
 
 MAX_RANK = 256
@@ -158,7 +159,7 @@ def apply(x, weight, bias, lora_A, lora_B, eta, norm, backend=None, sink=None) -
     elif bias is not None and bias.dtype != weight.dtype:
         raise ValueError(f"bias is {bias.dtype} but weight is {weight.dtype}: cast it, or use torch.autocast")
     choice = _backend.choose(x.device, widest, backend)
-    if choice.name == "eager" and _backend.batch_invariant():
+    if choice.name == "eager" and batch_invariance.enabled():
         raise RuntimeError(
             f"use_batch_invariant is on, but this call takes eager torch ({choice.reason}), which is not batch-invariant: "
             "call use_batch_invariant(False), or give the kernels a tensor they can take"

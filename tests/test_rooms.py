@@ -48,6 +48,7 @@ ROOMS = [
     "allora_kernels.cli",
 ]
 LOADS_KERNELS = {
+    "allora_kernels.batch_invariance",
     "allora_kernels.ops",
     "allora_kernels.vmap_rules",
     "allora_kernels.sample_ops",
