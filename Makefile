@@ -6,7 +6,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 # Two workers fit the two cores CI has; each keeps to one thread.
 WORKERS ?= 2
 
-.PHONY: test demo demo-lm mislabelled bench lint test-newest clean
+.PHONY: test test-device-ir demo demo-lm mislabelled bench lint test-newest clean
 
 test: $(VENV)/.ready lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal
@@ -32,6 +32,11 @@ test-newest: .venv-newest/.ready
 	.venv-newest/bin/python -m pytest -q -n $(WORKERS) tests/test_offline_compile.py tests/kernels/test_fused_linear.py \
 	    tests/kernels/test_adapter_grad.py tests/kernels/test_row_norms.py tests/kernels/test_ops.py tests/kernels/test_ways.py tests/test_launching.py
 
+# The kernels as compiled for a GPU, executed on the CPU. FULL=1: every combination, where CI takes every pair.
+test-device-ir: .venv-device-ir/.ready
+	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-device-ir/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -o addopts= \
+	    -p no:cacheprovider --confcutdir=tests/device_ir tests/device_ir
+
 # torch first and pinned, so that no other package's wish for it brings another build.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -54,5 +59,11 @@ $(VENV)/.ready-demo-lm: $(VENV)/.ready requirements-demo-lm.txt
 	.venv-newest/bin/python -m pip install -q --upgrade triton
 	touch $@
 
+# No dependencies are looked for: ttsem declares a newer Python than it needs, and torch asks for a Triton of its own.
+.venv-device-ir/.ready: requirements-device-ir.txt
+	$(PYTHON) -m venv .venv-device-ir
+	.venv-device-ir/bin/python -m pip install -q --no-deps --ignore-requires-python -r requirements-device-ir.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-newest build dist *.egg-info runs
+	rm -rf $(VENV) .venv-newest .venv-device-ir build dist *.egg-info runs

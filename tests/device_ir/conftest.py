@@ -1,0 +1,55 @@
+"""The kernels as Triton compiles them for a GPU, executed on the CPU by ttsem: `make test-device-ir` and nothing else.
+
+A launch stops the test that made it where a program reads or writes past a tensor, where two programs touch one element
+and one of them writes, and where memory that nothing has written shows in a result: it is NaN.
+"""
+
+import dataclasses
+import importlib.util
+
+import pytest
+import torch
+
+if importlib.util.find_spec("ttsem") is None:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    from ttsem import harness, sanitize
+
+CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 90}
+"""What the code is compiled for. The IR that is executed comes before any backend's, so gfx942 differs by its
+configurations alone."""
+
+FEW_SMS = 3
+
+
+def write_back_descriptors(monkeypatch):
+    """ttsem 0.1.0 executes a store through a descriptor that the host made, but copies back only what is a tensor."""
+    write_back = sanitize._write_back
+
+    def with_descriptors(record, execution):
+        bound = {k: v.base if harness._is_descriptor(v) else v for k, v in record.bound.items()}
+        write_back(dataclasses.replace(record, bound=bound), execution)
+
+    monkeypatch.setattr(sanitize, "_write_back", with_descriptors)
+
+
+@pytest.fixture(autouse=True)
+def launches(request, monkeypatch):
+    """The session of a test, on the chip that its parameters `arch` and `few_sms` name: ``launches`` counts its launches."""
+    from csrc_triton import configs, plans, sweep_plan
+
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    arch = parameters.get("arch", "sm_90")
+    # To the kernels' host code these are tensors of some GPU, which cannot say which one.
+    monkeypatch.setattr(configs, "arch_of", lambda device: arch)
+    sms = FEW_SMS if parameters.get("few_sms") else configs.NUM_SMS[arch]
+    monkeypatch.setitem(configs.NUM_SMS, arch, sms)
+    monkeypatch.setattr(configs, "num_sms", lambda device: sms)
+    for planned in (configs.pick_config, plans._pick, plans._pick_invariant, sweep_plan.plan_sweep):
+        planned.cache_clear()
+    write_back_descriptors(monkeypatch)
+    torch.manual_seed(0)
+    with sanitize.session(CAPABILITY[arch], request.node.name) as session:
+        yield session
+    assert session.launches, "nothing was launched: this test checks nothing"
+    assert session.races_unchecked == 0, f"{session.races_unchecked} launches were too large to be searched for races"

@@ -1,0 +1,179 @@
+"""The check checked: in a copy of each kernel's source one mask is dropped, or two programs are made to share an element.
+The fault has to be reported, by its kind and in its kernel."""
+
+import importlib
+import importlib.util
+import inspect
+import itertools
+import pkgutil
+from typing import NamedTuple
+
+import pytest
+import torch
+from ttsem.sanitize import KernelFault
+
+import csrc_triton
+from allora_kernels.testing import make_inputs
+from csrc_triton import configs, plans, sample_grad
+from csrc_triton.segments import Segments
+
+F16, F32 = torch.float16, torch.float32
+
+
+def module(name):
+    # The package has functions of its modules' names.
+    return importlib.import_module(f"csrc_triton.{name}")
+
+
+def products(way, M=70, N=136, K=64, R=16):
+    x, weight, bias, a, b, _ = make_inputs(M, N, K, R, F16)
+    call = plans.Call("adapted_linear", M, N, K, R, F16, F16)
+    plan = next(plan for plan in plans.options(call, "sm_90") if plan.way == way)
+    module("adapted_linear").adapted_linear(x, weight, bias, a, b, F16, plan)
+
+
+def sweep(norms=False, M=70):
+    g, x, s, b = (torch.randn(size) for size in ((M, 300), (M, 41), (M, 3), (300, 3)))
+    grads = module("sample_grad").sample_squared_norms if norms else module("sample_grad").sample_grads
+    dtypes = (F32, F32) if norms else (True, True)
+    grads(g, x, s, b, None, 2.0, None, True, *dtypes, Segments(M // 7, 7))
+
+
+def down_project():
+    module("down_project").down_project(torch.randn(5, 2500), torch.randn(3, 2500), F32)
+
+
+def combine():
+    module("combine").combine(torch.randn(3, 2000), F32)
+
+
+def low_rank_add():
+    module("low_rank_add").low_rank_add(torch.randn(70, 50), torch.randn(70, 3), torch.randn(50, 3))
+
+
+def coefficient(norm):
+    module("row_norms").weight_coefficient(torch.randn(40, 700), torch.randn(130, 40), 2.0, norm)
+
+
+class Planted(NamedTuple):
+    """In `module` the text `old` becomes `new` (or each of several); `run` then launches `kernel`: a fault of `kind` is due."""
+
+    kernel: str
+    module: str
+    kind: str
+    old: str | tuple[str, ...]
+    new: str | tuple[str, ...]
+    run: object
+
+
+def race(*args):
+    return Planted(*args[:2], "race", *args[2:])
+
+
+def write(*args):
+    return Planted(*args[:2], "oob_write", *args[2:])
+
+
+def read(*args):
+    return Planted(*args[:2], "oob_read", *args[2:])
+
+
+FAULTS = [
+    race("_combine_kernel", "combine", "out_ptr + group * NUMEL + offs", "out_ptr + group * NUMEL + offs % 512",
+         combine),
+    write("_combine_kernel", "combine", "narrow(acc, OUT_DTYPE), mask=mask)", "narrow(acc, OUT_DTYPE))", combine),
+    race("_down_project_kernel", "down_project", "part.to(tl.int64) * M", "0 * M", down_project),
+    write("_down_project_kernel", "down_project", "mask=mask_m[:, None] & mask_r[None, :])\n\n\ndef",
+          "mask=mask_r[None, :])\n\n\ndef", down_project),
+    race("_fused_linear_kernel", "fused_linear", "y_ptr + offs_m[:, None]", "y_ptr + (offs_m - pid_m * BLOCK_M)[:, None]",
+         lambda: products("tiles", M=300)),
+    race("_fused_linear_kernel", "fused_linear", "s_ptr + offs_m[:, None]", "s_ptr + (offs_m - pid_m * BLOCK_M)[:, None]",
+         lambda: products("inside", M=300, N=144)),
+    write("_fused_linear_kernel", "fused_linear", "narrow(acc, DTYPE), mask=mask_m[:, None] & mask_n[None, :])",
+          "narrow(acc, DTYPE), mask=mask_n[None, :])", lambda: products("tiles")),
+    read("_fused_linear_kernel", "fused_linear", "w_ptrs, mask=mask_w, other=0.0", "w_ptrs",
+         lambda: products("tiles")),
+    race("_fused_linear_persistent_kernel", "fused_linear_persistent", "[start_m, start_n], narrow(left",
+         "[0, start_n], narrow(left", lambda: products("persistent", M=300, N=520)),
+    read("_fused_linear_persistent_kernel", "fused_linear_persistent", "mask=mask_n, other=0.0",
+         "mask=mask_n | True", lambda: products("persistent")),
+    race("_low_rank_add_kernel", "low_rank_add", "pid_n * BLOCK_N, BLOCK_N", "pid_n * (BLOCK_N - 8), BLOCK_N",
+         low_rank_add),
+    write("_low_rank_add_kernel", "low_rank_add", "narrow(acc, DTYPE), mask=mask)", "narrow(acc, DTYPE))",
+          low_rank_add),
+    race("_squared_norms_kernel", "norms", "out_ptr + tl.program_id(0)", "out_ptr + tl.program_id(0) // 2",
+         lambda: module("norms").squared_norms(torch.randn(3, 5000))),
+    read("_squared_norms_kernel", "norms", "mask=offs < NUMEL, other=0.0", "mask=offs < NUMEL + 1",
+         lambda: module("norms").squared_norms(torch.randn(3, 5000))),
+    race("_gram_kernel", "row_norms", "part.to(tl.int64) * R * R +", "", lambda: coefficient("row")),
+    write("_gram_kernel", "row_norms", "acc, mask=mask_i[:, None] & mask_j[None, :])", "acc, mask=mask_j[None, :])",
+          lambda: coefficient("row")),
+    race("_quadratic_coefficient_kernel", "row_norms", "tl.store(c_ptr + offs_l, c, mask=mask_l)",
+         "tl.store(c_ptr + offs_l % 64, c, mask=mask_l)", lambda: coefficient("row")),
+    write("_quadratic_coefficient_kernel", "row_norms", "tl.store(c_ptr + offs_l, c, mask=mask_l)",
+          "tl.store(c_ptr + offs_l, c)", lambda: coefficient("row")),
+    race("_matrix_coefficient_kernel", "row_norms", ("_matrix_coefficient_kernel, (1,)", "tl.store(c_ptr, coefficient("),
+         ("_matrix_coefficient_kernel, (2,)", "tl.store(c_ptr, tl.program_id(0) + coefficient("),
+         lambda: coefficient("matrix")),
+    read("_matrix_coefficient_kernel", "row_norms", "mask = offs < NUMEL", "mask = offs < NUMEL + 8",
+         lambda: coefficient("matrix")),
+    race("_factor_coefficient_kernel", "row_norms", "c_ptr + N,", "c_ptr + N - 1,", lambda: coefficient("factor")),
+    write("_factor_coefficient_kernel", "row_norms", "coefficient(norms, inv_eta_squared), mask=mask_l)",
+          "coefficient(norms, inv_eta_squared))", lambda: coefficient("factor")),
+    race("_sample_gram_kernel", "sample_gram", "part.to(tl.int64) * SAMPLES", "part * 0",
+         lambda: sweep(norms=True)),
+    write("_sample_gram_kernel", "sample_gram", "squares, mask=offs_i < last)", "squares)",
+          lambda: sweep(norms=True)),
+    race("_sweep_kernel", "sweep", "(pid_l.to(tl.int64) * M + offs_m[:, None])", "(offs_m[:, None])", sweep),
+    race("_sweep_kernel", "sweep", "offset * stride_op + tile_ptrs, acc", "tile_ptrs, acc", sweep),
+    write("_sweep_kernel", "sweep", "dot(v, f, zeros, DTYPE, PRECISION), mask=mask_mr",
+          "dot(v, f, zeros, DTYPE, PRECISION), mask=mask_r[None, :]", sweep),
+    write("_sweep_kernel", "sweep", "acc, mask=mask_lr & exists_l[:, None])", "acc, mask=mask_r[None, :])", sweep),
+]  # fmt: skip
+
+_copies = itertools.count()
+
+
+def plant(fault, folder, monkeypatch):
+    """The kernels and launchers of a faulty copy of the module, put in the place of its own."""
+    original = module(fault.module)
+    source = inspect.getsource(original)
+    edits = [(fault.old, fault.new)] if isinstance(fault.old, str) else zip(fault.old, fault.new)
+    for old, new in edits:
+        assert source.count(old) == 1, f"{old!r} has to be found once"
+        source = source.replace(old, new)
+    path = folder / f"{fault.module}.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(f"csrc_triton._planted_{next(_copies)}", path)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    for name, value in vars(copy).items():
+        if getattr(value, "__module__", None) == spec.name:
+            monkeypatch.setattr(original, name, value)
+
+
+def kernels():
+    """Every kernel of the library: what `triton.jit` decorates and a launcher launches."""
+    for found in pkgutil.iter_modules(csrc_triton.__path__):
+        yield from (name for name in vars(module(found.name)) if name.endswith("_kernel"))
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.kernel.strip('_')}-{fault.kind}")
+@pytest.mark.parametrize("planted", [True, False], ids=["planted", "as-it-is"])
+def test_a_planted_fault_is_reported(fault, planted, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_grad, "gram_is_cheaper", lambda *args: True)
+    monkeypatch.setitem(configs.NUM_SMS, "sm_90", 132)
+    if not planted:
+        fault.run()
+        return
+    plant(fault, tmp_path, monkeypatch)
+    with pytest.raises(KernelFault) as caught:
+        fault.run()
+    found = caught.value.fault
+    assert (found.kernel, found.kind) == (fault.kernel, fault.kind), caught.value
+
+
+def test_every_kernel_has_a_planted_race_and_a_dropped_mask(launches):
+    launches.launches += 1  # nothing to launch
+    planted = {(fault.kernel, fault.kind == "race") for fault in FAULTS}
+    assert planted == set(itertools.product(kernels(), (False, True)))
