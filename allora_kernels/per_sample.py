@@ -29,46 +29,70 @@ def _layers(model: nn.Module) -> dict[nn.Module, str]:
 
 
 @contextlib.contextmanager
-def record(model: nn.Module, cu_seqlens: Tensor | None = None, *, norms_only: bool = False) -> Iterator[Recording]:
+def record(
+    model: nn.Module,
+    cu_seqlens: Tensor | None = None,
+    *,
+    norms_only: bool = False,
+    batch_dim: int | None = None,
+    samples: int | None = None,
+) -> Iterator[Recording]:
     """Record the per-sample gradients of every adapter of `model` in the backward passes inside.
 
     A sample is an entry of the leading dimension of a layer's input (of a 2-D input: a row), or with `cu_seqlens` the range
     ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]`` of its flattened rows. Afterwards each adapter parameter that got a gradient has
     ``grad_sample [b, *shape]`` in fp32 or better, C included: its sum over b is what the passes inside added to ``grad``.
-    Several backward passes inside are micro-batches: their samples follow each other in order. Calls of a layer within one
-    backward pass are of the same samples and add up.
+    Several forward passes inside, each with a backward pass, are micro-batches: their samples follow each other in order. Calls
+    of a layer within one forward pass of `model` are of the same samples and add up.
 
     Args:
         model: holds at least one FusedALLoRALinear; wrapped in DistributedDataParallel or not.
         cu_seqlens: int32 ``[b + 1]``, read back once, here. ``recording.set_cu_seqlens`` gives the next micro-batch's.
         norms_only: keep the norms alone, no tensor with b but them. G and x of every layer stay until `clip_`, `clear` or
             the next record, so that `clip_` can sum again with weights.
+        batch_dim: the dimension of a layer's input that runs over samples: 1 for a model that works on [T, b, K]. Other than 0
+            it costs a copy of G and x. None for 0, checked against the leading dimensions of the model's inputs.
+        samples: how many one backward pass is of, where it reaches several forward passes: as many as each has, they are of
+            the same samples; as many as all have together, they are of different ones.
 
     Yields:
         The recording.
 
     Raises:
-        TypeError: `cu_seqlens` is no int32 tensor.
-        ValueError: the model has no adapter or one shared by two layers; `cu_seqlens` does not start at 0 or decreases.
-            From the forward pass: it does not end at M, or the number of samples is unknown.
+        TypeError: `cu_seqlens` is no int32 tensor; `batch_dim` or `samples` no int.
+        ValueError: the model has no adapter or one shared by two layers; `cu_seqlens` does not start at 0 or decreases;
+            `batch_dim` or `samples` is negative. From the forward pass: `cu_seqlens` does not end at M, or the number of
+            samples is unknown. From the backward pass: it reaches several forward passes and `samples` is not given. From
+            leaving: they had not `samples` samples.
         RuntimeError: the model is being recorded already, or (from the forward pass) is compiled.
     """
+    for name, value in (("batch_dim", batch_dim), ("samples", samples)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
+        if value is not None and value < 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    if cu_seqlens is not None and batch_dim:
+        raise ValueError("cu_seqlens cuts the rows as they lie: give it or batch_dim, not both")
     layers = _layers(model)
     busy = [name for layer, name in layers.items() if layer._recording is not None]
     if busy:
         raise RuntimeError(f"layer {busy[0]!r} is being recorded already: a record cannot be inside another")
-    recording = Recording(layers, cu_seqlens, norms_only)
+    recording = Recording(layers, cu_seqlens, norms_only, batch_dim, samples)
     clear(model)
-    hook = model.register_forward_pre_hook(lambda *_: recording.start_forward())
+    hooks = [
+        model.register_forward_pre_hook(recording.enter_model, with_kwargs=True),
+        model.register_forward_hook(recording.leave_model, always_call=True),
+    ]
     for layer in layers:
         layer._recording = recording
     try:
         yield recording
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         for layer in layers:
             del layer._recording
-    for layer, calls in recording.calls.items():
+    for layer, calls in {layer: recording.calls(layer) for layer in layers}.items():
         _finish(layer, calls, norms_only)
 
 

@@ -1,6 +1,7 @@
 """What `per_sample.record` keeps of a forward and backward pass, and when it refuses one."""
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -9,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from . import backend as _backend
-from .samples import Samples
+from .forward_passes import Forward, ForwardPasses
+from .samples import Rows, Samples
 
 
 @dataclass
 class Call:
-    """What one backward pass of one layer left of its samples: their gradients `a` [b, R, K] and `b` [b, N, R]; or, where only
-    norms were asked for, their `squares` [b], the gradients' sums `totals`, and `weigh`, which turns weights [b] into the
-    weighted sums (dA, dB) and keeps what that takes."""
+    """What the backward passes of one layer left of a forward pass's samples: their gradients `a` [b, R, K] and `b` [b, N, R];
+    or, where only norms were asked for, their `squares` [b], the gradients' sums `totals`, and `weigh`, which turns weights [b]
+    into the weighted sums (dA, dB) and keeps what that takes."""
 
-    task: int
     samples: Samples
     a: Tensor | None = None
     b: Tensor | None = None
@@ -30,12 +31,20 @@ class Call:
 class Recording:
     """The state of one ``with record(...)``, held by every layer of the model while it lasts."""
 
-    def __init__(self, names: dict[nn.Module, str], cu_seqlens: Tensor | None, norms_only: bool) -> None:
-        self.names, self.norms_only = names, norms_only
-        self.calls: dict[nn.Module, list[Call]] = {layer: [] for layer in names}
+    def __init__(
+        self,
+        names: dict[nn.Module, str],
+        cu_seqlens: Tensor | None,
+        norms_only: bool,
+        batch_dim: int | None,
+        samples: int | None,
+    ) -> None:
+        self.names, self.norms_only, self.batch_dim, self.samples = names, norms_only, batch_dim, samples
+        self._calls: dict[nn.Module, dict[Forward, Call]] = {layer: {} for layer in names}
+        self._passes = ForwardPasses()
+        # By forward pass: those that met in its backward pass, of which it is the first.
+        self._groups: dict[Forward, list[Forward]] = {}
         self._ragged = None
-        self._seen: tuple[int, str] | None = None
-        self._task = -1
         if cu_seqlens is not None:
             self.set_cu_seqlens(cu_seqlens)
 
@@ -46,11 +55,17 @@ class Recording:
             TypeError, ValueError: as `Samples.ragged`.
         """
         self._ragged = None if cu_seqlens is None else Samples.ragged(cu_seqlens)
-        self._seen = None
+        self._passes.end()
 
-    def start_forward(self) -> None:
-        """A new forward pass of the whole model: it may have another number of samples."""
-        self._seen = None
+    def enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Hook before the recorded model's forward pass; refuses a compiled one as `sink` does."""
+        _refuse_compiled()
+        self._passes.enter_model((args, kwargs))
+
+    def leave_model(self, *_) -> None:
+        """Hook after it."""
+        _refuse_compiled()
+        self._passes.leave_model()
 
     def sink(self, layer: nn.Module, x: Tensor):
         """What runs the step `adapter_grads` of this call of `layer` on x, and records it.
@@ -59,16 +74,17 @@ class Recording:
             RuntimeError: the layer runs inside a compiled graph, which would keep what is traced.
             ValueError: as `samples_of`.
         """
-        if torch.compiler.is_compiling():
-            raise RuntimeError("a compiled model cannot be recorded: record the module that was given to torch.compile")
-        return functools.partial(self.adapter_grads, layer, self.samples_of(layer, x))
+        _refuse_compiled()
+        forward = self._passes.of_call()
+        rows = Rows(tuple(x.shape[:-1]), 0 if self._ragged else self.batch_dim or 0)
+        return functools.partial(self.adapter_grads, layer, forward, self.samples_of(layer, x, forward), rows)
 
-    def samples_of(self, layer: nn.Module, x: Tensor) -> Samples:
-        """The samples of this layer's input x [..., K].
+    def samples_of(self, layer: nn.Module, x: Tensor, forward: Forward) -> Samples:
+        """The samples of this layer's input x [..., K] in this forward pass.
 
         Raises:
-            ValueError: their number is unknown: x has no leading dimension, or another one than an earlier layer's in the
-                same forward pass, or not as many rows as `cu_seqlens` ends at.
+            ValueError: their number is unknown: x has no such dimension, or another size there than the model's inputs or than
+                an earlier layer's in the same forward pass, or not as many rows as `cu_seqlens` ends at.
         """
         name = self.names[layer]
         if self._ragged is not None:
@@ -79,30 +95,48 @@ class Recording:
                     f"{name!r} is {list(x.shape)}, which has {rows}"
                 )
             return self._ragged
-        if x.dim() < 2:
+        dim = self.batch_dim or 0
+        if x.dim() < dim + 2:
+            missing = "leading dimension" if dim == 0 else f"dimension {dim} before its last"
             raise ValueError(
-                f"the number of samples is unknown: the input of layer {name!r} is {list(x.shape)} and has no leading "
-                "dimension; record needs [b, ..., K], or cu_seqlens"
+                f"the number of samples is unknown: the input of layer {name!r} is {list(x.shape)} and has no {missing}; "
+                "record needs [b, ..., K], or cu_seqlens"
             )
-        count = x.shape[0]
-        # Recomputation in a backward pass is of a forward pass that was looked at, maybe not of the latest one.
-        if torch._C._current_graph_task_id() == -1:
-            if self._seen is not None and self._seen[0] != count:
-                raise ValueError(
-                    f"the number of samples is unknown: layer {self._seen[1]!r} has inputs for {self._seen[0]} of them, layer "
-                    f"{name!r} for {count} ({list(x.shape)}). Something between them mixes or drops samples (a loss or a "
-                    "pooling over the leading dimension, a flattened batch); keep the leading dimension or pass cu_seqlens"
-                )
-            self._seen = self._seen or (count, name)
-        return Samples.equal(count, x.shape[1:-1].numel())
+        count = x.shape[dim]
+        if forward.count not in (None, count):
+            raise ValueError(
+                f"the number of samples is unknown: layer {forward.layer!r} has inputs for {forward.count} of them, layer "
+                f"{name!r} for {count} ({list(x.shape)}). Something between them mixes or drops samples (a loss or a "
+                "pooling over the leading dimension, a flattened batch); keep the leading dimension or pass cu_seqlens"
+            )
+        if forward.count is None:
+            self._check_count(name, x, count, forward)
+            forward.count, forward.layer = count, name
+        rows = (*x.shape[:dim], *x.shape[dim + 1 : -1])
+        return Samples.equal(count, math.prod(rows))
 
-    def adapter_grads(self, layer, samples, backend, g, x, s, lora_B, c, eta, norm, need_ds, dtype_a, dtype_b):
+    def _check_count(self, name: str, x: Tensor, count: int, forward: Forward) -> None:
+        """The first layer's number of samples against what else is known of it."""
+        due = f"say which dimension of a layer's input runs over samples: record(model, batch_dim=...), here of {list(x.shape)}"
+        if self.samples is not None and count > self.samples:
+            raise ValueError(
+                f"record was told of {self.samples} samples, but layer {name!r} has inputs for {count}: {due}"
+            )
+        if self.batch_dim is not None or self.samples is not None or not forward.sizes:
+            return
+        if count not in forward.sizes:
+            raise ValueError(
+                f"the number of samples is unknown: layer {name!r} has inputs for {count} ({list(x.shape)}), but no input of "
+                f"the model has {count} as its leading dimension (they have {sorted(forward.sizes)}): {due}"
+            )
+
+    def adapter_grads(
+        self, layer, forward, samples, rows, backend, g, x, s, lora_B, c, eta, norm, need_ds, dtype_a, dtype_b
+    ):
         """`reference.adapter_grads`, and the samples' gradients or norms kept."""
+        self._meet(layer, forward)
         steps = _backend.sample_steps(backend)
-        task = torch._C._current_graph_task_id()
-        if task != self._task:
-            # The next forward pass may follow with other sizes, also where the model was not called as a whole.
-            self._task, self._seen = task, None
+        g, x, s = (None if t is None else rows.by_sample(t) for t in (g, x, s))
         common = (g, x, s, lora_B, c, eta, norm)
         if self.norms_only:
             ds, da, db, squares = steps.sample_squared_norms(*common, need_ds, dtype_a, dtype_b, samples)
@@ -111,33 +145,79 @@ class Recording:
                 return steps.weighted_grads(*common, samples.spread(weights), dtype_a, dtype_b)
 
             totals = tuple(t for t in (da, db) if t is not None)
-            call = Call(task, samples, squares=squares, totals=totals, weigh=weigh)
+            call = Call(samples, squares=squares, totals=totals, weigh=weigh)
         else:
             ds, a, b = steps.sample_grads(*common, need_ds, dtype_a is not None, dtype_b is not None, samples)
             da = None if a is None else steps.weighted_sum(a, None, dtype_a)
             db = None if b is None else steps.weighted_sum(b, None, dtype_b)
-            call = Call(task, samples, a, b)
-        self._keep(layer, call)
-        return ds, da, db
+            call = Call(samples, a, b)
+        self._keep(layer, forward, call)
+        return ds if ds is None else rows.as_they_lay(ds), da, db
 
-    def _keep(self, layer, call: Call) -> None:
-        calls = self.calls[layer]
-        if not calls or calls[-1].task != call.task:
-            calls.append(call)
-            return
-        # A layer that ran several times in one forward pass: the gradients of its samples add up.
-        last = calls[-1]
-        if last.samples.count != call.samples.count:
+    def _meet(self, layer, forward: Forward) -> None:
+        met = self._passes.meet(forward)
+        if len(met) > 1 and self.samples is None:
+            counts = [f.count for f in met]
             raise ValueError(
-                f"layer {self.names[layer]!r} ran on {last.samples.count} and on {call.samples.count} samples"
+                f"one backward pass reached {len(met)} forward passes, of {counts} samples: call backward after each, or say "
+                f"how many samples they are of: record(model, samples={sum(c or 0 for c in counts)}) where they are different "
+                f"ones, samples={counts[0]} where they are the same"
+            )
+        if layer in self._calls and forward in self._calls[layer] and not forward.whole and self.samples is None:
+            raise ValueError(
+                f"layer {self.names[layer]!r} ran more than once, not within a call of the recorded model: record the module "
+                "that is called, or say how many samples there are: record(model, samples=...)"
+            )
+        for other in met:
+            self._groups[other] = met
+
+    def _keep(self, layer, forward: Forward, call: Call) -> None:
+        # A layer that ran several times in one forward pass: the gradients of its samples add up.
+        last = self._calls[layer].get(forward)
+        self._calls[layer][forward] = call if last is None else self._sum(layer, last, call)
+
+    def _sum(self, layer, one: Call, other: Call) -> Call:
+        if one.samples.count != other.samples.count:
+            raise ValueError(
+                f"layer {self.names[layer]!r} ran on {one.samples.count} and on {other.samples.count} samples"
             )
         if self.norms_only:
             raise ValueError(
                 f"layer {self.names[layer]!r} ran twice in one forward pass: norms of its gradients do not add up; record "
                 "without norms_only"
             )
-        last.a = None if last.a is None else last.a + call.a
-        last.b = None if last.b is None else last.b + call.b
+        a, b = (None if p is None else p + q for p, q in ((one.a, other.a), (one.b, other.b)))
+        return Call(one.samples, a, b)
+
+    def calls(self, layer: nn.Module) -> list[Call]:
+        """What was kept of `layer`, a call a run of samples, in the order of the forward passes.
+
+        Raises:
+            ValueError: `samples` were announced, and the forward passes that met in a backward pass had another number.
+        """
+        found, done = [], set()
+        forwards = sorted(self._calls[layer], key=lambda forward: forward.index)
+        for forward in forwards:
+            if forward in done:
+                continue
+            together = [f for f in forwards if f in self._groups[forward]]
+            done.update(together)
+            calls = [self._calls[layer][f] for f in together]
+            counts = [c.samples.count for c in calls]
+            if self.samples is None or sum(counts) == self.samples:
+                found += calls
+            elif all(count == self.samples for count in counts):
+                found.append(functools.reduce(functools.partial(self._sum, layer), calls))
+            else:
+                raise ValueError(
+                    f"record was told of {self.samples} samples a backward pass, but layer {self.names[layer]!r} had {counts}"
+                )
+        return found
+
+
+def _refuse_compiled() -> None:
+    if torch.compiler.is_compiling():
+        raise RuntimeError("a compiled model cannot be recorded: record the module that was given to torch.compile")
 
 
 records: WeakKeyDictionary[nn.Module, list[Call]] = WeakKeyDictionary()

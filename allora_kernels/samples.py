@@ -74,3 +74,25 @@ class Samples:
         if self.cu_seqlens is None:
             return weights.repeat_interleave(self.longest)
         return weights.repeat_interleave(self.cu_seqlens.diff(), output_size=self.rows)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the rows of a batch lie: `shape` of a layer's input before its last dimension, `dim` of it running over samples."""
+
+    shape: tuple[int, ...]
+    dim: int
+
+    def by_sample(self, t: Tensor) -> Tensor:
+        """t [rows, ...] with each sample's rows together; t itself where they are."""
+        if self.dim == 0:
+            return t
+        return t.reshape(*self.shape, t.shape[-1]).movedim(self.dim, 0).reshape(t.shape)
+
+    def as_they_lay(self, t: Tensor) -> Tensor:
+        """`by_sample` undone."""
+        if self.dim == 0:
+            return t
+        shape = list(self.shape)
+        shape.insert(0, shape.pop(self.dim))
+        return t.reshape(*shape, t.shape[-1]).movedim(0, self.dim).reshape(t.shape)

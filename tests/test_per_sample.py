@@ -205,6 +205,181 @@ def test_checkpointing_does_not_count_twice(backend, use_reentrant, norms_only):
         all_close(recorded(model), expected)
 
 
+# --- which samples --------------------------------------------------------------------------------------------------
+
+
+class Repeated(Net):
+    """The first layer runs `times` times within a forward pass; checkpointed where its input has a gradient."""
+
+    def __init__(self, times=3, use_reentrant=None):
+        super().__init__()
+        self.first = FusedALLoRALinear(11, 11, r=3)
+        self.second = FusedALLoRALinear(11, 5, r=2)
+        for layer in (self.first, self.second):
+            nn.init.normal_(layer.lora_B)
+        self.times, self.use_reentrant = times, use_reentrant
+
+    def forward(self, x):
+        for _ in range(self.times):
+            step = lambda x: torch.tanh(self.first(x))  # noqa: E731
+            x = (
+                step(x)
+                if self.use_reentrant is None or not x.requires_grad
+                else checkpoint(step, x, use_reentrant=self.use_reentrant)
+            )
+        return self.second(x)
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+def test_a_layer_that_runs_thrice_under_checkpointing_counts_its_samples_once(use_reentrant):
+    model, x = Repeated(use_reentrant=use_reentrant), torch.randn(4, 3, 11, requires_grad=True)
+    expected = one_by_one(model, x.detach())
+    with per_sample.record(model):
+        model(x).square().sum().backward()
+    all_close(recorded(model), expected)
+    per_sample.clip_(model, 0.5)
+    all_close({name: p.grad for name, p in adapters(model).items()}, clipped(expected, 0.5))
+
+
+def test_checkpoints_inside_checkpoints():
+    class Nested(Repeated):
+        def forward(self, x):
+            run = super().forward
+            return checkpoint(run, x, use_reentrant=True) if x.requires_grad else run(x)
+
+    model, x = Nested(times=2, use_reentrant=True), torch.randn(4, 3, 11, requires_grad=True)
+    expected = one_by_one(model, x.detach())
+    with per_sample.record(model):
+        model(x).square().sum().backward()
+        model(2 * x).square().sum().backward()
+    twice = one_by_one(model, 2 * x.detach())
+    all_close(recorded(model), {name: torch.cat([g, twice[name]]) for name, g in expected.items()})
+
+
+@pytest.mark.parametrize("norms_only", [False, True])
+def test_two_forward_passes_in_one_backward_pass(norms_only):
+    model, x = Net(), torch.randn(8, 3, 11)
+    expected = one_by_one(model, x)
+
+    def run(**kwargs):
+        with per_sample.record(model, norms_only=norms_only, **kwargs):
+            (model(x[:4]).square().sum() + model(x[4:]).square().sum()).backward()
+
+    with pytest.raises(ValueError, match=r"reached 2 forward passes, of \[4, 4\] samples.*samples=8.*samples=4"):
+        run()
+    model.zero_grad()
+    run(samples=8)
+    torch.testing.assert_close(per_sample.norms(model), norms_of(expected).float())
+    if norms_only:
+        with pytest.raises(ValueError, match="norms of its gradients do not add up"):
+            run(samples=4)
+    else:
+        run(samples=4)
+        all_close(recorded(model), {name: g[:4] + g[4:] for name, g in expected.items()})
+    with pytest.raises(ValueError, match=r"told of 7 samples a backward pass, but layer 'first' had \[4, 4\]"):
+        run(samples=7)
+
+
+def test_samples_follow_the_order_of_forward_passes():
+    model, x = Net(), torch.randn(6, 3, 11)
+    expected = one_by_one(model, x)
+    with per_sample.record(model):
+        losses = [model(part).square().sum() for part in x.split(2)]
+        for loss in reversed(losses):
+            loss.backward()
+    all_close(recorded(model), expected)
+
+
+def test_two_losses_of_one_forward_pass_add_up():
+    model, x = Net(), torch.randn(4, 3, 11)
+    with per_sample.record(model):
+        y = model(x)
+        y.square().sum().backward(retain_graph=True)
+        y.sum().backward()
+    all_close(recorded(model), one_by_one(model, x, lambda y: y.square().sum() + y.sum()))
+
+
+def test_reentrant_checkpointing_of_one_of_several_forward_passes():
+    model, x = Repeated(use_reentrant=True), torch.randn(4, 3, 11, requires_grad=True)
+
+    def run(model):
+        with per_sample.record(model):
+            losses = [model(x).square().sum(), model(x).square().sum()]
+            losses[0].backward()
+
+    with pytest.raises(ValueError, match="which one cannot be told: pass use_reentrant=False"):
+        run(model)
+    model.use_reentrant = False
+    run(model)
+    with torch.no_grad():
+        model(x)
+    model.use_reentrant = True
+    with per_sample.record(model):
+        with torch.no_grad():
+            model(x)  # no backward pass will come to this one
+        model(x).square().sum().backward()
+    all_close(recorded(model), one_by_one(model, x.detach()))
+
+
+class TimeMajor(Net):
+    def forward(self, x):
+        return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+
+@norms_of_rules
+@pytest.mark.parametrize("norms_only", [False, True])
+def test_a_time_major_model(backend, norm, norms_only):
+    model, x = TimeMajor(norm), torch.randn(4, 3, 11, requires_grad=True)
+    expected = one_by_one(model, x.detach()[:, None])
+    match = r"layer 'first' has inputs for 3 \(\[3, 4, 11\]\), but no input of the model has 3 .* batch_dim"
+    with pytest.raises(ValueError, match=match), per_sample.record(model):
+        model(x)
+    told = pytest.raises(ValueError, match=r"told of 2 samples, but layer 'first' has inputs for 3")
+    with told, per_sample.record(model, samples=2):
+        model(x)
+    (plain,) = torch.autograd.grad(model(x).square().sum(), x)
+    with per_sample.record(model, norms_only=norms_only, batch_dim=1):
+        model(x).square().sum().backward()
+    torch.testing.assert_close(x.grad, plain)
+    torch.testing.assert_close(per_sample.norms(model), norms_of(expected).float())
+    if not norms_only:
+        all_close(recorded(model), expected)
+    per_sample.clip_(model, 0.5)
+    all_close({name: p.grad for name, p in adapters(model).items()}, clipped(expected, 0.5))
+
+
+def test_a_flattened_batch_is_no_batch_of_tokens():
+    class Flat(Net):
+        def forward(self, x):
+            return super().forward(x.flatten(0, 1))
+
+    model = Flat()
+    match = r"inputs for 12 .*leading dimension \(they have \[4\]\)"
+    with pytest.raises(ValueError, match=match), per_sample.record(model):
+        model(torch.randn(4, 3, 11))
+
+
+def test_layers_called_one_by_one_and_twice():
+    model, x = Net(), torch.randn(4, 3, 11)
+    match = "layer 'first' ran more than once, not within a call of the recorded model"
+    with pytest.raises(ValueError, match=match), per_sample.record(model):
+        (model.first(x[:2]).sum() + model.first(x[2:]).sum()).backward()
+
+
+@pytest.mark.parametrize("kwargs, error", [
+    ({"batch_dim": -1}, ValueError), ({"batch_dim": 1.0}, TypeError), ({"samples": True}, TypeError),
+    ({"samples": -2}, ValueError), ({"batch_dim": 1, "cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)}, ValueError),
+])  # fmt: skip
+def test_bad_batch_dim_and_samples(kwargs, error):
+    model = Net()
+
+    def run():
+        with per_sample.record(model, **kwargs):
+            pass
+
+    refused(model, error, "batch_dim|samples", run)
+
+
 def test_autocast(backend):
     model, x = Net(), torch.randn(4, 3, 11)
     with per_sample.record(model), torch.autocast("cpu", torch.bfloat16):
@@ -296,8 +471,8 @@ def test_norms_only_keeps_nothing_of_size_b(monkeypatch):
     model, x = Net(), torch.randn(50, 3, 11)
     with per_sample.record(model, norms_only=True) as recording:
         model(x).square().sum().backward()
-        for calls in recording.calls.values():
-            for call in calls:
+        for layer in (model.first, model.second):
+            for call in recording.calls(layer):
                 assert call.a is None and call.b is None and call.squares.shape == (50,)
     per_sample.clip_(model, 1.0)
     with pytest.raises(RuntimeError, match="clipped already"):
@@ -317,12 +492,13 @@ def test_a_training_step_reads_nothing_back(norms_only, monkeypatch):
 
     model, x = Net("entry"), torch.randn(13, 11)
     starts = torch.tensor([0, 4, 4, 13], dtype=torch.int32)
-    with per_sample.record(model, starts, norms_only=norms_only), monkeypatch.context() as patched, _NoHostReads():
+    record = per_sample.record(model, starts, norms_only=norms_only)
+    with record as recording, monkeypatch.context() as patched, _NoHostReads():
         for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"):
             patched.setattr(torch.Tensor, name, read)
         model(x).square().sum().backward()
         for layer in (model.first, model.second):
-            for call in model.first._recording.calls[layer]:
+            for call in recording.calls(layer):
                 call.samples.spread(torch.ones(3))
 
 

@@ -24,6 +24,7 @@ ROOMS = [
     "allora_kernels.explanation",
     "allora_kernels.functional",
     "allora_kernels.linear",
+    "allora_kernels.forward_passes",
     "allora_kernels.recording",
     "allora_kernels.per_sample",
     "allora_kernels.selection",

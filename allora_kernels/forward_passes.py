@@ -1,0 +1,116 @@
+"""Which forward pass a layer's call is part of, and which backward pass reaches it: calls of one forward pass are of the same
+samples.
+
+Re-entrant checkpointing runs layers again in backward passes nested in the one the user called, so neither torch's
+current graph task nor the order of calls says it alone.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+
+@dataclass(eq=False)
+class Forward:
+    """Forward pass number `index` of the recorded model, or (`whole` False) of layers called one by one.
+
+    `sizes`: the leading dimensions of the model's inputs. `count` samples, as `layer`, the first to run, saw them.
+    """
+
+    index: int
+    whole: bool
+    sizes: frozenset[int] = frozenset()
+    count: int | None = None
+    layer: str = ""
+
+
+_UNKNOWN = Forward(-1, True)
+
+
+class ForwardPasses:
+    """The forward passes of a recording, told apart as they happen."""
+
+    def __init__(self) -> None:
+        self._current: Forward | None = None
+        self._count = 0
+        # Those whose backward pass has not ended.
+        self._pending: list[Forward] = []
+        self._open_tasks: list[int] = []
+        self._met: list[Forward] = []
+
+    def enter_model(self, inputs) -> None:
+        """The recorded model is called, on `inputs`; nothing to note where a backward pass calls it again."""
+        if in_backward():
+            return
+        tensors = (t for t in _pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.dim())
+        sizes = frozenset(t.shape[0] for t in tensors)
+        self._start(Forward(self._count, True, sizes), torch.is_grad_enabled())
+
+    def leave_model(self) -> None:
+        """The call of the recorded model has ended: what runs next is not part of it."""
+        if not in_backward():
+            self._current = None
+
+    def end(self) -> None:
+        """What runs next is another forward pass."""
+        self._current = None
+
+    def of_call(self) -> Forward:
+        """The forward pass that the layer now called is part of, or is recomputed for; where a backward pass recomputes one of
+        several, one that stands for them all: `meet` refuses it. (Without re-entrance it is not met.)"""
+        if not in_backward():
+            if self._current is None:
+                # Under re-entrant checkpointing without gradients, though they are wanted.
+                self._start(Forward(self._count, False), True)
+            return self._current
+        self._note_task()
+        found = self._pending or self._met[-1:]
+        return found[0] if len(found) == 1 else _UNKNOWN
+
+    def meet(self, forward: Forward) -> list[Forward]:
+        """A backward pass has reached a call of `forward`: the forward passes that it has reached so far, in order.
+
+        Raises:
+            ValueError: re-entrant checkpointing recomputes one of several forward passes, and which one cannot be told.
+        """
+        if forward is _UNKNOWN:
+            raise ValueError(
+                "re-entrant checkpointing recomputes one of several forward passes, and which one cannot be told: pass "
+                "use_reentrant=False to checkpoint, or call backward after each forward pass"
+            )
+        self._note_task()
+        if forward not in self._met:
+            self._met.append(forward)
+        self._current = None
+        return self._met
+
+    def _start(self, forward: Forward, differentiated: bool) -> None:
+        self._open_tasks.clear()
+        self._current = forward
+        self._count += 1
+        if differentiated:
+            self._pending.append(forward)
+
+    def _note_task(self) -> None:
+        task = torch._C._current_graph_task_id()
+        if task in self._open_tasks:
+            return
+        if not self._open_tasks:
+            self._met = []
+        self._open_tasks.append(task)
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._close(task))
+
+    def _close(self, task: int) -> None:
+        if task not in self._open_tasks:
+            return
+        # Tasks inside it are over, too.
+        del self._open_tasks[self._open_tasks.index(task) :]
+        if not self._open_tasks:
+            self._pending = [forward for forward in self._pending if forward not in self._met]
+
+
+def in_backward() -> bool:
+    """Whether autograd is running: what is called now is called by a backward pass."""
+    return torch._C._current_graph_task_id() != -1
