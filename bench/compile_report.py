@@ -2,12 +2,13 @@
 
 For every launch that the launchers can make: registers, spills, shared memory, occupancy, matrix instructions and loads
 by TMA. Exits with 1 if one spills, needs more shared memory than a block can have, or is a 16-bit GEMM on sm_90 without
-wgmma. All of it takes about a quarter of an hour on one core; --arch, --dtype, --rank and --shape choose from it.
+wgmma, or loads aligned 16-bit operands one by one in its main loop. --arch, --dtype, --rank and --shape choose from it.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import sys
 
 import torch
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--rank", nargs="+", type=int, default=RANKS)
     parser.add_argument("--shape", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile (all cores)")
     parser.add_argument("--faults", action="store_true", help="print only what is at fault")
     parser.add_argument("--json", action="store_true", help="print one JSON array")
     options = parser.parse_args(arguments)
@@ -40,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     dtypes = [tuple(getattr(torch, name) for name in (d.split("/") * 2)[:2]) for d in options.dtype]
     shapes = [SHAPES[name] for name in options.shape]
     everything = []
-    for compiled in compile_all(options.arch, dtypes, options.rank, shapes):
+    for compiled in compile_all(options.arch, dtypes, options.rank, shapes, options.jobs):
         everything.append(compiled)
         if not options.json and (compiled.faults or not options.faults):
             print(line(compiled), flush=True)
@@ -56,7 +58,7 @@ def line(c: Compiled) -> str:
     text = (
         f"{'FAIL' if c.faults else 'ok  '} {c.arch:6} {c.kernel:22} warps={c.num_warps} registers={c.registers:3} "
         f"spills={c.spills} shared={c.shared:6} blocks={c.blocks:2} occupancy={c.occupancy:4.0%} "
-        f"matrix={c.matrix:3} tma={c.tma:2}  {c.case}"
+        f"matrix={c.matrix:3} tma={c.tma:2} {c.widths}  {c.case}"
     )
     return f"{text}: {', '.join(c.faults)}" if c.faults else text
 

@@ -7,6 +7,7 @@ TRITON_INTERPRET=1, where the kernels have no machine code. `python -m bench.com
 
 import dataclasses
 import itertools
+import multiprocessing
 import re
 import subprocess
 import tempfile
@@ -22,6 +23,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 import csrc_triton
 from csrc_triton import configs, describable, plans
 
+from .machine_code import AccessWidths, access_widths
 from .occupancy import resident_blocks, resident_share
 
 TARGETS = {
@@ -39,11 +41,15 @@ _NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MATRIX_INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC.*MMA", "gfx942": "v_mfma"}
 
 
+_NONE = AccessWidths()
+
+
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """What one launch compiled to, for x of `dtype`. Sizes in bytes; `matrix` is how many matrix instructions of the
     architecture's own kind (wgmma on sm_90, tcgen05 on sm_100, MFMA on gfx942) the code has, `tma` how many loads by the
-    tensor memory accelerator, `tensor_columns` what it takes of sm_100's tensor memory."""
+    tensor memory accelerator, `tensor_columns` what it takes of sm_100's tensor memory, `widths` what its accesses of
+    global memory are wide; `aligned`: rows of all operands begin at, and are, whole wide loads."""
 
     kernel: str
     arch: str
@@ -56,6 +62,8 @@ class Compiled:
     tensor_columns: int
     matrix: int
     tma: int
+    widths: AccessWidths = _NONE
+    aligned: bool = False
 
     @property
     def blocks(self) -> int:
@@ -70,7 +78,7 @@ class Compiled:
     @property
     def faults(self) -> list[str]:
         """What must not be: spills, more shared or tensor memory than a block can have, a 16-bit GEMM on Hopper without
-        wgmma, a persistent one without TMA."""
+        wgmma, a persistent one without TMA, a main loop that loads 16-bit operands one by one though they are aligned."""
         found = []
         if self.spills:
             found.append(f"{self.spills} spills")
@@ -83,6 +91,13 @@ class Compiled:
         gemm = self.kernel.startswith("fused_linear")
         if gemm and self.arch == "sm_90" and self.dtype != "float32" and not self.matrix:
             found.append("no wgmma")
+        if (
+            self.aligned
+            and self.dtype != "float32"
+            and self.kernel in ("fused_linear", "sweep")
+            and self.widths.scalar_in_loop
+        ):
+            found.append(f"{self.widths.scalar_in_loop} loads of one element in the main loop")
         return found
 
 
@@ -108,8 +123,10 @@ def specialize(kernel: JITFunction, args: tuple, kwargs: dict, arch: str) -> tup
     return triton.compiler.ASTSource(kernel, signature, constexprs, attrs), options.__dict__
 
 
-def compile_launch(source: triton.compiler.ASTSource, options: dict, arch: str, dtype: str, case: str) -> Compiled:
-    """Compile what `specialize` gave for `arch` and read the result; `dtype` (x's) and `case` are its labels."""
+def compile_launch(
+    source: triton.compiler.ASTSource, options: dict, arch: str, dtype: str, case: str, aligned: bool = False
+) -> Compiled:
+    """Compile what `specialize` gave for `arch` and read the result; `dtype` (x's), `case` and `aligned` are its labels."""
     target = TARGETS[arch]
     compiled = triton.compile(source, target=target, options=options)
     registers, spills, code = _read_amd(compiled) if target.backend == "hip" else _read_nvidia(compiled)
@@ -125,6 +142,8 @@ def compile_launch(source: triton.compiler.ASTSource, options: dict, arch: str, 
         tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
         matrix=len(re.findall(_MATRIX_INSTRUCTIONS[arch], code)),
         tma=len(re.findall("UTMALDG", code)),
+        widths=access_widths(code, _MATRIX_INSTRUCTIONS[arch]),
+        aligned=aligned,
     )
 
 
@@ -203,16 +222,34 @@ def launches(
     )
 
 
-def compile_all(archs, dtypes, ranks, shapes=((2048, 4096, 4096),)) -> Iterator[Compiled]:
-    """Every distinct launch of every launcher for each architecture, (dtype, adapter dtype) and rank, at each (M, N, K);
-    one that differs from an earlier one by its arguments alone is not compiled again."""
-    seen = set()
+def sources(archs, dtypes, ranks, shapes=((2048, 4096, 4096),)) -> list[tuple]:
+    """`compile_launch`'s arguments for every distinct launch of every launcher, for each architecture, (dtype, adapter dtype)
+    and rank, at each (M, N, K); one that differs from an earlier one by its arguments alone is not compiled again."""
+    found = {}
     for arch, (dtype, adapter_dtype), r, shape in itertools.product(archs, dtypes, ranks, shapes):
         for case, call in launches(arch, dtype, adapter_dtype, r, *shape):
             for caught in catch_launches(call, arch):
                 source, options = specialize(*caught, arch)
                 identity = (arch, source.fn.__name__, source.hash(), repr(sorted(options.items())))
-                if identity not in seen:
-                    seen.add(identity)
-                    label = f"{case} {'x'.join(map(str, shape))}"
-                    yield compile_launch(source, options, arch, str(dtype).removeprefix("torch."), label)
+                label = f"{case} {'x'.join(map(str, shape))}"
+                aligned = all(size % 16 == 0 for size in (*shape[1:], r))
+                found.setdefault(identity, (source, options, arch, str(dtype).removeprefix("torch."), label, aligned))
+    return list(found.values())
+
+
+_to_compile: list[tuple] = []
+
+
+def _compile_number(i: int) -> Compiled:
+    return compile_launch(*_to_compile[i])
+
+
+def compile_all(archs, dtypes, ranks, shapes=((2048, 4096, 4096),), jobs: int = 1) -> Iterator[Compiled]:
+    """All `sources`, compiled by as many processes as `jobs` says, in their order."""
+    _to_compile[:] = sources(archs, dtypes, ranks, shapes)
+    if jobs == 1:
+        yield from map(_compile_number, range(len(_to_compile)))
+        return
+    # Forked, the workers have the sources, which cannot be sent to them.
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        yield from pool.imap(_compile_number, range(len(_to_compile)))

@@ -11,27 +11,34 @@ from .configs import cdiv
 from .launching import launch
 from .tiling import TRITON_DTYPE, narrow, offsets
 
+_MAX_PARTS_AT_ONCE = 16
 
-@triton.jit(do_not_specialize=["P", "NUMEL", "TILES"])
+
+@triton.jit(do_not_specialize=["P", "UNITS", "TILES"])
 def _combine_kernel(
     partial_ptr,
     weight_ptr,
     first_ptr,
     out_ptr,
     P,
-    NUMEL,
+    UNITS,
     TILES,
     stride_weight,
     OUT_DTYPE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_FIRST: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``out[q] = Σ_p w[p] · partial[p]`` over the p of group q: P of them, or from first[q] to first[q+1].
 
-    partial [·, NUMEL] and out [Q, NUMEL] are contiguous. One program writes BLOCK elements of one group, one of TILES;
-    the sum over p runs in order, in fp32.
+    partial [·, UNITS · UNIT] and out [Q, UNITS · UNIT] are contiguous. One program writes BLOCK elements of one group, one of
+    TILES. It loads BLOCK_P parts at once and adds every BLOCK_P-th to the same sum, then those sums: in fp32, in an order
+    that the number of parts alone decides.
     """
+    # Whole units are what makes wide loads of any number of them.
+    NUMEL = UNITS.to(tl.int64) * UNIT
     offs = offsets((tl.program_id(0) % TILES).to(tl.int64) * BLOCK, BLOCK)
     group = (tl.program_id(0) // TILES).to(tl.int64)
     mask = offs < NUMEL
@@ -40,13 +47,16 @@ def _combine_kernel(
     if HAS_FIRST:
         start = tl.load(first_ptr + group).to(tl.int64)
         stop = tl.load(first_ptr + group + 1).to(tl.int64)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for p in range(start, stop):
-        part = tl.load(partial_ptr + p * NUMEL + offs, mask=mask, other=0.0)
+    acc = tl.zeros((BLOCK_P, BLOCK), tl.float32)
+    for p in range(start, stop, BLOCK_P):
+        offs_p = offsets(p, BLOCK_P)
+        mask_p = offs_p < stop
+        part_ptrs = partial_ptr + offs_p[:, None] * NUMEL + offs[None, :]
+        part = tl.load(part_ptrs, mask=mask_p[:, None] & mask[None, :], other=0.0)  # [BLOCK_P, BLOCK]
         if HAS_WEIGHT:
-            part *= tl.load(weight_ptr + p * stride_weight)
+            part *= tl.load(weight_ptr + offs_p * stride_weight, mask=mask_p, other=0.0)[:, None]
         acc += part
-    tl.store(out_ptr + group * NUMEL + offs, narrow(acc, OUT_DTYPE), mask=mask)
+    tl.store(out_ptr + group * NUMEL + offs, narrow(tl.sum(acc, axis=0), OUT_DTYPE), mask=mask)
 
 
 def combine(partial: Tensor, dtype: torch.dtype, weights: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -71,10 +81,13 @@ def combine_groups(partial: Tensor, groups: int, parts: int, first: Tensor | Non
 
 
 def _launch(partial, weights, first, out, groups, parts) -> None:
-    numel, block = math.prod(partial.shape[1:]), 512
+    numel = math.prod(partial.shape[1:])
     if numel == 0 or groups == 0:
         return
-    tiles = cdiv(numel, block)
+    # Ragged groups are the pieces of a long sample: a few.
+    at_once = 4 if first is not None else min(1 << (parts - 1).bit_length(), _MAX_PARTS_AT_ONCE)
+    block = max(128, 512 // at_once)
+    tiles, unit = cdiv(numel, block), wide_unit(numel)
     launch(
         _combine_kernel,
         (groups * tiles,),
@@ -83,11 +96,18 @@ def _launch(partial, weights, first, out, groups, parts) -> None:
         first,
         out,
         parts,
-        numel,
+        numel // unit,
         tiles,
         0 if weights is None else weights.stride(0),
         OUT_DTYPE=TRITON_DTYPE[out.dtype],
         HAS_WEIGHT=weights is not None,
         HAS_FIRST=first is not None,
+        UNIT=unit,
+        BLOCK_P=at_once,
         BLOCK=block,
     )
+
+
+def wide_unit(numel: int) -> int:
+    """8 where rows of `numel` elements begin at a wide load, else 1."""
+    return 8 if numel % 8 == 0 else 1

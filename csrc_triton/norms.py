@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .combine import wide_unit
 from .configs import cdiv
 from .launching import launch
 from .tiling import offsets
@@ -15,12 +16,13 @@ from .tiling import offsets
 _BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["NUMEL", "PER_PROGRAM", "PARTS"])
-def _squared_norms_kernel(t_ptr, out_ptr, NUMEL, PER_PROGRAM, PARTS, BLOCK: tl.constexpr):
-    """``out[q, p] = Σ t[q, i]²`` over part p of the i, for contiguous t [Q, NUMEL], out [Q, PARTS], both fp32.
+@triton.jit(do_not_specialize=["UNITS", "PER_PROGRAM", "PARTS"])
+def _squared_norms_kernel(t_ptr, out_ptr, UNITS, PER_PROGRAM, PARTS, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """``out[q, p] = Σ t[q, i]²`` over part p of the i, for contiguous t [Q, UNITS · UNIT], out [Q, PARTS], both fp32.
 
     One program sums PER_PROGRAM blocks of one row, in order.
     """
+    NUMEL = UNITS.to(tl.int64) * UNIT
     group = (tl.program_id(0) // PARTS).to(tl.int64)
     start = (tl.program_id(0) % PARTS).to(tl.int64) * PER_PROGRAM * BLOCK
     acc = tl.zeros((BLOCK,), tl.float32)
@@ -40,5 +42,17 @@ def squared_norms(t: Tensor) -> Tensor:
     parts = max(1, cdiv(blocks, per_program))
     out = torch.empty(count, parts, device=t.device, dtype=torch.float32)
     if count:
-        launch(_squared_norms_kernel, (count * parts,), t, out, numel, per_program, parts, BLOCK=_BLOCK, num_warps=4)
+        unit = wide_unit(numel)
+        launch(
+            _squared_norms_kernel,
+            (count * parts,),
+            t,
+            out,
+            numel // unit,
+            per_program,
+            parts,
+            UNIT=unit,
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )
     return out.sum(dim=1)

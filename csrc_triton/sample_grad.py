@@ -16,10 +16,10 @@ from .combine import combine, combine_groups
 from .configs import cdiv
 from .down_project import down_project
 from .norms import squared_norms
-from .sample_gram import GRAM_ROWS, sample_gram
+from .outer_norms import outer_norms
 from .segments import Segments
 from .sweep import Cut, Rule, empty_outer, sweep
-from .sweep_plan import gram_is_cheaper, plan_sweep, round_up, sums_over_columns
+from .sweep_plan import plan_sweep, round_up, sums_over_columns
 
 
 def _outer(
@@ -45,17 +45,17 @@ def _squares(
         # Pieces have to be added before they are squared. There are few samples then: their sums are small.
         sums = _outer(v, u, f, rule, segments, config, layout, projected, scaled)
         return squared_norms(sums), combine(sums, dtype)
-    due = (projected is not None) + (scaled is not None)
-    gram = gram_is_cheaper(segments.count, segments.longest, M, L, R, due, v.dtype.itemsize, config, GRAM_ROWS)
-    if gram:
+    # A tile would hold one row. Without the samples the sweep's tiles are full, and their norms take one more read of V.
+    one_row = segments.longest == 1
+    if one_row:
         count = configs.num_splits(cdiv(L, config.BLOCK_N), M, config.BLOCK_M, configs.arch_of(v.device))
         rows = round_up(cdiv(M, count), config.BLOCK_M)
         cut = Cut(cdiv(M, rows), 1, M, cdiv(M, rows), rows)
     tiles = cdiv(L, config.BLOCK_N) * cdiv(R, config.BLOCK_R)
-    squares = None if gram else torch.empty(segments.count, tiles, device=v.device, dtype=torch.float32)
+    squares = None if one_row else torch.empty(segments.count, tiles, device=v.device, dtype=torch.float32)
     result, outer = empty_outer(cdiv(cut.segments, cut.per_program), L, R, layout, v.device)
     sweep(v, u, f, rule, cut, config, outer, squares, projected, scaled)
-    squares = sample_gram(v, u, f, rule, segments) if gram else squares.sum(dim=1)
+    squares = outer_norms(v, u, f, rule, segments) if one_row else squares.sum(dim=1)
     return squares, combine(result, dtype)
 
 

@@ -97,34 +97,6 @@ def rows_of_a_segment(rows: int, tiles: int, config: configs.Config, arch: str) 
     return round_up(cdiv(rows, parts), config.BLOCK_M)
 
 
-FLOPS_PER_BYTE = 266
-"""What the matrix units do while the memory moves a byte: an H100 in 16 bits."""
-
-
-def gram_is_cheaper(
-    count: int, longest: int, M: int, L: int, R: int, sums: int, itemsize: int, config: configs.Config, gram_rows: int
-) -> bool:
-    """Whether the norms of `count` samples' sums ``V~ᵀ U~`` cost less from their rows' Gram matrices, in tiles of
-    `gram_rows`, than from the sums themselves, squared where they are made.
-
-    Costs in bytes, a FLOP being 1 / FLOPS_PER_BYTE of one. The tiles of the sums hold rows of one sample each and the rest
-    of a tile is idle, but that sweep gives the ordinary gradient too. The Gram form sweeps for it with full tiles, then
-    reads V once more.
-    """
-    if longest > gram_rows:
-        return False
-    reads = cdiv(R, config.BLOCK_R)
-    rank = reads * config.BLOCK_R
-    idle_rows = count * round_up(longest, config.BLOCK_M)
-    groups = cdiv(count, max(1, gram_rows // max(longest, 1)))
-
-    def sweep(rows):
-        return reads * M * L * itemsize + 2 * (1 + sums) * rows * L * rank / FLOPS_PER_BYTE
-
-    gram = M * L * itemsize + 2 * groups * gram_rows**2 * L / FLOPS_PER_BYTE
-    return sweep(M) + gram < sweep(idle_rows)
-
-
 def total_segments(M: int, chunk_rows: int, segment_rows: int) -> int:
     """Segments of M rows; the last chunk may be shorter and have fewer."""
     full = M // chunk_rows

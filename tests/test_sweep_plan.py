@@ -1,6 +1,5 @@
 """The sweep over G moves little besides G: the plan counts the bytes of its partial sums and takes the cheapest order."""
 
-import dataclasses
 
 import pytest
 import torch
@@ -47,11 +46,3 @@ def test_chunks_and_segments_cover_all_rows_once():
             -(-min(found.chunk_rows, rows - start) // found.segment_rows) for start in range(0, rows, found.chunk_rows)
         )
         assert segments == sweep_plan.total_segments(rows, found.chunk_rows, found.segment_rows)
-
-
-@pytest.mark.parametrize("R, longest", [(16, 4), (32, 7)])
-def test_the_crossover_to_gram_matrices_is_where_the_docs_say(R, longest):
-    # The sweep of a norms-only record: tiles of 32 rows, half as wide.
-    config = dataclasses.replace(plan("row", R).config, BLOCK_M=32, BLOCK_N=256)
-    wins = [T for T in range(1, 65) if sweep_plan.gram_is_cheaper(M // T, T, M, N, R, 2, 2, config, 32)]
-    assert wins == list(range(1, longest + 1))

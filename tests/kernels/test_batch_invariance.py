@@ -93,7 +93,7 @@ def launched(m, arch, dtype, adapter_dtype, r, n=4096, k=4096):
     for call in calls:
         for kernel, args, options in catch_launches(call, arch):
             named = {p.name: v for p, v in zip(kernel.params, args) if isinstance(v, (int, float))}
-            found.append((kernel.__name__, [v for name, v in named.items() if name not in ("M", "TILES", "NUMEL")], options))
+            found.append((kernel.__name__, [v for name, v in named.items() if name not in ("M", "TILES", "UNITS")], options))
     return found
 
 differ = []

@@ -190,21 +190,32 @@ def test_norms_without_the_gradients(device, samples, norm):
     check_norms(samples, arguments(make_inputs(samples.rows, 41, 53, 3, device=device), norm), norm)
 
 
-@pytest.mark.parametrize("gram", [False, True])
-@pytest.mark.parametrize("samples", [Samples.equal(9, 5), ragged(3, 0, 1, 16, 7, 0, 32)], ids=["equal", "ragged"])
+@pytest.mark.parametrize("samples", [Samples.equal(45, 1), ragged(1, 0, 1, 1, 0, 1)], ids=["equal", "ragged"])
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[3]])
 @norms
-def test_both_forms_of_the_norms(device, gram, samples, norm, monkeypatch):
+def test_norms_of_samples_of_one_row(device, samples, dtypes, norm, monkeypatch):
     from csrc_triton import sample_grad
 
     used = []
-    original = sample_grad.sample_gram
-    monkeypatch.setattr(sample_grad, "gram_is_cheaper", lambda *args: gram)
-    monkeypatch.setattr(sample_grad, "sample_gram", lambda *args: used.append(1) or original(*args))
-    monkeypatch.setattr(configs, "num_splits", lambda *args, **kwargs: 1)
+    original = sample_grad.outer_norms
+    monkeypatch.setattr(sample_grad, "outer_norms", lambda *args: used.append(1) or original(*args))
     samples = samples if samples.starts is None else Samples.ragged(samples.cu_seqlens.to(device))
-    for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32))[: 2 - (samples.starts is not None)]:
-        check_norms(samples, arguments(make_inputs(samples.rows, 70, 97, 5, *dtypes, device=device), norm), norm)
-    assert bool(used) == gram
+    check_norms(samples, arguments(make_inputs(samples.rows, 70, 97, 5, *dtypes, device=device), norm), norm)
+    assert used
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 7])
+def test_rows_that_cancel_leave_a_norm_and_not_nan(device, rows):
+    """A Gram matrix would leave 1e-7 of the rows' own norms squared, of either sign."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 1, 64, generator=generator).expand(6, rows, 64).reshape(-1, 64).to(device)
+    g = torch.randn(6, rows, 32, generator=generator)
+    g = (g - g.mean(1, keepdim=True)).reshape(-1, 32).to(device)
+    s, b = x @ torch.randn(4, 64, generator=generator).mT.to(device), torch.randn(32, 4, generator=generator).to(device)
+    segments = csrc_triton.Segments(6, rows)
+    squares = csrc_triton.sample_squared_norms(g, x, s, b, None, 2.0, None, True, s.dtype, s.dtype, segments)[-1]
+    # The rows' gradients have norms in the hundreds.
+    assert (squares >= 0).all() and (squares.sqrt() < 0.01).all(), squares
 
 
 @norms
