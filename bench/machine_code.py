@@ -1,4 +1,4 @@
-"""Reading machine code: how wide a kernel's accesses of global memory are, and which of them its main loop makes."""
+"""Reading what the compiler emits: how wide a kernel's accesses of global memory are, and which of them its main loop makes."""
 
 import re
 from collections.abc import Iterator
@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 
 class AccessWidths(NamedTuple):
-    """How many instructions load and store global memory, by the bits a thread moves with one (TMA is not among them), and how
-    many loads of 16 bits or fewer lie in a loop with matrix instructions."""
+    """How many instructions load and store global memory, by the bits a thread moves with one (TMA is not among them); and of
+    the loads in loops with matrix instructions, how many move 16 bits or fewer, and how many more."""
 
     loads: tuple[tuple[int, int], ...] = ()
     stores: tuple[tuple[int, int], ...] = ()
-    scalar_in_loop: int = 0
+    narrow_in_loop: int = 0
+    wide_in_loop: int = 0
 
     def __str__(self) -> str:
         def listed(widths):
@@ -20,28 +21,26 @@ class AccessWidths(NamedTuple):
         return f"loads={listed(self.loads)} stores={listed(self.stores)}"
 
 
-# NVIDIA: LDG.E.128, LDG.E.U16.CONSTANT, LDGSTS.E.BYPASS.LTC128B.128 (a copy into shared memory), STG.E; AMD:
+# PTX: ld.global.v4.b32, st.global.b16, cp.async.cg.shared.global [...], [...], 0x10 (a copy into shared memory); AMD:
 # global_load_dwordx4, buffer_load_ushort, global_store_short.
-_NVIDIA = re.compile(r"\b(LDGSTS|LDG|STG)((?:\.\w+)*)")
-_AMD = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(lds_)?(\w+)")
+_PTX = re.compile(r"\b(ld|st)\.global(?:\.[\w:]*)*?(?:\.v(\d))?\.[bfsu](\d+)\b")
+_PTX_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^,]*,[^,]*, (0x[0-9a-f]+|\d+)")
+_AMD = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(?:lds_)?(\w+)")
 _AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
 
 
 def _accesses(line: str) -> Iterator[tuple[bool, int]]:
     """(whether it loads, bits) of an instruction on this line."""
-    for name, suffixes in _NVIDIA.findall(line):
-        # The width is a part of its own: LTC128B is a hint to the cache.
-        parts = suffixes.split(".")
-        bits = next((int(p) for p in parts if p in ("64", "128", "256")), None)
-        bits = bits or next((int(p[1:]) for p in parts if re.fullmatch("[US](8|16)", p)), 32)
-        yield name != "STG", bits
-    for kind, _, what in _AMD.findall(line):
-        bits = next((b for prefix, b in _AMD_BITS.items() if re.match(rf"{prefix}\b", what)), None)
-        yield kind == "load", bits or (8 if "byte" in what else 16)
+    for kind, count, bits in _PTX.findall(line):
+        yield kind == "ld", int(count or 1) * int(bits)
+    for size in _PTX_COPY.findall(line):
+        yield True, 8 * int(size, 0)
+    for kind, what in _AMD.findall(line):
+        yield kind == "load", _AMD_BITS.get(what.split("_")[0]) or (8 if "byte" in what else 16)
 
 
 def access_widths(code: str, matrix: str) -> AccessWidths:
-    """The `AccessWidths` of disassembled code, in which the pattern `matrix` finds matrix instructions."""
+    """The `AccessWidths` of PTX or of AMD's assembly, in which the pattern `matrix` finds matrix instructions."""
     lines = code.splitlines()
     inside = set()
     for first, last in _loops(lines):
@@ -49,17 +48,19 @@ def access_widths(code: str, matrix: str) -> AccessWidths:
             inside.update(range(first, last))
     loads: dict[int, int] = {}
     stores: dict[int, int] = {}
-    scalar = 0
+    in_loop = {False: 0, True: 0}
     for i, line in enumerate(lines):
         for is_load, bits in _accesses(line):
             counts = loads if is_load else stores
             counts[bits] = counts.get(bits, 0) + 1
-            scalar += is_load and bits <= 16 and i in inside
-    return AccessWidths(*(tuple(sorted(counts.items(), reverse=True)) for counts in (loads, stores)), scalar)
+            in_loop[bits > 16] += is_load and i in inside
+    return AccessWidths(
+        *(tuple(sorted(counts.items(), reverse=True)) for counts in (loads, stores)), in_loop[False], in_loop[True]
+    )
 
 
-_LABEL = re.compile(r"^\s*(\.L\w+|\.LBB\w+):")
-_BRANCH = re.compile(r"\b(?:BRA|s_c?branch\w*)\b.*?(\.L\w+)")
+_LABEL = re.compile(r"^(\$L\w+|\.LBB\w+):")
+_BRANCH = re.compile(r"\b(?:bra(?:\.uni)?|s_c?branch\w*)\b\s+(\$L\w+|\.LBB\w+)")
 
 
 def _loops(lines: list[str]) -> list[tuple[int, int]]:

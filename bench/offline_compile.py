@@ -38,7 +38,13 @@ TENSOR_COLUMNS = 512
 """Columns of sm_100's tensor memory. A kernel that needs more compiles to a trap."""
 
 _NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_MATRIX_INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC.*MMA", "gfx942": "v_mfma"}
+_MATRIX_INSTRUCTIONS = {
+    "sm_80": r"mma\.sync",
+    "sm_90": r"wgmma\.mma_async",
+    "sm_100": r"tcgen05\.mma",
+    "gfx942": "v_mfma",
+}
+_TMA_LOAD = r"cp\.async\.bulk\.tensor\.\dd\.shared"
 
 
 _NONE = AccessWidths()
@@ -91,13 +97,10 @@ class Compiled:
         gemm = self.kernel.startswith("fused_linear")
         if gemm and self.arch == "sm_90" and self.dtype != "float32" and not self.matrix:
             found.append("no wgmma")
-        if (
-            self.aligned
-            and self.dtype != "float32"
-            and self.kernel in ("fused_linear", "sweep")
-            and self.widths.scalar_in_loop
-        ):
-            found.append(f"{self.widths.scalar_in_loop} loads of one element in the main loop")
+        # A small tile gives a thread one element, with a load of its own; many of those are a large tile read one by one.
+        narrow = self.widths.narrow_in_loop > self.widths.wide_in_loop
+        if narrow and self.aligned and self.dtype != "float32" and self.kernel in ("fused_linear", "sweep"):
+            found.append(f"{self.widths.narrow_in_loop} loads of one element in the main loop")
         return found
 
 
@@ -141,7 +144,7 @@ def compile_launch(
         shared=compiled.metadata.shared,
         tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
         matrix=len(re.findall(_MATRIX_INSTRUCTIONS[arch], code)),
-        tma=len(re.findall("UTMALDG", code)),
+        tma=len(re.findall(_TMA_LOAD, code)),
         widths=access_widths(code, _MATRIX_INSTRUCTIONS[arch]),
         aligned=aligned,
     )
@@ -152,11 +155,11 @@ def _read_nvidia(compiled) -> tuple[int, int, str]:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", cubin.name)
-        code = _run("nvdisasm", "-c", cubin.name)
-    registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    # A kernel's own stack can be used without a spill, a local load or store cannot be anything else here.
-    spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
-    return registers, spills, code
+        registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK", "LOCAL"))
+        # Without a stack nothing can spill, and disassembling takes as long as compiling. A stack can be used without a spill;
+        # a local load or store cannot be anything else here.
+        code = _run("nvdisasm", "-c", cubin.name) if stack or local else ""
+    return registers, len(re.findall(r"\b(?:STL|LDL)\b", code)), compiled.asm["ptx"]
 
 
 def _read_amd(compiled) -> tuple[int, int, str]:

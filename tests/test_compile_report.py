@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 
 pytest.importorskip("triton")
 
 from bench import compile_report
+from bench.machine_code import AccessWidths, access_widths
 from bench.occupancy import resident_blocks, resident_share
 from bench.offline_compile import Compiled
 
@@ -26,6 +29,7 @@ def test_a_good_kernel_has_no_faults():
         ({"matrix": 0}, "no wgmma"),
         ({"matrix": 0, "kernel": "fused_linear_persistent", "dtype": "float16", "tma": 6}, "no wgmma"),
         ({"kernel": "fused_linear_persistent"}, "descriptors without TMA"),
+        ({"aligned": True, "widths": AccessWidths(((16, 33),), (), 32, 1)}, "32 loads of one element in the main loop"),
         ({"arch": "sm_100", "tensor_columns": 768}, "768 columns of tensor memory, 512 are the limit"),
     ],
 )
@@ -45,6 +49,60 @@ def test_what_needs_no_wgmma(monkeypatch, capsys):
         assert dataclasses.replace(GEMM, matrix=0, **change).faults == []
     monkeypatch.setattr(compile_report, "compile_all", lambda *a: iter([GEMM]))
     assert compile_report.main([]) == 0
+
+
+def test_what_may_be_loaded_one_by_one():
+    for change in (
+        {"aligned": False, "widths": AccessWidths(((16, 33),), (), 32, 1)},
+        {"aligned": True, "widths": AccessWidths(((128, 4), (16, 1)), (), 1, 4)},
+        {"aligned": True, "kernel": "combine", "widths": AccessWidths(((16, 1),), (), 1, 0)},
+    ):
+        assert dataclasses.replace(GEMM, **change).faults == []
+
+
+PTX = """
+	ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+$L__BB0_1:
+	@%p1 cp.async.cg.shared.global [ %r5 + 0 ], [ %rd2 + 0 ], 0x10, %r6;
+	@%p2 ld.global.L1::evict_first.b16 { %rs1 }, [ %rd3 + 0 ];
+$L__BB0_2:
+	wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {...};
+	bra.uni 	$L__BB0_3;
+$L__BB0_3:
+	@%p3 bra 	$L__BB0_1;
+	@%p4 st.global.v2.b32 [ %rd4 + 0 ], { %r1, %r2 };
+	ld.global.b16 { %rs2 }, [ %rd5 + 0 ];
+"""
+
+GCN = """
+	global_load_dwordx4 v[0:3], v[4:5], off
+.LBB0_1:
+	buffer_load_ushort v7, v8, s[0:3], 0 offen
+	global_load_short_d16_hi v7, v[8:9], off
+	v_mfma_f32_16x16x16_bf16 a[0:3], v[0:1], v[2:3], 0
+	s_cbranch_scc1 .LBB0_1
+	buffer_store_dwordx2 v[0:1], v4, s[0:3], 0 offen
+"""
+
+
+@pytest.mark.parametrize(
+    "code, matrix, widths",
+    [
+        (PTX, "wgmma", AccessWidths(((128, 2), (16, 2)), ((64, 1),), 1, 1)),
+        (PTX, "mma.sync", AccessWidths(((128, 2), (16, 2)), ((64, 1),), 0, 0)),
+        (GCN, "v_mfma", AccessWidths(((128, 1), (16, 2)), ((64, 1),), 2, 0)),
+    ],
+)
+def test_widths_of_accesses(code, matrix, widths):
+    assert access_widths(code, matrix) == widths
+
+
+def test_jobs_change_nothing():
+    # In a process of its own: in this one the kernels may be built for the interpreter.
+    command = [sys.executable, "-m", "bench.compile_report", "--json", "--arch", "sm_90", "--dtype", "bfloat16"]
+    command += ["--rank", "16", "--shape", "narrow", "--jobs"]
+    one, two = (subprocess.run([*command, jobs], capture_output=True, text=True) for jobs in "12")
+    assert one.stdout and one.stdout == two.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The sweep over G moves little besides G: the plan counts the bytes of its partial sums and takes the cheapest order."""
 
-
 import pytest
 import torch
 
