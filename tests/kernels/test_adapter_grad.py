@@ -117,6 +117,18 @@ def test_both_orders_of_the_sums_over_columns(device, norm, separate, monkeypatc
     check(*arguments(make_inputs(130, 70, 53, 3, device=device), norm), norm, need_ds=False)
 
 
+def test_c_is_not_rounded_before_it_is_multiplied(device):
+    """C = 1 + 2^-8 is no bf16 number and 1.5 C rounds up to 1.5078125; of a C rounded first it would stay 1.5."""
+    from csrc_triton.adapter_grad import project
+
+    g = torch.eye(7, dtype=torch.bfloat16, device=device)
+    b = torch.full((7, 3), 1.5, dtype=torch.bfloat16, device=device)
+    c = torch.full((7,), 1 + 2**-8, device=device)
+    ds, u = project(g, b, c, "row", torch.bfloat16, True, True)
+    assert torch.equal(ds, b)
+    assert torch.equal(u, torch.full_like(b, 1.5078125))
+
+
 @pytest.mark.parametrize("norm", ["row", "matrix"])
 def test_the_plan_counts_what_is_allocated(device, norm, monkeypatch):
     M, N, R = 130, 300, 3

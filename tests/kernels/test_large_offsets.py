@@ -83,3 +83,20 @@ def test_rows_of_a_factor(inputs, norm):
     c = csrc_triton.weight_coefficient(a, b, 2.0, norm)
     exact = reference.weight_coefficient(*doubles(inputs.lora_A[:2], b), 2.0, norm)
     assert_close(c, reference.weight_coefficient(a, b, 2.0, norm), exact, "C")
+
+
+def test_groups_of_parts_beyond_32_bits(device):
+    """The third of three groups begins at element 2^31. One tile of each is summed: TILES says that there are no more."""
+    from csrc_triton.combine import _combine_kernel
+    from csrc_triton.tiling import TRITON_DTYPE
+
+    numel = 2**30
+    partial = torch.empty(2 * numel + 128, device=device)
+    out = torch.empty(2 * numel + 128, dtype=torch.float16, device=device)
+    for group in range(3):
+        partial[group * numel : group * numel + 128] = group + 1
+        out[group * numel : group * numel + 128] = -1
+    sizes = {"OUT_DTYPE": TRITON_DTYPE[out.dtype], "UNIT": 8, "BLOCK_P": 1, "BLOCK": 128}
+    _combine_kernel[(3,)](partial, None, None, out, 1, numel // 8, 1, 0, HAS_WEIGHT=False, HAS_FIRST=False, **sizes)
+    for group in range(3):
+        assert (out[group * numel : group * numel + 128] == group + 1).all()
