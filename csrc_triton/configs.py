@@ -203,7 +203,7 @@ def candidates(
     # Loads of rows that do not begin at a multiple of 16 elements cannot be wide, and their addresses fill the registers:
     # the smaller tile, spread over twice the threads.
     unaligned = not aligned(N, K, R) and arch != "interpreter" and op != "fused_linear_persistent"
-    archs = ("unaligned", "*") if unaligned else (arch, "*")
+    archs = ("unaligned", "*") if unaligned else (family(arch), "*")
     found = next((table[key] for key in itertools.product(archs, kinds) if key in table), [])
     rows = found if isinstance(found, list) else [found]
     return [
@@ -227,13 +227,13 @@ def wave_cost(config: Config, M: int, N: int, arch: str) -> float:
     as much, which is computed, not measured.
     """
     m, n = config.BLOCK_M, config.BLOCK_N
-    waves = cdiv(cdiv(M, m) * cdiv(N, n), NUM_SMS.get(arch, DEFAULT_NUM_SMS))
+    waves = cdiv(cdiv(M, m) * cdiv(N, n), sms_of(arch))
     return waves * m * n * (1 + 32 / m + 32 / n)
 
 
 def num_splits(tiles: int, length: int, step: int, arch: str, waves: int = 2) -> int:
     """Into how many parts to cut a reduction of `length` so that `tiles` output tiles give about `waves` full waves."""
-    programs = waves * NUM_SMS.get(arch, DEFAULT_NUM_SMS) if arch != "interpreter" else 4
+    programs = waves * sms_of(arch) if arch != "interpreter" else 4
     return max(1, min(programs // max(tiles, 1), cdiv(length, step)))
 
 
@@ -245,13 +245,30 @@ def num_sms(device: torch.device) -> int:
 
 
 def arch_of(device: torch.device) -> str:
-    """``"sm_90"``, ``"gfx942"``, ...; ``"interpreter"`` for a CPU tensor."""
-    if device.type != "cuda":
-        return "interpreter"
-    properties = _gpu_properties(device.index)
-    if torch.version.hip is not None:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
+    """``"sm_90"``, ``"gfx942"``, ...; ``"interpreter"`` for a CPU tensor. A part that has not as many multiprocessors as
+    `NUM_SMS` says has its number behind it: ``"sm_90:114"``."""
+    return _gpu_arch(device.index) if device.type == "cuda" else "interpreter"
+
+
+def family(arch: str) -> str:
+    """`arch` without a part's number of multiprocessors."""
+    return arch.partition(":")[0]
+
+
+@functools.cache
+def sms_of(arch: str) -> int:
+    """Multiprocessors of an `arch_of`."""
+    name, _, count = arch.partition(":")
+    return int(count) if count else NUM_SMS.get(name, DEFAULT_NUM_SMS)
+
+
+@functools.cache
+def _gpu_arch(index: int | None) -> str:
+    properties = _gpu_properties(index)
+    hip = torch.version.hip is not None
+    name = properties.gcnArchName.split(":")[0] if hip else f"sm_{properties.major}{properties.minor}"
+    count = properties.multi_processor_count
+    return name if count == NUM_SMS.get(name) else f"{name}:{count}"
 
 
 @functools.cache

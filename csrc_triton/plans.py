@@ -61,14 +61,15 @@ def options(call: Call, arch: str, describable: bool = True) -> list[Plan]:
 def estimate(call: Call, plan: Plan, arch: str) -> float:
     """Seconds that the plan takes, from bytes, FLOPs and `configs.MACHINES`: computed, not measured."""
     M, N, K, dtype = call.M, call.N, call.K, call.dtype
-    machine = configs.MACHINES.get(arch, configs.MACHINES["*"])
+    machine = configs.MACHINES.get(configs.family(arch), configs.MACHINES["*"])
     wide = dtype == torch.float32
-    gemm = 2 * M * N * K / (machine.flops / 16 if wide else machine.flops)
+    sms = configs.sms_of(arch)
+    flops = machine.flops * sms / configs.sms_of(configs.family(arch))
+    gemm = 2 * M * N * K / (flops / 16 if wide else flops)
     s_pass = machine.launch + M * K * dtype.itemsize / machine.bandwidth if call.op == "adapted_linear" else 0.0
     if plan.way == "vendor":
         return s_pass + gemm + 2 * machine.launch + 2 * M * N * dtype.itemsize / machine.bandwidth
     config = plan.config
-    sms = configs.NUM_SMS.get(arch, configs.DEFAULT_NUM_SMS)
     # Against a GEMM in tiles of 128 x 256 that fill the chip evenly.
     gemm *= configs.wave_cost(config, M, N, arch) / (M * N / sms * (1 + 32 / 128 + 32 / 256))
     gemm /= machine.efficiency_fp32 if wide else machine.efficiency[plan.way]

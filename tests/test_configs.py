@@ -36,3 +36,39 @@ def test_few_tiles_are_split_and_many_are_not():
     assert configs.num_splits(10_000, 4096, 64, "sm_90") == 1
     assert configs.num_splits(1, 63, 64, "sm_90") == 1
     assert configs.num_splits(0, 0, 64, "unheard_of") == 1
+
+
+@pytest.mark.parametrize(
+    "capability, count, arch", [((9, 0), 132, "sm_90"), ((9, 0), 114, "sm_90:114"), ((7, 5), 40, "sm_75:40")]
+)
+def test_a_part_with_fewer_multiprocessors_is_planned_as_it_is(capability, count, arch, monkeypatch):
+    class Properties:
+        major, minor = capability
+        multi_processor_count = count
+        gcnArchName = "gfx942"
+
+    monkeypatch.setattr(configs, "_gpu_properties", lambda index: Properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    configs._gpu_arch.cache_clear()
+    device = torch.device("cuda", 0)
+    try:
+        assert configs.arch_of(device) == arch and configs.num_sms(device) == count
+        assert configs.sms_of(arch) == count
+        family = configs.family(arch)
+        assert configs.num_splits(1, 10**6, 1, arch) == 2 * count
+        assert configs.candidates("fused_linear", 4096, 4096, 16, torch.bfloat16, arch) == configs.candidates(
+            "fused_linear", 4096, 4096, 16, torch.bfloat16, family
+        )
+    finally:
+        configs._gpu_arch.cache_clear()
+
+
+def test_an_estimate_counts_the_multiprocessors_of_the_part():
+    plans = pytest.importorskip("csrc_triton.plans")
+    # 128 tiles of 128 x 256: one wave of 132, two of 114.
+    call = plans.Call("fused_linear", 2048, 2048, 4096, 16, torch.bfloat16, torch.bfloat16)
+    plan = plans.options(call, "sm_90")[0]
+    assert plan.config.BLOCK_M * plan.config.BLOCK_N == 128 * 256
+    whole, two_waves = (plans.estimate(call, plan, arch) for arch in ("sm_90", "sm_90:114"))
+    assert two_waves > 1.9 * whole
+    assert plans.estimate(call, plan, "sm_90:132") == whole

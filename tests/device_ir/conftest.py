@@ -44,6 +44,7 @@ def launches(request, monkeypatch):
     monkeypatch.setattr(configs, "arch_of", lambda device: arch)
     sms = FEW_SMS if parameters.get("few_sms") else configs.NUM_SMS[arch]
     monkeypatch.setitem(configs.NUM_SMS, arch, sms)
+    configs.sms_of.cache_clear()
     monkeypatch.setattr(configs, "num_sms", lambda device: sms)
     for planned in (configs.pick_config, plans._pick, plans._pick_invariant, sweep_plan.plan_sweep):
         planned.cache_clear()

@@ -14,7 +14,7 @@ from ttsem.sanitize import KernelFault
 
 import csrc_triton
 from allora_kernels.testing import make_inputs
-from csrc_triton import configs, plans
+from csrc_triton import plans
 from csrc_triton.segments import Segments
 
 F16, F32 = torch.float16, torch.float32
@@ -161,7 +161,6 @@ def kernels():
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.kernel.strip('_')}-{fault.kind}")
 @pytest.mark.parametrize("planted", [True, False], ids=["planted", "as-it-is"])
 def test_a_planted_fault_is_reported(fault, planted, tmp_path, monkeypatch):
-    monkeypatch.setitem(configs.NUM_SMS, "sm_90", 132)
     if not planted:
         fault.run()
         return
