@@ -16,7 +16,8 @@ class Config:
     """Tile sizes and launch parameters of one kernel. A size that the kernel does not have is 0.
 
     BLOCK_M: rows of x or G; BLOCK_N: the kernel's wide output dimension (N of a GEMM, columns of a sweep);
-    BLOCK_K: a step of the reduction loop; BLOCK_R: rank.
+    BLOCK_K: a step of the reduction loop; BLOCK_R: rank. all_registers: launched with
+    the options of `all_registers`.
     """
 
     BLOCK_M: int
@@ -26,6 +27,7 @@ class Config:
     num_warps: int
     num_stages: int
     GROUP_M: int = 8
+    all_registers: bool = False
 
     def __str__(self) -> str:
         sizes = " ".join(
@@ -206,8 +208,10 @@ def candidates(
     archs = ("unaligned", "*") if unaligned else (family(arch), "*")
     found = next((table[key] for key in itertools.product(archs, kinds) if key in table), [])
     rows = found if isinstance(found, list) else [found]
+    all_registers = op.startswith("sweep") and kinds[0] in ("32", "mixed-fp16")
     return [
-        Config(m, n, k, block_r(R, r), warps * 2 if unaligned else warps, stages) for m, n, k, r, warps, stages in rows
+        Config(m, n, k, block_r(R, r), warps * 2 if unaligned else warps, stages, all_registers=all_registers)
+        for m, n, k, r, warps, stages in rows
     ]
 
 
@@ -235,6 +239,12 @@ def num_splits(tiles: int, length: int, step: int, arch: str, waves: int = 2) ->
     """Into how many parts to cut a reduction of `length` so that `tiles` output tiles give about `waves` full waves."""
     programs = waves * sms_of(arch) if arch != "interpreter" else 4
     return max(1, min(programs // max(tiles, 1), cdiv(length, step)))
+
+
+def all_registers(arch: str) -> dict[str, int]:
+    """Launch options that let a thread have as many registers as there are: left alone, NVIDIA's assembler spills a few of them
+    to fit another block on a multiprocessor."""
+    return {"maxnreg": 255} if arch.startswith("sm_") else {}
 
 
 def num_sms(device: torch.device) -> int:

@@ -149,5 +149,6 @@ def outer_norms(v: Tensor, u: Tensor, f: Tensor | None, rule, segments) -> Tenso
         BLOCK_R=configs.block_r(R, 32),
         num_warps=8,
         num_stages=2,
+        **configs.all_registers(arch),
     )
     return squares.sum(dim=0)

@@ -64,8 +64,8 @@ def _fit(config: configs.Config, segments: Segments, norm: str | None, totals: b
     (`totals`), is kept beside the first, for "entry", where one stage already says so, and for the widest, which are
     made for tall tiles. Narrower than 64 takes more registers again."""
     rows = segments.block_rows(config)
-    widest = config.BLOCK_N >= 512 and rows < config.BLOCK_M
-    config = dataclasses.replace(config, BLOCK_M=rows)
+    widest = rows < config.BLOCK_M and (config.BLOCK_N >= 512 or config.BLOCK_N * config.BLOCK_R >= 2**14)
+    config = dataclasses.replace(config, BLOCK_M=rows, all_registers=True)
     if not totals and norm != "entry" and config.num_stages > 1 and not widest:
         return config
     width = config.BLOCK_N // (4 if norm == "entry" and totals else 2)

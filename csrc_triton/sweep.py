@@ -240,6 +240,7 @@ def sweep(
         BLOCK_R=config.BLOCK_R,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **(configs.all_registers(configs.arch_of(v.device)) if config.all_registers else {}),
     )
 
 
