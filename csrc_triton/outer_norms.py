@@ -12,7 +12,7 @@ from torch import Tensor
 from . import configs
 from .configs import cdiv
 from .launching import launch
-from .tiling import TRITON_DTYPE, add_low_rank, coefficient, dot_precision, offsets
+from .tiling import TRITON_DTYPE, dot_precision, entry_coefficient, offsets
 
 _BLOCK_M = 32
 _BLOCK_L = 64
@@ -70,25 +70,23 @@ def _outer_norms_kernel(
         v_ptrs = v_ptr + offs_m[:, None] * stride_vm + offs_l[None, :] * stride_vl
         v = tl.load(v_ptrs, mask=mask_m[:, None] & mask_l[None, :], other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_L]
         if ENTRY:
-            product = tl.zeros((BLOCK_M, BLOCK_L), tl.float32)
-            product = add_low_rank(
-                product,
-                u_ptr,
-                f_ptr,
+            u_args, f_args = (u_ptr, stride_um, stride_ur), (f_ptr, stride_fl, stride_fr)
+            c = entry_coefficient(
+                u_args,
+                f_args,
                 offs_m,
                 offs_l,
                 mask_m,
                 mask_l,
                 R,
-                stride_um,
-                stride_ur,
-                stride_fl,
-                stride_fr,
+                inv_eta_squared,
                 DTYPE,
                 PRECISION,
+                BLOCK_M,
+                BLOCK_L,
                 BLOCK_R,
             )
-            v *= coefficient(tl.abs(product), inv_eta_squared)
+            v *= c
         elif SCALE == "columns":
             v *= tl.load(scale_ptr + offs_l * stride_scale, mask=mask_l, other=0.0)[None, :]
         squares_v += v * v

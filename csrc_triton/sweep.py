@@ -14,7 +14,7 @@ from torch import Tensor
 from . import configs
 from .configs import cdiv
 from .launching import launch
-from .tiling import TRITON_DTYPE, add_low_rank, coefficient, dot, dot_precision, offsets
+from .tiling import TRITON_DTYPE, dot, dot_precision, entry_coefficient, offsets
 
 
 @triton.jit(do_not_specialize=["M", "SEGMENTS", "SAMPLE_M", "PARTS", "SEGMENT_M"])
@@ -104,25 +104,23 @@ def _sweep_kernel(
             v = tl.load(v_ptrs, mask=mask_m[:, None] & mask_l[None, :], other=0.0)  # [BLOCK_M, BLOCK_L]
             v_scaled = v
             if NORM == "entry":
-                product = tl.zeros((BLOCK_M, BLOCK_L), tl.float32)
-                product = add_low_rank(
-                    product,
-                    u_ptr,
-                    f_ptr,
+                u_args, f_args = (u_ptr, stride_um, stride_ur), (f_ptr, stride_fl, stride_fr)
+                c = entry_coefficient(
+                    u_args,
+                    f_args,
                     offs_m,
                     offs_l,
                     mask_m,
                     mask_l,
                     R,
-                    stride_um,
-                    stride_ur,
-                    stride_fl,
-                    stride_fr,
+                    inv_eta_squared,
                     DTYPE,
                     PRECISION,
+                    BLOCK_M,
+                    BLOCK_L,
                     BLOCK_R,
                 )
-                v_scaled = v * coefficient(tl.abs(product), inv_eta_squared)
+                v_scaled = v * c
 
             projected_ptrs = (pid_l.to(tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :]
             mask_mr = mask_m[:, None] & mask_r[None, :]

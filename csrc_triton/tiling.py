@@ -88,66 +88,44 @@ def dot(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _add_low_rank_step(
-    acc,
-    s_ptr,
-    b_ptr,
-    offs_m,
-    offs_n,
-    mask_m,
-    mask_n,
-    r,
-    R,
-    stride_sm,
-    stride_sr,
-    stride_bn,
-    stride_br,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    acc, s, b, offs_m, offs_n, mask_m, mask_n, r, R, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr
 ):
+    s_ptr, stride_sm, stride_sr = s
+    b_ptr, stride_bn, stride_br = b
     offs_r = offsets(r, BLOCK_R)
     mask_r = offs_r < R
     s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
     b_ptrs = b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn
-    s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
-    b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_R, BLOCK_N]
-    return dot(s, b, acc, DTYPE, PRECISION)
+    s_tile = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+    b_tile = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_R, BLOCK_N]
+    return dot(s_tile, b_tile, acc, DTYPE, PRECISION)
 
 
 @triton.jit
 def add_low_rank(
     acc,
-    s_ptr,
-    b_ptr,
+    s,
+    b,
     offs_m,
     offs_n,
     mask_m,
     mask_n,
     R,
-    stride_sm,
-    stride_sr,
-    stride_bn,
-    stride_br,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     ONE_STEP: tl.constexpr = False,
 ):
-    """``acc + S Bᵀ`` for the tile (offs_m, offs_n), S [M, R] and B [N, R]; the whole rank, BLOCK_R of it at a time.
+    """``acc + S Bᵀ`` for the tile (offs_m, offs_n); the whole rank, BLOCK_R of it at a time.
 
-    ONE_STEP says that R <= BLOCK_R: without a loop of its own this does not end the pipeline of a loop around it.
+    s and b are (pointer, stride of a row, stride of the rank) of S [M, R] and B [N, R]. ONE_STEP says that R <= BLOCK_R:
+    without a loop of its own this does not end the pipeline of a loop around it.
     """
     if ONE_STEP:
-        acc = _add_low_rank_step(
-            acc, s_ptr, b_ptr, offs_m, offs_n, mask_m, mask_n, 0, R,
-            stride_sm, stride_sr, stride_bn, stride_br, DTYPE, PRECISION, BLOCK_R,
-        )  # fmt: skip
+        acc = _add_low_rank_step(acc, s, b, offs_m, offs_n, mask_m, mask_n, 0, R, DTYPE, PRECISION, BLOCK_R)
     else:
         for r in tl.range(0, R, BLOCK_R, num_stages=1):
-            acc = _add_low_rank_step(
-                acc, s_ptr, b_ptr, offs_m, offs_n, mask_m, mask_n, r, R,
-                stride_sm, stride_sr, stride_bn, stride_br, DTYPE, PRECISION, BLOCK_R,
-            )  # fmt: skip
+            acc = _add_low_rank_step(acc, s, b, offs_m, offs_n, mask_m, mask_n, r, R, DTYPE, PRECISION, BLOCK_R)
     return acc
 
 
@@ -162,6 +140,28 @@ def coefficient(n, inv_eta_squared):
     """``C = (n + 1/η²)^(-1/2)`` for norms n, correctly rounded at each step: a GPU's plain square root and quotient are not,
     and C at n = 0 would be off η by what they please."""
     return tl.div_rn(tl.full(n.shape, 1.0, tl.float32), tl.sqrt_rn(n + inv_eta_squared))
+
+
+@triton.jit
+def entry_coefficient(
+    u,
+    f,
+    offs_m,
+    offs_l,
+    mask_m,
+    mask_l,
+    R,
+    inv_eta_squared,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``C(|U Fᵀ|)`` for the tile (offs_m, offs_l), u and f as in `add_low_rank`: the coefficient of the rule "entry"."""
+    product = tl.zeros((BLOCK_M, BLOCK_L), tl.float32)
+    product = add_low_rank(product, u, f, offs_m, offs_l, mask_m, mask_l, R, DTYPE, PRECISION, BLOCK_R)
+    return coefficient(tl.abs(product), inv_eta_squared)
 
 
 def dot_precision(dtype: torch.dtype, x_dtype: torch.dtype, out_dtype: torch.dtype) -> str:
