@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+_UNKNOWN = -1
+
 
 @dataclass(eq=False)
 class Forward:
@@ -24,9 +26,6 @@ class Forward:
     sizes: frozenset[int] = frozenset()
     count: int | None = None
     layer: str = ""
-
-
-_UNKNOWN = Forward(-1, True)
 
 
 class ForwardPasses:
@@ -59,7 +58,7 @@ class ForwardPasses:
 
     def of_call(self) -> Forward:
         """The forward pass that the layer now called is part of, or is recomputed for; where a backward pass recomputes one of
-        several, one that stands for them all: `meet` refuses it. (Without re-entrance it is not met.)"""
+        several, one of no number: `meet` refuses it. (Without re-entrance it is not met.)"""
         if not in_backward():
             if self._current is None:
                 # Under re-entrant checkpointing without gradients, though they are wanted.
@@ -67,7 +66,7 @@ class ForwardPasses:
             return self._current
         self._note_task()
         found = self._pending or self._met[-1:]
-        return found[0] if len(found) == 1 else _UNKNOWN
+        return found[0] if len(found) == 1 else Forward(_UNKNOWN, True)
 
     def meet(self, forward: Forward) -> list[Forward]:
         """A backward pass has reached a call of `forward`: the forward passes that it has reached so far, in order.
@@ -75,7 +74,7 @@ class ForwardPasses:
         Raises:
             ValueError: re-entrant checkpointing recomputes one of several forward passes, and which one cannot be told.
         """
-        if forward is _UNKNOWN:
+        if forward.index == _UNKNOWN:
             raise ValueError(
                 "re-entrant checkpointing recomputes one of several forward passes, and which one cannot be told: pass "
                 "use_reentrant=False to checkpoint, or call backward after each forward pass"

@@ -42,7 +42,7 @@ class Recording:
         self.names, self.norms_only, self.batch_dim, self.samples = names, norms_only, batch_dim, samples
         self._calls: dict[nn.Module, dict[Forward, Call]] = {layer: {} for layer in names}
         self._passes = ForwardPasses()
-        # By forward pass: those that met in its backward pass, of which it is the first.
+        # By forward pass: those that its latest backward pass reached, itself among them.
         self._groups: dict[Forward, list[Forward]] = {}
         self._ragged = None
         if cu_seqlens is not None:
@@ -163,7 +163,7 @@ class Recording:
                 f"how many samples they are of: record(model, samples={sum(c or 0 for c in counts)}) where they are different "
                 f"ones, samples={counts[0]} where they are the same"
             )
-        if layer in self._calls and forward in self._calls[layer] and not forward.whole and self.samples is None:
+        if forward in self._calls[layer] and not forward.whole and self.samples is None:
             raise ValueError(
                 f"layer {self.names[layer]!r} ran more than once, not within a call of the recorded model: record the module "
                 "that is called, or say how many samples there are: record(model, samples=...)"
@@ -200,7 +200,7 @@ class Recording:
         for forward in forwards:
             if forward in done:
                 continue
-            together = [f for f in forwards if f in self._groups[forward]]
+            together = [f for f in forwards if f in self._groups[forward] and f not in done]
             done.update(together)
             calls = [self._calls[layer][f] for f in together]
             counts = [c.samples.count for c in calls]

@@ -321,6 +321,17 @@ def test_reentrant_checkpointing_of_one_of_several_forward_passes():
     all_close(recorded(model), one_by_one(model, x.detach()))
 
 
+def test_checkpoints_of_several_forward_passes_of_different_sizes():
+    model, x = Repeated(use_reentrant=False), torch.randn(7, 3, 11, requires_grad=True)
+    expected = one_by_one(model, x.detach())
+    for order in ((0, 1), (1, 0)):
+        with per_sample.record(model):
+            losses = [model(part).square().sum() for part in (x[:4], x[4:])]
+            for i in order:
+                losses[i].backward()
+        all_close(recorded(model), expected)
+
+
 class TimeMajor(Net):
     def forward(self, x):
         return super().forward(x.transpose(0, 1)).transpose(0, 1)
