@@ -1,11 +1,11 @@
 """ALLoRA fine-tuning at almost the cost of the frozen layer: fused Triton kernels behind a drop-in `nn.Linear`."""
 
 from . import per_sample
-from .adapt import AdaptReport, adapter_layers, adapter_parameters, apply_allora, merge_adapter
-from .batch_invariance import use_batch_invariant
-from .checkpoint import load_adapter, save_adapter
-from .functional import allora_linear
-from .linear import FusedALLoRALinear
+from .layer.batch_invariance import use_batch_invariant
+from .layer.functional import allora_linear
+from .layer.linear import FusedALLoRALinear
+from .models.adapt import AdaptReport, adapter_layers, adapter_parameters, apply_allora, merge_adapter
+from .models.checkpoint import load_adapter, save_adapter
 
 __all__ = [
     "AdaptReport",

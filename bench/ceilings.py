@@ -2,7 +2,7 @@
 
 import torch
 
-from allora_kernels.timing import interleaved
+from allora_kernels.tools.timing import interleaved
 
 
 def measure(device: torch.device, dtypes: list[str]) -> dict[str, dict[str, float]]:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from allora_kernels.timing import Timing, dispatch, interleaved
+from allora_kernels.tools.timing import Timing, dispatch, interleaved
 
 from . import cases
 from .cases import Case

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from allora_kernels import apply_allora
-from allora_kernels.timing import interleaved
+from allora_kernels.tools.timing import interleaved
 
 from .layer import as_row, failure
 from .runner import Run

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from allora_kernels.backend import TRITON_INSTALLED
+from allora_kernels.layer.backend import TRITON_INSTALLED
 
 from .cases import Case
 

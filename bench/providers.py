@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allora_kernels import FusedALLoRALinear, backend, reference
+from allora_kernels import FusedALLoRALinear, reference
+from allora_kernels.layer import backend
 from allora_kernels.testing import Inputs, max_error
 
 from . import orders

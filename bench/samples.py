@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from allora_kernels.testing import Inputs
-from allora_kernels.timing import interleaved
+from allora_kernels.tools.timing import interleaved
 
 from .cases import Case
 from .layer import as_row, failure, peak_bytes

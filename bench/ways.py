@@ -4,8 +4,8 @@ import functools
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from allora_kernels.backend import TRITON_INSTALLED
-from allora_kernels.timing import interleaved
+from allora_kernels.layer.backend import TRITON_INSTALLED
+from allora_kernels.tools.timing import interleaved
 
 from . import cases
 from .cases import Case
@@ -37,7 +37,7 @@ def run_ways(run: Run) -> None:
 
 
 def _measure(run: Run, case: Case) -> Iterator[tuple[str, dict[str, dict]]]:
-    from allora_kernels.tune import plans_of, products
+    from allora_kernels.tools.tune import plans_of, products
     from csrc_triton import describable, plans
 
     for product in products(case.inputs(run.device)):

@@ -111,8 +111,8 @@ def peft_lora(config, console) -> tuple[float, list[list[float]]]:
     import peft
     import transformers
 
-    from allora_kernels import data, finetune
-    from allora_kernels.progress import ProgressBar
+    from allora_kernels.training import data, run
+    from allora_kernels.training.progress import ProgressBar
 
     train, test = (data.read_texts(file, "text", "label") for file in (config.data, config.eval_data))
     names = data.label_names(train, test)
@@ -128,12 +128,12 @@ def peft_lora(config, console) -> tuple[float, list[list[float]]]:
     )
     trainer = transformers.Trainer(
         model=peft.get_peft_model(base, lora),
-        args=finetune.training_arguments(config, optim="adamw_torch", save_strategy="no", label_names=["labels"]),
+        args=run.training_arguments(config, optim="adamw_torch", save_strategy="no", label_names=["labels"]),
         train_dataset=data.classification_dataset(train, names, tokenizer, MAX_LENGTH),
         eval_dataset=data.by_length(data.classification_dataset(test, names, tokenizer, MAX_LENGTH)),
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
-        **finetune.classification_hooks(True),
+        **run.classification_hooks(True),
     )
     trainer.remove_callback(transformers.PrinterCallback)
     with ProgressBar(console) as bar:
@@ -149,7 +149,7 @@ def difference_to_peft(model_folder: str, adapter: Path, texts: list[str]) -> fl
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from allora_kernels.checkpoint import load_adapter
+    from allora_kernels.models.checkpoint import load_adapter
 
     def base():
         return AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=2).eval()
@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     import transformers
     from rich.console import Console
 
-    from allora_kernels.finetune import FinetuneConfig, finetune
+    from allora_kernels.training import FinetuneConfig, finetune
 
     # PEFT 0.21 asks for a name that transformers 5.23 is about to drop, and does not know ALLoRA's two settings, which
     # it does not need to load the adapter: nothing a reader of the demo can do about either.

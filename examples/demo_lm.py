@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> dict:
     import transformers
     from rich.console import Console
 
-    from allora_kernels.finetune import FinetuneConfig, finetune
+    from allora_kernels.training import FinetuneConfig, finetune
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

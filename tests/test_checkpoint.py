@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import bert, gpt2, llama, logits, photograph, pretend_to_train, transformer
 from torch import nn
 
-from allora_kernels import FusedALLoRALinear, checkpoint
-from allora_kernels.adapt import adapter_layers, adapter_parameters, apply_allora, merge_adapter
-from allora_kernels.checkpoint import load_adapter, save_adapter
+from allora_kernels import FusedALLoRALinear
+from allora_kernels.models import checkpoint
+from allora_kernels.models.adapt import adapter_layers, adapter_parameters, apply_allora, merge_adapter
+from allora_kernels.models.checkpoint import load_adapter, save_adapter
 
 PREFIX = "base_model.model."
 Q0 = "model.layers.0.self_attn.q_proj"

@@ -14,9 +14,10 @@ typer_testing = pytest.importorskip("typer.testing")
 
 from tiny_training import make_model, sentences, write_csv  # noqa: E402
 
-from allora_kernels import cli, doctor, reference  # noqa: E402
-from allora_kernels import finetune as finetune_module  # noqa: E402
-from allora_kernels.checkpoint import load_adapter  # noqa: E402
+from allora_kernels import reference  # noqa: E402
+from allora_kernels.models.checkpoint import load_adapter  # noqa: E402
+from allora_kernels.tools import cli, doctor  # noqa: E402
+from allora_kernels.training import run as finetune_module  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +170,7 @@ def test_doctor_reports_a_kernel_that_raises(monkeypatch):
 
 def test_every_setting_has_help_and_its_default_in_the_help():
     result = subprocess.run(
-        [sys.executable, "-m", "allora_kernels.cli", "finetune", "--help"],
+        [sys.executable, "-m", "allora_kernels.tools.cli", "finetune", "--help"],
         capture_output=True, text=True, env={"COLUMNS": "300", "PATH": ""},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -296,14 +297,14 @@ def test_merge_refuses_what_does_not_work(folder, tmp_path, options, message):
 
 @pytest.mark.parametrize("missing", ["typer", "transformers"])
 def test_without_the_packages_one_line_says_how_to_get_them(missing):
-    code = f"import sys; sys.modules[{missing!r}] = None; from allora_kernels.cli import main; main()"
+    code = f"import sys; sys.modules[{missing!r}] = None; from allora_kernels.tools.cli import main; main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode != 0
     assert result.stderr.count("\n") == 1 and "pip install 'allora-kernels[train]'" in result.stderr
 
 
 def test_the_settings_are_checked_for_their_types():
-    from allora_kernels.finetune_config import FinetuneConfig
+    from allora_kernels.training.config import FinetuneConfig
 
     for wrong in ({"model": 3}, {"batch_size": True}, {"learning_rate": "0.1"}, {"eta": "2"}, {"seed": 1.5}):
         with pytest.raises(TypeError, match=next(iter(wrong))):

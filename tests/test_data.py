@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from allora_kernels import data
-from allora_kernels.data import Texts, hold_out, label_names, read_texts
+from allora_kernels.training import data
+from allora_kernels.training.data import Texts, hold_out, label_names, read_texts
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("datasets")

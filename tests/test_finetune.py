@@ -13,11 +13,11 @@ pytest.importorskip("datasets")
 
 from tiny_training import make_model, sentences, write_csv  # noqa: E402
 
-from allora_kernels import finetune as module  # noqa: E402
 from allora_kernels import reference  # noqa: E402
-from allora_kernels.checkpoint import load_adapter  # noqa: E402
-from allora_kernels.finetune import finetune  # noqa: E402
-from allora_kernels.finetune_config import FinetuneConfig  # noqa: E402
+from allora_kernels.models.checkpoint import load_adapter  # noqa: E402
+from allora_kernels.training import run as module  # noqa: E402
+from allora_kernels.training.config import FinetuneConfig  # noqa: E402
+from allora_kernels.training.run import finetune  # noqa: E402
 
 TASKS = ("classification", "causal-lm")
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from allora_kernels import allora_linear, backend, functional, reference
+from allora_kernels import allora_linear, reference
+from allora_kernels.layer import backend, functional
 from allora_kernels.testing import make_inputs
 
 norms = pytest.mark.parametrize("norm", reference.NORMS)

@@ -109,7 +109,7 @@ def test_repr_and_explain_say_what_runs(layer):
 
 
 def test_a_fallback_shows_in_repr(layer, monkeypatch):
-    from allora_kernels import backend
+    from allora_kernels.layer import backend
 
     monkeypatch.setattr(backend, "choose", lambda *args: backend.Choice("eager", "no kernels here", True))
     assert "backend='eager' (no kernels here)" in repr(layer)

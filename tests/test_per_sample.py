@@ -433,7 +433,7 @@ def test_vmap_of_grad_gives_the_same_numbers(backend, norm):
 def test_vmap_takes_one_sweep_for_all_samples(monkeypatch):
     csrc_triton = pytest.importorskip("csrc_triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    from allora_kernels import vmap_rules
+    from allora_kernels.layer import vmap_rules
 
     calls = []
     sample_grads, one_by_one_ = csrc_triton.sample_grads, vmap_rules._one_by_one
@@ -459,7 +459,7 @@ def test_vmap_takes_one_sweep_for_all_samples(monkeypatch):
 
 
 def test_nothing_is_kept_or_paid_outside(monkeypatch):
-    from allora_kernels import sample_reference
+    from allora_kernels.per_sample import reference as sample_reference
 
     calls = []
     original = sample_reference.sample_grads

@@ -1,6 +1,7 @@
 """Imports run one way through the rooms, cost little, and work on a machine that has only torch."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 import textwrap
@@ -10,57 +11,37 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A room may import those above it. One that is not listed fails the test: find its place.
-ROOMS = [
-    "csrc_triton",
-    "allora_kernels.reference",
-    "allora_kernels.samples",
-    "allora_kernels.sample_reference",
-    "allora_kernels.vmap_rules",
-    "allora_kernels.ops",
-    "allora_kernels.sample_ops",
-    "allora_kernels.backend",
-    "allora_kernels.batch_invariance",
-    "allora_kernels.explanation",
-    "allora_kernels.functional",
-    "allora_kernels.linear",
-    "allora_kernels.forward_passes",
-    "allora_kernels.recording",
-    "allora_kernels.per_sample",
-    "allora_kernels.selection",
-    "allora_kernels.adapter_config",
-    "allora_kernels.adapt",
-    "allora_kernels.checkpoint",
-    "allora_kernels",
-    "allora_kernels.testing",
-    "allora_kernels.timing",
-    "allora_kernels.tune",
-    "allora_kernels.layer_bench",
-    "allora_kernels.integrations",
-    "allora_kernels.integrations.opacus",
-    "allora_kernels.data",
-    "allora_kernels.finetune_config",
-    "allora_kernels.base_model",
-    "allora_kernels.loss_plot",
-    "allora_kernels.progress",
-    "allora_kernels.merged_model",
-    "allora_kernels.doctor",
-    "allora_kernels.finetune",
-    "allora_kernels.cli",
-]
+# A room, which is a folder or a file on top, may import those it maps to. `allora_kernels` is the names that users import.
+ROOMS = {
+    "csrc_triton": set(),
+    "reference": set(),
+    "testing": set(),
+    "layer": {"reference"},
+    "per_sample": {"layer", "reference"},
+    "models": {"layer", "reference"},
+    "allora_kernels": {"layer", "per_sample", "models"},
+    "integrations": {"models", "per_sample", "layer", "reference"},
+    "training": {"models", "layer", "reference"},
+    "tools": {"training", "integrations", "models", "layer", "reference", "testing"},
+}
 LOADS_KERNELS = {
-    "allora_kernels.batch_invariance",
-    "allora_kernels.ops",
-    "allora_kernels.vmap_rules",
-    "allora_kernels.sample_ops",
-    "allora_kernels.explanation",
-    "allora_kernels.tune",
+    "allora_kernels.layer.batch_invariance",
+    "allora_kernels.layer.ops",
+    "allora_kernels.layer.vmap_rules",
+    "allora_kernels.layer.explanation",
+    "allora_kernels.per_sample.ops",
+    "allora_kernels.tools.tune",
 }
 
 
 def module_name(path):
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_module(name):
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or path.is_dir()
 
 
 def our_imports(path):
@@ -75,7 +56,7 @@ def our_imports(path):
                     [*package.split(".")[: len(package.split(".")) - node.level + 1], *filter(None, [base])]
                 )
             submodules = [f"{base}.{alias.name}" for alias in node.names]
-            names = [s if (ROOT / s.replace(".", "/")).with_suffix(".py").exists() else base for s in submodules]
+            names = [s if is_module(s) else base for s in submodules]
         else:
             continue
         yield from (name for name in names if name.split(".")[0] in ("allora_kernels", "csrc_triton"))
@@ -84,17 +65,29 @@ def our_imports(path):
 MODULES = [p for package in ("allora_kernels", "csrc_triton") for p in sorted((ROOT / package).rglob("*.py"))]
 
 
+def room_of(module):
+    parts = module.split(".")
+    return parts[0] if parts[0] == "csrc_triton" or len(parts) == 1 else parts[1]
+
+
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_imports_run_one_way(path):
-    module = module_name(path)
-    room = "csrc_triton" if module.startswith("csrc_triton") else module
+    module, room = module_name(path), room_of(module_name(path))
     assert room in ROOMS, f"{module} has no place in ROOMS"
     for name in our_imports(path):
-        target = "csrc_triton" if name.startswith("csrc_triton") else name
+        target = room_of(name)
         if target == "csrc_triton":
             assert room == "csrc_triton" or module in LOADS_KERNELS, f"{module} imports {name}"
         else:
-            assert ROOMS.index(target) < ROOMS.index(room), f"{module} imports {name}, which stands below it"
+            assert target == room or target in ROOMS[room], f"{module} imports {name}, whose room is not below its own"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {module_name(path): set(our_imports(path)) - {module_name(path)} for path in MODULES}
+    # A package's own imports are what its names are, and its modules do not use them.
+    packages = {module_name(path) for path in MODULES if path.name == "__init__.py"}
+    order = graphlib.TopologicalSorter({m: found - packages for m, found in graph.items() if m not in packages})
+    order.prepare()
 
 
 def run(code):

@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from allora_kernels import timing
-from allora_kernels.timing import MIN_ROUNDS, Timing, dispatch, interleaved
+from allora_kernels.tools import timing
+from allora_kernels.tools.timing import MIN_ROUNDS, Timing, dispatch, interleaved
 
 
 def recorder(log, name):

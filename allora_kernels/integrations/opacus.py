@@ -10,10 +10,11 @@ from opacus.validators.errors import IllegalModuleConfigurationError, Unsupporte
 from opacus.validators.module_validator import ModuleValidator
 from torch import Tensor, nn
 
-from .. import backend as _backend
-from ..linear import FusedALLoRALinear
+from ..layer import backend as _backend
+from ..layer.linear import FusedALLoRALinear
+from ..per_sample.samples import Samples
+from ..per_sample.steps import sample_steps
 from ..reference import WEIGHT_NORMS
-from ..samples import Samples
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def grad_sample(layer: FusedALLoRALinear, activations: list[Tensor], backprops: 
     """``{lora_A: [b, R, K], lora_B: [b, N, R]}`` in the parameters' dtypes, C included, for activations ``[x [b, ..., K]]``."""
     name, common, samples = _inputs(layer, activations, backprops)
     needs = (layer.lora_A.requires_grad, layer.lora_B.requires_grad)
-    _, *grads = _backend.sample_steps(name).sample_grads(*common, False, *needs, samples)
+    _, *grads = sample_steps(name).sample_grads(*common, False, *needs, samples)
     return {p: g.to(p.dtype) for p, g in zip((layer.lora_A, layer.lora_B), grads) if g is not None}
 
 
@@ -50,7 +51,7 @@ def grad_sample(layer: FusedALLoRALinear, activations: list[Tensor], backprops: 
 def norm_sample(layer: FusedALLoRALinear, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
     """``{lora_A: [b], lora_B: [b]}``: the norms of `grad_sample`'s tensors."""
     name, common, samples = _inputs(layer, activations, backprops)
-    steps = _backend.sample_steps(name)
+    steps = sample_steps(name)
     norms = {}
     for p, dtypes in ((layer.lora_A, (layer.lora_A.dtype, None)), (layer.lora_B, (None, layer.lora_B.dtype))):
         if p.requires_grad:

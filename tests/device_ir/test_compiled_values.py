@@ -8,8 +8,9 @@ import torch
 from matrix import AXES, BF16, F16, F32, laid_out, over
 
 import csrc_triton
-from allora_kernels import reference, sample_reference, use_batch_invariant
-from allora_kernels.samples import Samples
+from allora_kernels import reference, use_batch_invariant
+from allora_kernels.per_sample import reference as sample_reference
+from allora_kernels.per_sample.samples import Samples
 from allora_kernels.testing import assert_close, make_inputs
 from csrc_triton import adapter_grad, configs, describable, plans, sample_grad, sweep_plan
 

@@ -6,8 +6,9 @@ import itertools
 import pytest
 import torch
 
-from allora_kernels import FusedALLoRALinear, allora_linear, per_sample, reference, tune
+from allora_kernels import FusedALLoRALinear, allora_linear, per_sample, reference
 from allora_kernels.testing import assert_close, make_inputs
+from allora_kernels.tools import tune
 
 pytestmark = pytest.mark.gpu
 

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from allora_kernels import tune
+from allora_kernels.tools import tune
 from bench import ways
 from bench.cases import Case
 from bench.results import Results

@@ -6,7 +6,7 @@ import torch
 from allora_kernels import FusedALLoRALinear, allora_linear, reference
 from allora_kernels.testing import make_inputs
 
-ops = pytest.importorskip("allora_kernels.ops")
+ops = pytest.importorskip("allora_kernels.layer.ops")
 
 norms = pytest.mark.parametrize("norm", reference.NORMS)
 

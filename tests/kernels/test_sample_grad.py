@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from red_zones import in_red_zone, poisoned_outputs
 
 import csrc_triton
-from allora_kernels import reference, sample_reference
-from allora_kernels.samples import Samples
+from allora_kernels import reference
+from allora_kernels.per_sample import reference as sample_reference
+from allora_kernels.per_sample.samples import Samples
 from allora_kernels.testing import assert_close, make_inputs
 from csrc_triton import configs
 

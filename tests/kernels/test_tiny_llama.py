@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from allora_kernels import FusedALLoRALinear, reference
-from allora_kernels.adapt import apply_allora
+from allora_kernels.models.adapt import apply_allora
 
 transformers = pytest.importorskip("transformers")
 

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from allora_kernels import tune as tune_module
-from allora_kernels.timing import Timing
-from allora_kernels.tune import tune
+from allora_kernels.tools import tune as tune_module
+from allora_kernels.tools.timing import Timing
+from allora_kernels.tools.tune import tune
 
 csrc_triton = pytest.importorskip("csrc_triton")
 plans = pytest.importorskip("csrc_triton.plans")

@@ -13,9 +13,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
+from ..layer.functional import check_rule
+from ..training.config import FinetuneConfig
 from .doctor import default_device, diagnose
-from .finetune_config import FinetuneConfig
-from .functional import check_rule
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ def finetune(**settings: Any) -> int:
     config = FinetuneConfig(**settings)
     console = _console()
     _quiet_transformers()
-    from .finetune import finetune as run
+    from ..training.run import finetune as run
 
     metrics = run(config, console=console)
     say = functools.partial(console.print, highlight=False, soft_wrap=True)
@@ -67,7 +67,7 @@ def bench(
     tune: Annotated[bool, "Measure every way of the products first, and keep the fastest for later runs."] = False,
 ) -> int:
     """Measure an adapted layer against the frozen one on this device; with --tune, choose its kernels by measurement."""
-    from .layer_bench import report
+    from .bench import report
 
     check_rule(r, 1.0, None)
     for name, size in (("rows", min(rows)), ("out-features", out_features), ("in-features", in_features)):

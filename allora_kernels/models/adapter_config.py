@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from .functional import check_rule
-from .linear import FusedALLoRALinear
+from ..layer.functional import check_rule
+from ..layer.linear import FusedALLoRALinear
 from .selection import matches_end, module_names, pattern_value
 
 CONFIG_FILE = "adapter_config.json"

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..reference import NORMS, WEIGHT_NORMS
 from . import backend as _backend
 from . import batch_invariance
-from .reference import NORMS, WEIGHT_NORMS
 
 MAX_RANK = 256
 ETA_RANGE = (1e-18, 1e18)

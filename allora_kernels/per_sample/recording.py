@@ -9,9 +9,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from . import backend as _backend
 from .forward_passes import Forward, ForwardPasses
 from .samples import Rows, Samples
+from .steps import sample_steps
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Recording:
     ):
         """`reference.adapter_grads`, and the samples' gradients or norms kept."""
         self._meet(layer, forward)
-        steps = _backend.sample_steps(backend)
+        steps = sample_steps(backend)
         g, x, s = (None if t is None else rows.by_sample(t) for t in (g, x, s))
         common = (g, x, s, lora_B, c, eta, norm)
         if self.norms_only:

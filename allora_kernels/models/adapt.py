@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .functional import check_rule
-from .linear import FusedALLoRALinear
+from ..layer.functional import check_rule
+from ..layer.linear import FusedALLoRALinear
 from .selection import (
     check_unadapted,
     clean_name,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import reference
+from .. import reference
 
 BACKENDS = ("triton", "eager")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -66,14 +66,3 @@ def steps(name: str) -> ModuleType:
     from . import ops
 
     return ops
-
-
-def sample_steps(name: str) -> ModuleType:
-    """The module whose functions are the per-sample steps, in the same way."""
-    if name == "eager":
-        from . import sample_reference
-
-        return sample_reference
-    from . import sample_ops
-
-    return sample_ops

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Annotated
 
-from .functional import check_rule
+from ..layer.functional import check_rule
 
 TASKS = ("classification", "causal-lm")
 SCHEDULES = ("linear", "cosine", "constant")

@@ -6,9 +6,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from .adapt import AdaptReport, merge_adapter
-from .base_model import load_base
-from .checkpoint import load_adapter
+from ..models.adapt import AdaptReport, merge_adapter
+from ..models.checkpoint import load_adapter
+from ..training.base_model import load_base
 
 _TASKS = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm"}
 

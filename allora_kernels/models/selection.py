@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
-from .linear import FusedALLoRALinear, is_conv1d
+from ..layer.linear import FusedALLoRALinear, is_conv1d
 
 ADAPTABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")

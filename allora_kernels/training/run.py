@@ -15,10 +15,11 @@ import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
-from . import backend as _backend
-from .adapt import apply_allora, saved_modules
+from ..layer import backend as _backend
+from ..models.adapt import apply_allora, saved_modules
+from ..models.checkpoint import load_adapter, save_adapter
 from .base_model import computes_in_bf16, enable_checkpointing, length_limit, load_base
-from .checkpoint import load_adapter, save_adapter
+from .config import FinetuneConfig
 from .data import (
     Texts,
     by_length,
@@ -28,10 +29,9 @@ from .data import (
     label_names,
     read_texts,
 )
-from .doctor import versions
-from .finetune_config import FinetuneConfig
 from .loss_plot import plot_loss
 from .progress import ProgressBar, StopOnInterrupt, StopOnNonFinite, peak_memory
+from .versions import versions
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -1,33 +1,21 @@
 """`allora doctor`: what is installed, which backend runs here and why, and whether its gradients are right."""
 
-import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import backend as _backend
-from . import reference
-from .explanation import explain
-from .functional import allora_linear
-from .testing import Inputs, make_inputs, max_error
+from .. import reference
+from ..layer import backend as _backend
+from ..layer.explanation import explain
+from ..layer.functional import allora_linear
+from ..testing import Inputs, make_inputs, max_error
+from ..training.versions import versions
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_PACKAGES = (
-    "allora-kernels",
-    "torch",
-    "triton",
-    "transformers",
-    "peft",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "numpy",
-)
 _SHAPE = (96, 160, 128, 8)
 _RESULTS = ("y", "dx", "dA", "dB")
 
@@ -46,17 +34,6 @@ class Check:
     @property
     def passed(self) -> bool:
         return self.failure is None and all(self.errors[name] <= self.limits[name] for name in _RESULTS)
-
-
-def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that decide a result; None where one is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def default_device() -> torch.device:

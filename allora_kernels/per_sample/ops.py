@@ -1,4 +1,4 @@
-"""The per-sample steps on Triton, under the names and arguments of `sample_reference`.
+"""The per-sample steps on Triton, under the names and arguments of the `reference` beside it.
 
 No `torch.library` ops: what is recorded is never traced by torch.compile.
 """

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..layer.linear import FusedALLoRALinear
+from ..testing import make_inputs
 from . import timing
-from .linear import FusedALLoRALinear
-from .testing import make_inputs
 from .tune import tune
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .config import FinetuneConfig
 from .data import looks_like_a_path
-from .finetune_config import FinetuneConfig
 
 
 class Base(NamedTuple):

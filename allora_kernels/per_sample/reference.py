@@ -9,7 +9,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from .reference import scaled_operands, scaled_sum
+from ..reference import scaled_operands, scaled_sum
 from .samples import Samples
 
 CHUNK = 2**24

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..layer.linear import FusedALLoRALinear, is_conv1d
 from .adapt import AdaptReport, adapter_layers, attach, report, saved_modules
 from .adapter_config import CONFIG_FILE, AdapterConfig, config_for, read_config
-from .linear import FusedALLoRALinear, is_conv1d
 from .selection import (
     check_unadapted,
     clean_name,

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backend, reference, timing
-from .testing import Inputs, assert_close, make_inputs
+from .. import reference
+from ..layer import backend
+from ..testing import Inputs, assert_close, make_inputs
+from . import timing
 
 Tensors = tuple[Tensor, ...]
 

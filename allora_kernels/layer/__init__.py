@@ -1,0 +1,1 @@
+"""One adapted linear layer: its backends, its autograd and its module."""

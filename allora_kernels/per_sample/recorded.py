@@ -1,0 +1,118 @@
+"""Recording the per-sample gradients of a model's adapters in ordinary backward passes."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..layer.linear import FusedALLoRALinear
+from .recording import Call, Recording, records
+
+
+def adapted_layers(model: nn.Module) -> dict[nn.Module, str]:
+    """Every adapted layer of `model` and its name.
+
+    Raises:
+        ValueError: there is none, or two share an adapter.
+    """
+    layers = {module: name for name, module in model.named_modules() if isinstance(module, FusedALLoRALinear)}
+    if not layers:
+        raise ValueError("the model has no FusedALLoRALinear: adapt it with apply_allora first")
+    owners: dict[nn.Parameter, str] = {}
+    for layer, name in layers.items():
+        for parameter in (layer.lora_A, layer.lora_B):
+            if owners.setdefault(parameter, name) != name:
+                raise ValueError(
+                    f"layers {owners[parameter]!r} and {name!r} share an adapter: the gradient of a sample would be spread "
+                    "over both; give each its own"
+                )
+    return layers
+
+
+@contextlib.contextmanager
+def record(
+    model: nn.Module,
+    cu_seqlens: Tensor | None = None,
+    *,
+    norms_only: bool = False,
+    batch_dim: int | None = None,
+    samples: int | None = None,
+) -> Iterator[Recording]:
+    """Record the per-sample gradients of every adapter of `model` in the backward passes inside.
+
+    A sample is an entry of the leading dimension of a layer's input (of a 2-D input: a row), or with `cu_seqlens` the range
+    ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]`` of its flattened rows. Afterwards each adapter parameter that got a gradient has
+    ``grad_sample [b, *shape]`` in fp32 or better, C included: its sum over b is what the passes inside added to ``grad``.
+    Several forward passes inside, each with a backward pass, are micro-batches: their samples follow each other in order. Calls
+    of a layer within one forward pass of `model` are of the same samples and add up.
+
+    Args:
+        model: holds at least one FusedALLoRALinear; wrapped in DistributedDataParallel or not.
+        cu_seqlens: int32 ``[b + 1]``, read back once, here. ``recording.set_cu_seqlens`` gives the next micro-batch's.
+        norms_only: keep the norms alone, no tensor with b but them. G and x of every layer stay until `clip_`, `clear` or
+            the next record, so that `clip_` can sum again with weights.
+        batch_dim: the dimension of a layer's input that runs over samples: 1 for a model that works on [T, b, K]. Other than 0
+            it costs a copy of G and x. None for 0, checked against the leading dimensions of the model's inputs.
+        samples: how many one backward pass is of, where it reaches several forward passes: as many as each has, they are of
+            the same samples; as many as all have together, they are of different ones.
+
+    Yields:
+        The recording.
+
+    Raises:
+        TypeError: `cu_seqlens` is no int32 tensor; `batch_dim` or `samples` no int.
+        ValueError: the model has no adapter or one shared by two layers; `cu_seqlens` does not start at 0 or decreases;
+            `batch_dim` or `samples` is negative. From the forward pass: `cu_seqlens` does not end at M, or the number of
+            samples is unknown. From the backward pass: it reaches several forward passes and `samples` is not given. From
+            leaving: they had not `samples` samples.
+        RuntimeError: the model is being recorded already, or (from the forward pass) is compiled.
+    """
+    for name, value in (("batch_dim", batch_dim), ("samples", samples)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
+        if value is not None and value < 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    if cu_seqlens is not None and batch_dim:
+        raise ValueError("cu_seqlens cuts the rows as they lie: give it or batch_dim, not both")
+    layers = adapted_layers(model)
+    busy = [name for layer, name in layers.items() if layer._recording is not None]
+    if busy:
+        raise RuntimeError(f"layer {busy[0]!r} is being recorded already: a record cannot be inside another")
+    recording = Recording(layers, cu_seqlens, norms_only, batch_dim, samples)
+    clear(model)
+    hooks = [
+        model.register_forward_pre_hook(recording.enter_model, with_kwargs=True),
+        model.register_forward_hook(recording.leave_model, always_call=True),
+    ]
+    for layer in layers:
+        layer._recording = recording
+    try:
+        yield recording
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in layers:
+            del layer._recording
+    for layer, calls in {layer: recording.calls(layer) for layer in layers}.items():
+        _finish(layer, calls, norms_only)
+
+
+def _finish(layer: nn.Module, calls: list[Call], norms_only: bool) -> None:
+    if not calls:
+        return
+    if norms_only:
+        records[layer] = calls
+        return
+    for parameter, parts in ((layer.lora_A, [call.a for call in calls]), (layer.lora_B, [call.b for call in calls])):
+        if parts[0] is not None:
+            parameter.grad_sample = parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def clear(model: nn.Module) -> None:
+    """Forget what was recorded: `grad_sample` of every adapter parameter, and what a norms-only record keeps."""
+    for layer in adapted_layers(model):
+        records.pop(layer, None)
+        for parameter in (layer.lora_A, layer.lora_B):
+            if hasattr(parameter, "grad_sample"):
+                del parameter.grad_sample
