@@ -27,10 +27,10 @@ mislabelled: $(VENV)/.ready-demo
 bench: $(VENV)/.ready
 	$(RUN) -m bench $(ARGS)
 
-# The newest Triton that the pins do not name: offline compilation and a subset of the kernel tests.
+# The newest Triton, which the pins do not name: all kernels by its interpreter, what it compiles, what it launches.
 test-newest: .venv-newest/.ready
-	.venv-newest/bin/python -m pytest -q -n $(WORKERS) tests/test_offline_compile.py tests/kernels/test_fused_linear.py \
-	    tests/kernels/test_adapter_grad.py tests/kernels/test_row_norms.py tests/kernels/test_ops.py tests/kernels/test_ways.py tests/test_launching.py
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q -n $(WORKERS) --dist worksteal tests/kernels tests/test_offline_compile.py \
+	    tests/test_compile_report.py tests/test_launching.py tests/test_plans.py tests/test_configs.py tests/test_sweep_plan.py
 
 # The kernels as compiled for a GPU, executed on the CPU. FULL=1: every combination, where CI takes every pair.
 test-device-ir: .venv-device-ir/.ready

@@ -116,6 +116,7 @@ def outer_norms(v: Tensor, u: Tensor, f: Tensor | None, rule, segments) -> Tenso
     tiles_l = cdiv(cdiv(L, parts), _BLOCK_L)
     parts = cdiv(L, tiles_l * _BLOCK_L)
     squares = torch.empty(parts, segments.count, device=v.device, dtype=torch.float32)
+    precision = dot_precision(u.dtype, v.dtype, u.dtype)
     launch(
         _outer_norms_kernel,
         (programs, parts),
@@ -141,10 +142,10 @@ def outer_norms(v: Tensor, u: Tensor, f: Tensor | None, rule, segments) -> Tenso
         HAS_ROW_SCALE=rule.row_scale is not None,
         HAS_STARTS=segments.pieces is not None,
         DTYPE=TRITON_DTYPE[u.dtype],
-        PRECISION=dot_precision(u.dtype, v.dtype, u.dtype),
+        PRECISION=precision,
         BLOCK_M=_BLOCK_M,
         BLOCK_L=_BLOCK_L,
-        BLOCK_R=configs.block_r(R, 32),
+        BLOCK_R=configs.block_r(R, 16 if precision.startswith("split") else 32),
         num_warps=8,
         num_stages=2,
         **configs.all_registers(arch),

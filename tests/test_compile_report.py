@@ -4,12 +4,13 @@ import dataclasses
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("triton")
 
-from bench import compile_report
+from bench import compile_report, offline_compile
 from bench.machine_code import AccessWidths, access_widths
 from bench.occupancy import resident_blocks, resident_share
 from bench.offline_compile import Compiled
@@ -129,3 +130,11 @@ def test_resident_blocks(arch, needs, blocks):
 def test_occupancy_is_a_share_of_the_warps():
     assert resident_share("sm_90", 8, 2) == 0.25
     assert resident_share("gfx942", 4, 8) == 1.0
+
+
+def test_on_amd_a_spill_is_what_goes_to_memory():
+    """Scalar registers that do not fit lie in lanes of vector registers."""
+    code = ".vgpr_count: 156\n.sgpr_spill_count: 24\n"
+    assert offline_compile._read_amd(SimpleNamespace(asm={"amdgcn": code}))[:2] == (156, 0)
+    code += "scratch_store_dword off, v1, off\nscratch_load_dwordx4 v[0:3], off, off\n"
+    assert offline_compile._read_amd(SimpleNamespace(asm={"amdgcn": code}))[:2] == (156, 2)
