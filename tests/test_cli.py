@@ -184,6 +184,30 @@ def test_every_setting_has_help_and_its_default_in_the_help():
         assert words in result.stdout, words
 
 
+@pytest.mark.parametrize("kind", ["yaml", "toml"])
+def test_settings_from_a_file_and_what_the_command_line_says_counts_more(folder, tmp_path, kind):
+    settings = {
+        "model": str(folder / "bert"),
+        "data": str(folder / "data.csv"),
+        "output": str(tmp_path / "run"),
+        "target-modules": ["query", "value"],
+        "max_steps": 2,
+        "max_length": 16,
+        "learning_rate": 5e-3,
+        "norm": "none",
+        "r": 3,
+    }
+    colon = ": " if kind == "yaml" else " = "
+    file = tmp_path / f"settings.{kind}"
+    lines = [f"{name}{colon}{json.dumps(value)}" for name, value in settings.items()]
+    file.write_text("\n".join(lines).replace("0.005", "5e-3"))
+    result = allora("finetune", "--config", file, "--r", 2, "--batch-size", 4)
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "run" / "metrics.json").read_text())["config"]
+    given = {"r": 2, "batch_size": 4, "learning_rate": 5e-3, "norm": None, "target_modules": ["query", "value"]}
+    assert {name: config[name] for name in given} == given
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -274,6 +298,40 @@ def test_a_broken_metrics_file_cannot_be_resumed(folder, tmp_path):
     (tmp_path / "metrics.json").write_text("{")
     result = finetune(folder, tmp_path, resume=True)
     assert result.exit_code == 2 and "cannot be resumed" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("absent.yaml", None, "no such settings file"),
+        ("settings.json", "{}", "must end in .yaml, .yml or .toml"),
+        ("settings.yaml", "r: [", "is not YAML"),
+        ("settings.toml", "r: 2", "is not TOML"),
+        ("settings.yaml", "- r", "must have one setting a line"),
+        ("settings.yaml", "", "must have one setting a line"),
+        ("settings.yaml", b"text_column: \xe9", "is not UTF-8 (byte 0xe9"),
+        ("settings.yaml", "learning_rat: 0.1", "no setting 'learning_rat'; did you mean 'learning_rate'?"),
+        ("settings.yaml", "max_steps: 2\nmax-steps: 3", "has 'max_steps' twice"),
+        ("settings.yaml", "config: other.yaml", "there is no setting 'config'"),
+        ("settings.yaml", "r: 1e999", "r must be an int, got float"),
+        ("settings.yaml", "eta: fast", "eta must be a float, got str"),
+    ],
+)
+def test_a_bad_settings_file_is_one_line_and_nothing_written(folder, tmp_path, name, text, message):
+    file = tmp_path / name
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = list(tmp_path.iterdir())
+    result = finetune(folder, tmp_path / "run", config=file, r=None, max_steps=None)
+    assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.output
+    assert list(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("missing", ["model", "data", "output"])
+def test_what_has_no_default_has_to_be_given(folder, tmp_path, missing):
+    result = finetune(folder, **({"output": tmp_path / "run"} | {missing: None}))
+    assert result.exit_code == 2 and f"--{missing} is missing" in result.stderr, result.output
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 from ..layer.functional import check_rule
 from ..training.config import FinetuneConfig
 from .doctor import default_device, diagnose
+from .settings_file import read_settings
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,13 @@ def finetune(**settings: Any) -> int:
     """Fine-tune a transformers model with ALLoRA adapters on text.
 
     Writes the adapter (PEFT's format), metrics.json, loss.png and checkpoints into --output. Ctrl-C saves and stops.
+    --model, --data and --output are needed, on the command line or in the file that --config names.
     """
+    for field in fields(FinetuneConfig):
+        if field.default is MISSING and settings[field.name] is None:
+            raise ValueError(
+                f"--{field.name} is missing: give it, or '{field.name}: ...' in the file that --config names"
+            )
     if settings["norm"] == "none":
         settings["norm"] = None
     config = FinetuneConfig(**settings)
@@ -102,16 +109,31 @@ def merge(
     return 0
 
 
+_CONFIG = inspect.Parameter(
+    "config",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[str | None, "YAML or TOML file with these settings; what the command line says counts more."],
+)
+"""A command that has this parameter takes the others from a file, too."""
+
+
+def _optional(annotation: Any) -> Any:
+    kind, text = get_args(annotation)
+    return Annotated[kind | None, text]
+
+
 _COMMANDS: dict[Callable[..., int], Iterable[inspect.Parameter] | None] = {
     finetune: [
         inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            annotation=field.type,
+            default=None if field.default is MISSING else field.default,
+            annotation=_optional(field.type) if field.default is MISSING else field.type,
         )
         for field in fields(FinetuneConfig)
-    ],
+    ]
+    + [_CONFIG],
     doctor: None,
     bench: None,
     merge: None,
@@ -153,8 +175,10 @@ def _command(function: Callable[..., int], parameters: list[inspect.Parameter]) 
     import typer
 
     @functools.wraps(function)
-    def command(**arguments: Any) -> None:
+    def command(context: typer.Context, **arguments: Any) -> None:
         try:
+            if _CONFIG.name in arguments:
+                arguments = _with_file(context, arguments.pop(_CONFIG.name), arguments)
             code = function(**arguments)
         except (ValueError, TypeError, FileNotFoundError) as error:
             code = _complain(error, 2)
@@ -164,8 +188,18 @@ def _command(function: Callable[..., int], parameters: list[inspect.Parameter]) 
             code = 130
         raise typer.Exit(code)
 
-    command.__signature__ = inspect.Signature(parameters)
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_ONLY, annotation=typer.Context)
+    command.__signature__ = inspect.Signature([context, *parameters])
     return command
+
+
+def _with_file(context: "typer.Context", file: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """`arguments`, with what `file` says in the place of those that the command line did not give."""
+    if file is None:
+        return arguments
+    settings = read_settings(file, arguments)
+    given = {name for name in arguments if context.get_parameter_source(name).name == "COMMANDLINE"}
+    return arguments | {name: value for name, value in settings.items() if name not in given}
 
 
 def _complain(error: Exception, code: int) -> int:
