@@ -14,8 +14,7 @@ typer_testing = pytest.importorskip("typer.testing")
 
 from tiny_training import make_model, sentences, write_csv  # noqa: E402
 
-from allora_kernels import reference  # noqa: E402
-from allora_kernels.models.checkpoint import load_adapter  # noqa: E402
+from allora_kernels import load_adapter, reference  # noqa: E402
 from allora_kernels.tools import cli, doctor  # noqa: E402
 from allora_kernels.training import run as finetune_module  # noqa: E402
 

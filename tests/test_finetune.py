@@ -13,8 +13,7 @@ pytest.importorskip("datasets")
 
 from tiny_training import make_model, sentences, write_csv  # noqa: E402
 
-from allora_kernels import reference  # noqa: E402
-from allora_kernels.models.checkpoint import load_adapter  # noqa: E402
+from allora_kernels import load_adapter, reference  # noqa: E402
 from allora_kernels.training import run as module  # noqa: E402
 from allora_kernels.training.config import FinetuneConfig  # noqa: E402
 from allora_kernels.training.run import finetune  # noqa: E402

@@ -5,7 +5,7 @@ import transformers
 from torch import nn
 from transformers import logging
 
-from allora_kernels.models.adapt import adapter_parameters
+from allora_kernels import adapter_parameters
 
 logging.set_verbosity_error()
 

@@ -16,8 +16,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from ..layer import backend as _backend
-from ..models.adapt import apply_allora, saved_modules
-from ..models.checkpoint import load_adapter, save_adapter
+from ..models.adapt import apply_allora
+from ..models.adapted import saved_modules
+from ..models.loading import load_adapter
+from ..models.saving import save_adapter
 from .base_model import computes_in_bf16, enable_checkpointing, length_limit, load_base
 from .config import FinetuneConfig
 from .data import (
