@@ -1,5 +1,6 @@
 """Put ALLoRA adapters on a model's linear layers."""
 
+import warnings
 from collections.abc import Collection, Mapping
 
 import torch
@@ -13,6 +14,7 @@ from .selection import (
     check_unadapted,
     find_saved,
     matches_end,
+    missing_targets,
     module_slots,
     nothing_matches,
     pattern_value,
@@ -59,8 +61,9 @@ def apply_allora(
 
     Returns:
         AdaptReport: what was replaced, and what was left alone and why: quantized layers, layers with a forward pass of
-        their own, and layers whose weight another module reads directly (as `nn.MultiheadAttention` does), where an
-        adapter would be passed by without a word.
+        their own, stacks of weights in 3-D parameters (the experts of a mixture) with their share, and layers whose weight
+        another module reads directly (as `nn.MultiheadAttention` does), where an adapter would be passed by without a word.
+        A name in a list of `target_modules` that matches nothing is a warning, with the names it resembles.
 
     Raises:
         ValueError: nothing matches; the model is itself a linear layer, already has adapters, or is wrapped for
@@ -83,6 +86,8 @@ def apply_allora(
             raise type(error)(f"rank_pattern[{key!r}]: {error}") from None
         if not any(matches_end(key, name, "rank_pattern") for name in layers):
             raise ValueError(f"rank_pattern[{key!r}] matches none of the layers to adapt: {some(layers)}")
+    for target, near in missing_targets(model, target_modules).items():
+        warnings.warn(f"target_modules: the model has no module {target!r}{near}", stacklevel=2)
     attach(model, layers, ranks, eta, norm, saved, autocast_adapter_dtype)
     return report(model, skipped)
 

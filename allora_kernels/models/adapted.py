@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..layer.linear import FusedALLoRALinear
-from .selection import clean_name
+from .selection import clean_name, stacked_weights
 
 SAVED_WHOLE = "_allora_saved_whole"
 """Attribute of a module that `apply_allora` was told to train and save whole."""
@@ -27,6 +27,8 @@ class AdaptReport:
     """Number of parameters of the whole model, adapters included."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Name of each module that was asked for, or is linear, and left alone: the reason."""
+    stacked: int = 0
+    """Number of parameters, of those left alone, in stacks of weights (3-D), as of the experts of a mixture."""
 
     def __str__(self) -> str:
         share = self.trainable / max(self.total, 1)
@@ -39,6 +41,10 @@ class AdaptReport:
             lines.append(f"trained and saved whole: {', '.join(self.modules_to_save)}")
         if self.skipped:
             lines.append(f"{len(self.skipped)} left alone:")
+        if self.stacked:
+            lines.append(
+                f"  in 3-D parameters, as of experts: {self.stacked:,} parameters, {self.stacked / self.total:.2%} of all"
+            )
         for (name, reason), count in _grouped(self.skipped).items():
             lines.append(f"  {count} x {name}: {reason}")
         return "\n".join(lines)
@@ -77,4 +83,12 @@ def report(model: nn.Module, skipped: Mapping[str, str] | None = None) -> AdaptR
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(p.numel() for p in parameters),
         skipped=dict(skipped or {}),
+        stacked=_stacked(model, skipped or {}),
     )
+
+
+def _stacked(model: nn.Module, skipped: Mapping[str, str]) -> int:
+    left_alone = {
+        p for name, m in model.named_modules() if clean_name(name) in skipped for p in stacked_weights(m).values()
+    }
+    return sum(p.numel() for p in left_alone)
