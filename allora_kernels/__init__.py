@@ -4,8 +4,12 @@ from . import per_sample
 from .layer.batch_invariance import use_batch_invariant
 from .layer.functional import allora_linear
 from .layer.linear import FusedALLoRALinear
-from .models.adapt import AdaptReport, adapter_layers, adapter_parameters, apply_allora, merge_adapter
-from .models.checkpoint import load_adapter, save_adapter
+from .models.adapt import apply_allora
+from .models.adapted import AdaptReport, adapter_layers, adapter_parameters
+from .models.disabling import disable_adapters, set_enabled
+from .models.loading import load_adapter
+from .models.merging import merge_adapter, unmerge_adapter
+from .models.saving import save_adapter
 
 __all__ = [
     "AdaptReport",
@@ -14,10 +18,13 @@ __all__ = [
     "adapter_parameters",
     "allora_linear",
     "apply_allora",
+    "disable_adapters",
     "load_adapter",
     "merge_adapter",
     "per_sample",
     "save_adapter",
+    "set_enabled",
+    "unmerge_adapter",
     "use_batch_invariant",
 ]
 __version__ = "0.1.0"

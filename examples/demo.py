@@ -149,7 +149,7 @@ def difference_to_peft(model_folder: str, adapter: Path, texts: list[str]) -> fl
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from allora_kernels.models.checkpoint import load_adapter
+    from allora_kernels import load_adapter
 
     def base():
         return AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=2).eval()

@@ -14,8 +14,7 @@ from tiny_models import bert, gpt2, llama, logits, photograph, pretend_to_train,
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from allora_kernels import FusedALLoRALinear
-from allora_kernels.models.adapt import adapter_layers, adapter_parameters, apply_allora, merge_adapter
+from allora_kernels import FusedALLoRALinear, adapter_layers, adapter_parameters, apply_allora, merge_adapter
 
 
 class Block(nn.Module):
@@ -527,8 +526,8 @@ import sys
 sys.modules["transformers"] = sys.modules["peft"] = None
 import torch
 from torch import nn
-from allora_kernels.models.adapt import apply_allora, merge_adapter
-from allora_kernels.models.checkpoint import load_adapter, save_adapter
+from allora_kernels import apply_allora, merge_adapter
+from allora_kernels import load_adapter, save_adapter
 model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
 apply_allora(model, r=2)
 save_adapter(model, {str(tmp_path)!r})

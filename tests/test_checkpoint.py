@@ -13,10 +13,15 @@ from safetensors.torch import load_file, save_file
 from tiny_models import bert, gpt2, llama, logits, photograph, pretend_to_train, transformer
 from torch import nn
 
-from allora_kernels import FusedALLoRALinear
-from allora_kernels.models import checkpoint
-from allora_kernels.models.adapt import adapter_layers, adapter_parameters, apply_allora, merge_adapter
-from allora_kernels.models.checkpoint import load_adapter, save_adapter
+from allora_kernels import (
+    FusedALLoRALinear,
+    adapter_layers,
+    adapter_parameters,
+    apply_allora,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+)
 
 PREFIX = "base_model.model."
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -465,65 +470,6 @@ def test_broken_and_missing_files(tmp_path):
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------
-
-
-def half_written(tensors, file, metadata):
-    save_file(tensors, file, metadata)
-    file.write_bytes(file.read_bytes()[:100])
-    raise OSError("no space left on device")
-
-
-def failing_on(call):
-    calls = []
-
-    def replace(source, target, real=os.replace):
-        calls.append(target)
-        if len(calls) == call:
-            raise OSError("input/output error")
-        real(source, target)
-
-    return replace
-
-
-@pytest.mark.parametrize(
-    "where, name, substitute",
-    [
-        (checkpoint, "save_file", half_written),
-        (os, "fsync", lambda _: (_ for _ in ()).throw(OSError("input/output error"))),
-        (os, "replace", failing_on(1)),
-        (os, "replace", failing_on(2)),
-    ],
-    ids=["half written", "not flushed", "first rename", "second rename"],
-)
-def test_a_save_that_fails_leaves_the_former_adapter(where, name, substitute, tmp_path, monkeypatch):
-    want = small_llama_adapter(tmp_path)
-    (tmp_path / "README.md").write_text("mine")
-    before = contents(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(where, name, substitute)
-        with pytest.raises(OSError, match=r"no space|input/output"):
-            save_adapter(adapted(llama(), r=2, eta=1.0), tmp_path)
-    assert contents(tmp_path) == before
-    model = llama()
-    load_adapter(model, tmp_path)
-    assert torch.equal(logits(model), want)
-
-
-def test_the_first_save_of_all_leaves_nothing_when_it_fails(tmp_path, monkeypatch):
-    model = adapted(llama())
-    for call in (1, 2):
-        monkeypatch.setattr(os, "replace", failing_on(call))
-        with pytest.raises(OSError, match="input/output"):
-            save_adapter(model, tmp_path)
-        assert contents(tmp_path) == {}
-
-
-def test_files_are_on_disk_before_they_are_renamed(tmp_path, monkeypatch):
-    events = []
-    monkeypatch.setattr(os, "fsync", lambda fd, real=os.fsync: (events.append("flush"), real(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b, real=os.replace: (events.append("rename"), real(a, b)))
-    small_llama_adapter(tmp_path)
-    assert events == ["flush", "flush", "rename", "rename", "flush"]
 
 
 def test_saving_again_replaces_the_adapter_and_nothing_else(tmp_path):

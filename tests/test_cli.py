@@ -14,8 +14,7 @@ typer_testing = pytest.importorskip("typer.testing")
 
 from tiny_training import make_model, sentences, write_csv  # noqa: E402
 
-from allora_kernels import reference  # noqa: E402
-from allora_kernels.models.checkpoint import load_adapter  # noqa: E402
+from allora_kernels import load_adapter, reference  # noqa: E402
 from allora_kernels.tools import cli, doctor  # noqa: E402
 from allora_kernels.training import run as finetune_module  # noqa: E402
 
@@ -81,14 +80,14 @@ def test_finetune_a_language_model(folder, tmp_path):
 def test_ctrl_c_says_how_to_go_on(folder, tmp_path, monkeypatch):
     import signal
 
-    class Interrupted(finetune_module.AdapterTrainer):
+    class Interrupted(finetune_module.FinetuneTrainer):
         def training_step(self, *args, **kwargs):
             if self.state.global_step == 1:
                 signal.raise_signal(signal.SIGINT)
             return super().training_step(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(finetune_module, "AdapterTrainer", Interrupted)
+        patched.setattr(finetune_module, "FinetuneTrainer", Interrupted)
         result = finetune(folder, tmp_path / "run", max_steps=5)
     assert result.exit_code == 130 and "Interrupted after step 2" in result.output and "--resume" in result.output
     assert finetune(folder, tmp_path / "run", max_steps=5, resume=True).exit_code == 0

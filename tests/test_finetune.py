@@ -13,8 +13,7 @@ pytest.importorskip("datasets")
 
 from tiny_training import make_model, sentences, write_csv  # noqa: E402
 
-from allora_kernels import reference  # noqa: E402
-from allora_kernels.models.checkpoint import load_adapter  # noqa: E402
+from allora_kernels import load_adapter, reference  # noqa: E402
 from allora_kernels.training import run as module  # noqa: E402
 from allora_kernels.training.config import FinetuneConfig  # noqa: E402
 from allora_kernels.training.run import finetune  # noqa: E402
@@ -205,13 +204,13 @@ def test_unshuffled_data_is_taken_in_the_order_of_the_file(settings, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
     seen = []
 
-    class Spy(module.AdapterTrainer):
+    class Spy(module.FinetuneTrainer):
         def training_step(self, model, inputs, *args, **kwargs):
             seen.extend(tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True))
             return super().training_step(model, inputs, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(module, "AdapterTrainer", Spy)
+        patched.setattr(module, "FinetuneTrainer", Spy)
         finetune(replace(config, shuffle=False, max_steps=3))
         assert seen == [text for text, _ in rows]
         seen.clear()
@@ -386,13 +385,13 @@ def test_the_rule_and_the_layers_are_those_asked_for(settings, tmp_path):
 
 def test_the_head_has_its_own_learning_rate(settings, monkeypatch):
     seen = []
-    create = module.AdapterTrainer.create_optimizer
+    create = module.FinetuneTrainer.create_optimizer
 
     def spy(self, model=None):
         seen.append(create(self, model))
         return seen[-1]
 
-    monkeypatch.setattr(module.AdapterTrainer, "create_optimizer", spy)
+    monkeypatch.setattr(module.FinetuneTrainer, "create_optimizer", spy)
     finetune(settings(head_learning_rate=0.5, max_steps=1, warmup_steps=1))
     adapters, head = seen[0].param_groups
     assert (adapters["initial_lr"], head["initial_lr"]) == (0.02, 0.5)

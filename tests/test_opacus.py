@@ -1,5 +1,6 @@
 """Opacus trains our layer in its own modes, with the numbers it gets from eager autograd and from `per_sample`."""
 
+import contextlib
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 opacus = pytest.importorskip("opacus")
 from opacus.validators.errors import UnsupportedModuleError  # noqa: E402
 
-import allora_kernels.integrations.opacus  # noqa: E402, F401
+import allora_kernels.integrations.opacus  # noqa: E402
 from allora_kernels import FusedALLoRALinear, apply_allora, per_sample, reference  # noqa: E402
 
 pytestmark = [
@@ -202,3 +203,19 @@ def test_a_model_whose_adapters_would_silently_get_nothing_is_refused():
 def test_the_package_does_not_import_opacus():
     code = "import sys, allora_kernels, allora_kernels.integrations; assert 'opacus' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("sampler", ["grad_sample", "norm_sample"])
+def test_a_pass_with_the_adapter_disabled_has_no_per_sample_gradient(sampler):
+    x, g = torch.randn(B, T, K, requires_grad=True), torch.randn(B, T, N)
+    sample = getattr(allora_kernels.integrations.opacus, sampler)
+    for enabled in (True, False):
+        model, found = layer(), []
+        with contextlib.nullcontext() if enabled else allora_kernels.disable_adapters(nn.ModuleList([model])):
+            y = model(x)
+        # As Opacus does, in a hook of the backward pass, which runs after the switch was taken back.
+        y.register_hook(lambda _, found=found, model=model: found.append(sample(model, [x.detach()], g)))
+        y.sum().backward()
+        shapes = {p.shape for p in found[0].values()}
+        assert len(found[0]) == 2 and all(shape[0] == B for shape in shapes)
+        assert all(bool(t.any()) == enabled for t in found[0].values())

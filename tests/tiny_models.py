@@ -5,7 +5,7 @@ import transformers
 from torch import nn
 from transformers import logging
 
-from allora_kernels.models.adapt import adapter_parameters
+from allora_kernels import adapter_parameters
 
 logging.set_verbosity_error()
 
@@ -21,6 +21,11 @@ _CONFIGS = {
     "T5": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},
     "OPT": {**_SIZES, "ffn_dim": 32, "word_embed_proj_dim": 16},
     "Mixtral": {**_SIZES, "num_key_value_heads": 1, "num_local_experts": 2},
+    "Qwen3Moe": {
+        **_SIZES, "num_key_value_heads": 1, "head_dim": 8, "moe_intermediate_size": 8, "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "Olmoe": {**_SIZES, "num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 2},
     "ViT": {**_SIZES, "image_size": 8, "patch_size": 4},
     "Mamba": {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
     "WavLM": {

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..layer import backend as _backend
 from ..layer.linear import FusedALLoRALinear
+from ..layer.switching import state_of_call
 from ..per_sample.samples import Samples
 from ..per_sample.steps import sample_steps
 from ..reference import WEIGHT_NORMS
@@ -39,9 +40,13 @@ def _inputs(layer: FusedALLoRALinear, activations: list[Tensor], backprops: Tens
 @register_grad_sampler(FusedALLoRALinear)
 @torch.no_grad()
 def grad_sample(layer: FusedALLoRALinear, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-    """``{lora_A: [b, R, K], lora_B: [b, N, R]}`` in the parameters' dtypes, C included, for activations ``[x [b, ..., K]]``."""
+    """``{lora_A: [b, R, K], lora_B: [b, N, R]}`` in the parameters' dtypes, C included, for activations ``[x [b, ..., K]]``.
+    Zero for a forward pass with the adapter disabled."""
     name, common, samples = _inputs(layer, activations, backprops)
     needs = (layer.lora_A.requires_grad, layer.lora_B.requires_grad)
+    if not state_of_call(layer, layer.enabled):
+        trained = [p for p in (layer.lora_A, layer.lora_B) if p.requires_grad]
+        return {p: p.new_zeros(samples.count, *p.shape) for p in trained}
     _, *grads = sample_steps(name).sample_grads(*common, False, *needs, samples)
     return {p: g.to(p.dtype) for p, g in zip((layer.lora_A, layer.lora_B), grads) if g is not None}
 
@@ -52,6 +57,9 @@ def norm_sample(layer: FusedALLoRALinear, activations: list[Tensor], backprops: 
     """``{lora_A: [b], lora_B: [b]}``: the norms of `grad_sample`'s tensors."""
     name, common, samples = _inputs(layer, activations, backprops)
     steps = sample_steps(name)
+    if not state_of_call(layer, layer.enabled):
+        trained = [p for p in (layer.lora_A, layer.lora_B) if p.requires_grad]
+        return {p: p.new_zeros(samples.count) for p in trained}
     norms = {}
     for p, dtypes in ((layer.lora_A, (layer.lora_A.dtype, None)), (layer.lora_B, (None, layer.lora_B.dtype))):
         if p.requires_grad:

@@ -42,3 +42,9 @@ def explain(
     else:
         plan = dict.fromkeys(("adapted_linear", "fused_linear", "adapter_grads"), "torch")
     return Explanation(choice.name, choice.reason, choice.fallback, plan)
+
+
+def explain_disabled() -> Explanation:
+    """The `Explanation` of a call on a disabled layer."""
+    plan = {"frozen_linear": "torch"}
+    return Explanation("eager", "the adapter is disabled: the frozen layer alone", False, plan)

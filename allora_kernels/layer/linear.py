@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from . import backend as _backend
-from . import functional
-from .explanation import Explanation, explain
+from . import batch_invariance, functional, switching
+from .explanation import Explanation, explain, explain_disabled
 
 
 class FusedALLoRALinear(nn.Linear):
@@ -35,6 +35,7 @@ class FusedALLoRALinear(nn.Linear):
     fan_in_fan_out: bool
     """True where `weight` is stored [in_features, out_features], as in transformers' Conv1D."""
 
+    _enabled = True
     _recording = None
     """The `per_sample.record` this layer is in, if it is in one."""
 
@@ -124,7 +125,35 @@ class FusedALLoRALinear(nn.Linear):
         """The frozen weight as ``[out_features, in_features]``, whichever way it is stored."""
         return self.weight.mT if self.fan_in_fan_out else self.weight
 
+    @property
+    def enabled(self) -> bool:
+        """False where the layer computes as its frozen one alone, to the same bits, and its adapter gets no gradient. What
+        checkpointing runs again has the state of its first run. TypeError unless set to a bool."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, on: bool) -> None:
+        if not isinstance(on, bool):
+            raise TypeError(f"enabled must be a bool, got {type(on).__name__}")
+        switching.note_switch(self, self._enabled, on)
+        self._enabled = on
+
+    def _frozen(self, input: Tensor) -> Tensor:
+        if batch_invariance.enabled():
+            # The frozen layer's kernel is the adapted one's, with a zero factor.
+            zero = torch.zeros_like(self.lora_B, requires_grad=False)
+            return functional.apply(
+                input, self.frozen_weight, self.bias, self.lora_A.detach(), zero, self.eta, norm=None
+            )
+        if not self.fan_in_fan_out:
+            return nn.functional.linear(input, self.weight, self.bias)
+        rows = input.reshape(-1, self.in_features)
+        y = rows @ self.weight if self.bias is None else torch.addmm(self.bias, rows, self.weight)
+        return y.reshape(*input.shape[:-1], self.out_features)
+
     def forward(self, input: Tensor) -> Tensor:
+        if not switching.state_of_call(self, self._enabled):
+            return self._frozen(input)
         sink = None if self._recording is None else self._recording.sink(self, input)
         return functional.apply(
             input, self.frozen_weight, self.bias, self.lora_A, self.lora_B, self.eta, self.norm, sink=sink
@@ -135,7 +164,12 @@ class FusedALLoRALinear(nn.Linear):
         """A plain `nn.Linear` with weight ``W + BA`` (a copy, summed in fp32 or better, in the weight's dtype).
 
         For inference and export. Do not train on it: in bf16 the sum rounds small later updates away.
+
+        Raises:
+            ValueError: the layer is disabled, so that the sum would not be what it computes.
         """
+        if not self.enabled:
+            raise ValueError("the layer is disabled, so W + BA is not what it computes: enable it before merging")
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         product = self.lora_B.to(wide) @ self.lora_A.to(wide)
         linear = nn.Linear(
@@ -148,6 +182,8 @@ class FusedALLoRALinear(nn.Linear):
 
     def explain(self, rows: int = 2048) -> Explanation:
         """Which backend a call on this layer takes and why, and the plan of each step for an input of `rows` rows."""
+        if not self.enabled and not batch_invariance.enabled():
+            return explain_disabled()
         return explain(
             rows,
             self.out_features,
@@ -162,7 +198,8 @@ class FusedALLoRALinear(nn.Linear):
     def extra_repr(self) -> str:
         choice = _backend.choose(self.weight.device, self.weight.dtype)
         note = f" ({choice.reason})" if choice.fallback else ""
-        return f"{super().extra_repr()}, r={self.r}, eta={self.eta}, norm={self.norm!r}, backend={choice.name!r}{note}"
+        off = "" if self.enabled else ", enabled=False"
+        return f"{super().extra_repr()}, r={self.r}, eta={self.eta}, norm={self.norm!r}, backend={choice.name!r}{note}{off}"
 
 
 def is_conv1d(module: nn.Module) -> bool:

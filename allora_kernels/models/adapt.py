@@ -1,71 +1,30 @@
-"""Put ALLoRA adapters on a model's linear layers, and merge them back into plain ones."""
+"""Put ALLoRA adapters on a model's linear layers."""
 
-import re
+import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from ..layer.functional import check_rule
 from ..layer.linear import FusedALLoRALinear
+from .adapted import SAVED_WHOLE, AdaptReport, adapter_layers, report
+from .saving import save_adapters_alone
 from .selection import (
     check_unadapted,
-    clean_name,
     find_saved,
     matches_end,
+    missing_targets,
     module_slots,
     nothing_matches,
     pattern_value,
     select_layers,
     some,
-    unwrap,
 )
 
-_SAVED_WHOLE = "_allora_saved_whole"
 # What makes torch's encoder modules read their linears' weights themselves in eval mode, past any adapter.
 _FAST_PATHS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 _FAST_PATH_BEFORE = "_allora_fast_path_before"
-
-
-@dataclass(frozen=True)
-class AdaptReport:
-    """What is adapted in a model, and what is not and why. `str()` of it is meant to be read."""
-
-    adapted: dict[str, tuple[int, int, int]]
-    """Name of each adapted layer: its (out_features, in_features, r)."""
-    modules_to_save: tuple[str, ...]
-    """Names of the modules trained and saved whole."""
-    trainable: int
-    """Number of trainable parameters."""
-    total: int
-    """Number of parameters of the whole model, adapters included."""
-    skipped: dict[str, str] = field(default_factory=dict)
-    """Name of each module that was asked for, or is linear, and left alone: the reason."""
-
-    def __str__(self) -> str:
-        share = self.trainable / max(self.total, 1)
-        lines = [
-            f"{len(self.adapted)} layers adapted: {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"
-        ]
-        for (name, (n, k, r)), count in _grouped(self.adapted).items():
-            lines.append(f"  {count} x {name} [{n}, {k}], r={r}")
-        if self.modules_to_save:
-            lines.append(f"trained and saved whole: {', '.join(self.modules_to_save)}")
-        if self.skipped:
-            lines.append(f"{len(self.skipped)} left alone:")
-        for (name, reason), count in _grouped(self.skipped).items():
-            lines.append(f"  {count} x {name}: {reason}")
-        return "\n".join(lines)
-
-
-def _grouped(entries: Mapping) -> dict[tuple, int]:
-    """The entries that differ only in their layer numbers, counted."""
-    counts: dict[tuple, int] = {}
-    for name, value in entries.items():
-        key = (re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name), value)
-        counts[key] = counts.get(key, 0) + 1
-    return counts
 
 
 def apply_allora(
@@ -102,8 +61,9 @@ def apply_allora(
 
     Returns:
         AdaptReport: what was replaced, and what was left alone and why: quantized layers, layers with a forward pass of
-        their own, and layers whose weight another module reads directly (as `nn.MultiheadAttention` does), where an
-        adapter would be passed by without a word.
+        their own, stacks of weights in 3-D parameters (the experts of a mixture) with their share, and layers whose weight
+        another module reads directly (as `nn.MultiheadAttention` does), where an adapter would be passed by without a word.
+        A name in a list of `target_modules` that matches nothing is a warning, with the names it resembles.
 
     Raises:
         ValueError: nothing matches; the model is itself a linear layer, already has adapters, or is wrapped for
@@ -126,58 +86,17 @@ def apply_allora(
             raise type(error)(f"rank_pattern[{key!r}]: {error}") from None
         if not any(matches_end(key, name, "rank_pattern") for name in layers):
             raise ValueError(f"rank_pattern[{key!r}] matches none of the layers to adapt: {some(layers)}")
+    for target, near in missing_targets(model, target_modules).items():
+        warnings.warn(f"target_modules: the model has no module {target!r}{near}", stacklevel=2)
     attach(model, layers, ranks, eta, norm, saved, autocast_adapter_dtype)
     return report(model, skipped)
-
-
-def merge_adapter(model: nn.Module) -> nn.Module:
-    """Replace every `FusedALLoRALinear` in `model` by the plain layer with weight ``W + BA``, in place.
-
-    A transformers Conv1D becomes a Conv1D again. Weights are summed in float32 or wider and rounded to their dtype; the
-    frozen weights themselves are not written to. Merge for inference or export, not to train on.
-
-    Returns:
-        `model`.
-
-    Raises:
-        ValueError: the model has no adapters, or is itself a `FusedALLoRALinear` (use its `merge()`).
-    """
-    root = unwrap(model)
-    layers = adapter_layers(root)
-    if not layers:
-        raise ValueError("the model has no adapters to merge")
-    if root in layers.values():
-        raise ValueError("the model is itself a FusedALLoRALinear, which cannot be replaced in place: use its merge()")
-    slots = module_slots(root)
-    while layers:
-        # Each layer is let go of before the next is merged, so that at most one more weight is in memory than before.
-        _, layer = layers.popitem()
-        _put(slots.pop(layer), _plain(layer))
-    _restore_fast_paths(root)
-    for module in root.modules():
-        module.__dict__.pop(_SAVED_WHOLE, None)
-    return model
-
-
-def adapter_layers(model: nn.Module) -> dict[str, FusedALLoRALinear]:
-    """Every adapted layer of `model` by name. A layer that is shared appears once, under its first name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, FusedALLoRALinear)}
-
-
-def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """lora_A ``[r, K]`` and lora_B ``[N, r]`` of every adapted layer; without the parameters of `modules_to_save`."""
-    return [p for layer in adapter_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
-
-
-def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that `apply_allora` was told to train and save whole, by name."""
-    return {clean_name(name): m for name, m in model.named_modules() if _SAVED_WHOLE in m.__dict__}
 
 
 # --- replacing ------------------------------------------------------------------------------------------------------
 
 
-def _put(slots: list[tuple[nn.Module, str]], module: nn.Module) -> None:
+def put(slots: list[tuple[nn.Module, str]], module: nn.Module) -> None:
+    """Hang `module` at every (parent, attribute) of `slots`."""
     for parent, attribute in slots:
         setattr(parent, attribute, module)
 
@@ -209,39 +128,15 @@ def attach(
     for p, _ in flags:
         p.requires_grad_(False)
     for linear, layer in adapted.items():
-        _put(slots[linear], layer)
+        put(slots[linear], layer)
     for module in saved.values():
-        setattr(module, _SAVED_WHOLE, True)
+        setattr(module, SAVED_WHOLE, True)
         module.requires_grad_(True)
-    _leave_fast_paths(model)
+    leave_fast_paths(model)
+    save_adapters_alone(model)
 
 
-def report(model: nn.Module, skipped: Mapping[str, str] | None = None) -> AdaptReport:
-    """The report on `model` as it is."""
-    parameters = list(model.parameters())
-    return AdaptReport(
-        adapted={clean_name(n): (m.out_features, m.in_features, m.r) for n, m in adapter_layers(model).items()},
-        modules_to_save=tuple(saved_modules(model)),
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters),
-        skipped=dict(skipped or {}),
-    )
-
-
-def _plain(layer: FusedALLoRALinear) -> nn.Module:
-    linear = layer.merge()
-    if not layer.fan_in_fan_out:
-        return linear
-    from transformers.pytorch_utils import Conv1D
-
-    with torch.device("meta"):
-        conv = Conv1D(layer.out_features, layer.in_features)
-    conv.weight = nn.Parameter(linear.weight.mT.contiguous(), requires_grad=False)
-    conv.bias = linear.bias
-    return conv.train(layer.training)
-
-
-def _leave_fast_paths(model: nn.Module) -> None:
+def leave_fast_paths(model: nn.Module) -> None:
     """Make torch's encoder modules call the adapted layers in eval mode too, where they would read their weights."""
     for module in model.modules():
         for cls, attribute in _FAST_PATHS.items():
@@ -251,7 +146,8 @@ def _leave_fast_paths(model: nn.Module) -> None:
                 setattr(module, attribute, type(value)(0))
 
 
-def _restore_fast_paths(model: nn.Module) -> None:
+def restore_fast_paths(model: nn.Module) -> None:
+    """Undo `leave_fast_paths`."""
     for module in model.modules():
         for cls, attribute in _FAST_PATHS.items():
             if isinstance(module, cls) and _FAST_PATH_BEFORE in module.__dict__:

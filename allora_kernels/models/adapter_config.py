@@ -13,9 +13,8 @@ from torch import nn
 
 from ..layer.functional import check_rule
 from ..layer.linear import FusedALLoRALinear
+from .adapter_files import CONFIG_FILE, adapter_file
 from .selection import matches_end, module_names, pattern_value
-
-CONFIG_FILE = "adapter_config.json"
 
 # PEFT's task of a transformers class, by the end of its name, and the heads PEFT then insists on finding in the file.
 _TASKS = {
@@ -116,7 +115,7 @@ class AdapterConfig:
 
 def read_config(folder: Path) -> AdapterConfig:
     """The config in `folder`; ValueError or FileNotFoundError unless it describes an adapter this library can load."""
-    file = folder / CONFIG_FILE
+    file = adapter_file(folder, CONFIG_FILE)
     if not file.is_file():
         raise FileNotFoundError(f"no adapter at {folder}: there is no {CONFIG_FILE}")
     try:

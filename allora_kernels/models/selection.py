@@ -1,5 +1,6 @@
 """Which of a model's modules get an adapter, which are trained whole, and why the others do not."""
 
+import difflib
 import re
 from collections.abc import Callable, Collection, Mapping
 
@@ -174,19 +175,39 @@ def select_layers(
 
     layers, skipped = {}, {}
     for module, names in all_names.items():
-        if module in in_saved or not any(map(wanted, names)) or (everything and not _looks_linear(module)):
+        worth_a_word = not everything or _looks_linear(module) or stacked_weights(module)
+        if module in in_saved or not any(map(wanted, names)) or not worth_a_word:
             continue
         reason = "in exclude_modules" if any(map(excluded, names)) else heads.get(module) or obstacle(module, slots)
         if reason:
             skipped[names[0]] = reason
         else:
             layers[names[0]] = module
-    if not isinstance(target_modules, str):
-        dotted = [f".{name}" for names in all_names.values() for name in names]
-        for target in target_modules:
-            if not any(name.endswith(f".{target}") for name in dotted):
-                skipped[target] = "target_modules names it, but the model has no such module"
+    for target, near in missing_targets(model, target_modules).items():
+        skipped[target] = f"target_modules names it, but the model has no such module{near}"
     return layers, skipped
+
+
+def missing_targets(model: nn.Module, target_modules: str | Collection[str]) -> dict[str, str]:
+    """Each of a list of `target_modules` that no module's name is or ends in: what to say of it, as names it resembles."""
+    if isinstance(target_modules, str):
+        return {}
+    names = {name for names in module_names(model).values() for name in names}
+    dotted = [f".{name}" for name in names]
+    stacked = [n for n, p in model.named_parameters() if p.ndim == 3]
+    missing = {}
+    for target in target_modules:
+        if any(name.endswith(f".{target}") for name in dotted):
+            continue
+        if owner := next((n for n in stacked if f".{clean_name(n)}".endswith(f".{target}")), None):
+            missing[target] = f": it is a 3-D parameter ({clean_name(owner)}), which gets no adapter here"
+            continue
+        # Compared with the ends of names that have as many parts as what was written.
+        parts = target.count(".") + 1
+        ends = sorted({".".join(name.split(".")[-parts:]) for name in names})
+        near = [end for end in difflib.get_close_matches(target, ends, n=3) if not end.rpartition(".")[2].isdecimal()]
+        missing[target] = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return missing
 
 
 def _output_heads(model: nn.Module) -> dict[nn.Module, str]:
@@ -207,9 +228,20 @@ def _looks_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module) or sized
 
 
+def stacked_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of `module` itself that are stacks of weights, as of a mixture's experts: 3-D, and no convolution's."""
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.utils.parametrize.ParametrizationList)):
+        return {}
+    own = module._parameters.items()
+    return {name: p for name, p in own if p is not None and p.ndim == 3 and p.shape[0] > 1 and min(p.shape[1:]) > 1}
+
+
 def obstacle(module: nn.Module, slots: Mapping[nn.Module, list[tuple[nn.Module, str]]]) -> str | None:
     """Why `module`, which hangs in `slots`, cannot be adapted; None where it can."""
     kind = type(module).__name__
+    if stacked := stacked_weights(module):
+        shapes = ", ".join(f"{name} {list(p.shape)}" for name, p in stacked.items())
+        return f"{kind} holds stacks of weights as 3-D parameters ({shapes}), which get no adapter here"
     if not (isinstance(module, nn.Linear) or is_conv1d(module)):
         return f"{kind} is neither nn.Linear nor transformers' Conv1D"
     weight = module._parameters.get("weight")

@@ -6,8 +6,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..models.adapt import AdaptReport, merge_adapter
-from ..models.checkpoint import load_adapter
+from ..models.adapted import AdaptReport
+from ..models.adapter_files import CONFIG_FILE, adapter_file
+from ..models.loading import load_adapter
+from ..models.merging import merge_adapter
 from ..training.base_model import load_base
 
 _TASKS = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm"}
@@ -34,7 +36,7 @@ def write_merged_model(adapter: str, output: str, model: str | None = None) -> A
     folder, target = Path(adapter).expanduser(), Path(output).expanduser()
     if target.exists():
         raise ValueError(f"output must be a new folder, but {target} exists")
-    file = folder / "adapter_config.json"
+    file = adapter_file(folder, CONFIG_FILE)
     if not file.is_file():
         raise FileNotFoundError(f"no adapter at {folder}: there is no {file.name}")
     settings = json.loads(file.read_text(encoding="utf-8"))

@@ -1,10 +1,11 @@
-"""Fine-tuning as one call: ``from allora_kernels.training import FinetuneConfig, finetune``."""
+"""Fine-tuning as one call: ``from allora_kernels.training import FinetuneConfig, finetune``; and a Trainer of your own with
+checkpoints that hold the adapters alone: `AdapterTrainer`, `AdapterCheckpoints`."""
 
 from typing import Any
 
 from .config import FinetuneConfig
 
-__all__ = ["FinetuneConfig", "finetune"]
+__all__ = ["AdapterCheckpoints", "AdapterTrainer", "FinetuneConfig", "finetune"]
 
 
 def __getattr__(name: str) -> Any:
@@ -13,4 +14,8 @@ def __getattr__(name: str) -> Any:
         from .run import finetune
 
         return finetune
+    if name in ("AdapterCheckpoints", "AdapterTrainer"):
+        from . import adapter_trainer
+
+        return getattr(adapter_trainer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

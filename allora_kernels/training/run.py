@@ -16,8 +16,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from ..layer import backend as _backend
-from ..models.adapt import apply_allora, saved_modules
-from ..models.checkpoint import load_adapter, save_adapter
+from ..models.adapt import apply_allora
+from ..models.adapted import saved_modules
+from ..models.loading import load_adapter
+from ..models.saving import save_adapter
+from .adapter_trainer import AdapterTrainer
 from .base_model import computes_in_bf16, enable_checkpointing, length_limit, load_base
 from .config import FinetuneConfig
 from .data import (
@@ -100,7 +103,7 @@ def finetune(
     if console is not None:
         console.print(str(report), highlight=False)
 
-    trainer = AdapterTrainer(
+    trainer = FinetuneTrainer(
         config,
         model=model,
         args=training_arguments(config),
@@ -191,12 +194,12 @@ def classification_hooks(classification: bool) -> dict[str, Any]:
     return {"compute_loss_func": loss, "preprocess_logits_for_metrics": chosen, "compute_metrics": accuracy}
 
 
-class AdapterTrainer(Trainer):
-    """A Trainer with `config`'s optimizer whose checkpoints hold the adapter in the model's place."""
+class FinetuneTrainer(AdapterTrainer):
+    """An `AdapterTrainer` with `config`'s optimizer."""
 
     def __init__(self, config: FinetuneConfig, **kwargs):
         super().__init__(**kwargs)
-        self.config = config
+        self.config, self.base_model_name_or_path = config, config.model
 
     def create_optimizer(self, model=None):
         if self.optimizer is not None:
@@ -216,10 +219,8 @@ class AdapterTrainer(Trainer):
         return self.optimizer
 
     def _save(self, output_dir=None, state_dict=None):
-        save_adapter(self.model, output_dir, base_model_name_or_path=self.config.model)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        load_adapter(self.model, resume_from_checkpoint)
+        # The tokenizer and the settings lie beside the checkpoints.
+        self.save_adapters(output_dir, state_dict)
 
 
 # --- before training ------------------------------------------------------------------------------------------------

@@ -1,0 +1,116 @@
+"""Whether the adapter of a layer takes part in a call: the state that is set, or in a call that checkpointing runs again, the
+state that the first run had.
+
+A call that a backward pass runs again is asked for by a node of the first run's graph. Nodes are numbered as they are made, so
+the node's number against the numbers at which the layer was switched tells the state then.
+"""
+
+from collections import deque
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+_KEPT = 64
+
+# By layer, the latest switches: (number of the first node after it, what held before). Not on the layer, because the numbers
+# mean nothing in a copy or in another process.
+_switches: WeakKeyDictionary[nn.Module, deque[tuple[int, bool]]] = WeakKeyDictionary()
+# By layer, the state that a switch inside a backward pass gave it, and the innermost graph task then.
+_inside: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
+# By layer, the state found last for a call run again.
+_found: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+# The graph tasks that run now, the outermost first, as far as they called a layer; and whether a layer was switched in them.
+_tasks: list[int] = []
+_switched_in_task = False
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _enter_task() -> bool:
+    """Note the running graph task; True if it runs inside another one."""
+    global _switched_in_task
+    task = torch._C._current_graph_task_id()
+    if task not in _tasks:
+        if not _tasks:
+            _switched_in_task = False
+        _tasks.append(task)
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _leave_task(task))
+    return _tasks[0] != task
+
+
+def _leave_task(task: int) -> None:
+    if task in _tasks:
+        del _tasks[_tasks.index(task) :]
+
+
+def note_switch(layer: nn.Module, before: bool, after: bool) -> None:
+    """`layer` is switched from `before` to `after`."""
+    global _switched_in_task
+    if _in_backward():
+        # Part of what is run again, which replays it: it counts for the calls after it there and for nothing else.
+        _enter_task()
+        _switched_in_task = True
+        _inside[layer] = (torch._C._current_graph_task_id(), after)
+    elif before is not after:
+        _tasks.clear()
+        _switches.setdefault(layer, deque(maxlen=_KEPT)).append((torch.autograd._get_sequence_nr(), before))
+
+
+def switch(layer: nn.Module, on: bool) -> tuple:
+    """Set `layer.enabled`; what `switch_back` takes."""
+    before = (layer.enabled, _inside.get(layer))
+    layer.enabled = on
+    return before
+
+
+def switch_back(layer: nn.Module, before: tuple) -> None:
+    """Undo a `switch`."""
+    layer.enabled, inside = before
+    if inside is not None:
+        _inside[layer] = inside
+    else:
+        # What is run again from here on has the state of its first run, which need not be the one set now.
+        _inside.pop(layer, None)
+
+
+def state_of_call(layer: nn.Module, enabled: bool) -> bool:
+    """The state for a call of `layer`, where `enabled` is set now.
+
+    Raises:
+        RuntimeError: it is run again inside a re-entrant checkpoint inside another one, whose first run switched layers itself;
+            or the layer was switched more than 64 times since the first run.
+    """
+    if torch.compiler.is_compiling():
+        return enabled
+    if not _in_backward():
+        _tasks.clear()
+        _inside.clear()
+        return enabled
+    if layer not in _switches and layer not in _inside:
+        return enabled
+    if _enter_task():
+        # Its node was made in the outer run again, in which every layer of the inner one was called just before.
+        if _switched_in_task:
+            raise RuntimeError(
+                "re-entrant checkpoints inside one another, with adapters switched inside them: which state the first run had "
+                "cannot be told; pass use_reentrant=False to checkpoint"
+            )
+        return _found.get(layer, enabled)
+    task, state = _inside.get(layer, (-1, enabled))
+    if task != torch._C._current_graph_task_id():
+        state = _state_then(layer, torch._C._current_autograd_node()._sequence_nr(), enabled)
+    _found[layer] = state
+    return state
+
+
+def _state_then(layer: nn.Module, number: int, enabled: bool) -> bool:
+    switches = _switches.get(layer, ())
+    if len(switches) == _KEPT and number < switches[0][0]:
+        raise RuntimeError(
+            f"a checkpointed forward pass is run again after {_KEPT} or more switches of its adapters: which state it had is "
+            "forgotten; call backward earlier"
+        )
+    return next((before for first, before in switches if number < first), enabled)

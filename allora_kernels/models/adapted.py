@@ -1,0 +1,94 @@
+"""What is adapted in a model: its adapters, the modules saved whole, and the report on them."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..layer.linear import FusedALLoRALinear
+from .selection import clean_name, stacked_weights
+
+SAVED_WHOLE = "_allora_saved_whole"
+"""Attribute of a module that `apply_allora` was told to train and save whole."""
+
+
+@dataclass(frozen=True)
+class AdaptReport:
+    """What is adapted in a model, and what is not and why. `str()` of it is meant to be read."""
+
+    adapted: dict[str, tuple[int, int, int]]
+    """Name of each adapted layer: its (out_features, in_features, r)."""
+    modules_to_save: tuple[str, ...]
+    """Names of the modules trained and saved whole."""
+    trainable: int
+    """Number of trainable parameters."""
+    total: int
+    """Number of parameters of the whole model, adapters included."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Name of each module that was asked for, or is linear, and left alone: the reason."""
+    stacked: int = 0
+    """Number of parameters, of those left alone, in stacks of weights (3-D), as of the experts of a mixture."""
+
+    def __str__(self) -> str:
+        share = self.trainable / max(self.total, 1)
+        lines = [
+            f"{len(self.adapted)} layers adapted: {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"
+        ]
+        for (name, (n, k, r)), count in _grouped(self.adapted).items():
+            lines.append(f"  {count} x {name} [{n}, {k}], r={r}")
+        if self.modules_to_save:
+            lines.append(f"trained and saved whole: {', '.join(self.modules_to_save)}")
+        if self.skipped:
+            lines.append(f"{len(self.skipped)} left alone:")
+        if self.stacked:
+            lines.append(
+                f"  in 3-D parameters, as of experts: {self.stacked:,} parameters, {self.stacked / self.total:.2%} of all"
+            )
+        for (name, reason), count in _grouped(self.skipped).items():
+            lines.append(f"  {count} x {name}: {reason}")
+        return "\n".join(lines)
+
+
+def _grouped(entries: Mapping) -> dict[tuple, int]:
+    """The entries that differ only in their layer numbers, counted."""
+    counts: dict[tuple, int] = {}
+    for name, value in entries.items():
+        key = (re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name), value)
+        counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+def adapter_layers(model: nn.Module) -> dict[str, FusedALLoRALinear]:
+    """Every adapted layer of `model` by name. A layer that is shared appears once, under its first name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FusedALLoRALinear)}
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """lora_A ``[r, K]`` and lora_B ``[N, r]`` of every adapted layer; without the parameters of `modules_to_save`."""
+    return [p for layer in adapter_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
+
+
+def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that `apply_allora` was told to train and save whole, by name."""
+    return {clean_name(name): m for name, m in model.named_modules() if SAVED_WHOLE in m.__dict__}
+
+
+def report(model: nn.Module, skipped: Mapping[str, str] | None = None) -> AdaptReport:
+    """The report on `model` as it is."""
+    parameters = list(model.parameters())
+    return AdaptReport(
+        adapted={clean_name(n): (m.out_features, m.in_features, m.r) for n, m in adapter_layers(model).items()},
+        modules_to_save=tuple(saved_modules(model)),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        total=sum(p.numel() for p in parameters),
+        skipped=dict(skipped or {}),
+        stacked=_stacked(model, skipped or {}),
+    )
+
+
+def _stacked(model: nn.Module, skipped: Mapping[str, str]) -> int:
+    left_alone = {
+        p for name, m in model.named_modules() if clean_name(name) in skipped for p in stacked_weights(m).values()
+    }
+    return sum(p.numel() for p in left_alone)

@@ -1,0 +1,150 @@
+"""Loading an adapter that `save_adapter` or PEFT saved."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..layer.linear import FusedALLoRALinear, is_conv1d
+from .adapt import attach
+from .adapted import AdaptReport, report, saved_modules
+from .adapter_config import AdapterConfig, read_config
+from .adapter_files import WEIGHTS_FILE, adapter_file
+from .saving import PREFIX, layers_of, state_of
+from .selection import check_unadapted, find_saved, select_layers, some, unwrap
+from .sharded import copy_into
+
+_FACTOR = re.compile(r"(.+)\.(lora_A|lora_B)\.weight")
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike) -> AdaptReport:
+    """Load an adapter that `save_adapter` or PEFT saved into `model`, in place.
+
+    A model without adapters gets those the files describe, with the eta and norm of the config (plain LoRA,
+    ``norm=None``, where PEFT saved it). A model with adapters must have the same layers, ranks and saved modules, and
+    keeps its own eta and norm. Values are cast to the dtype the model's adapters have. PEFT's
+    scaling (alpha/r, or alpha/√r with rslora), which this library's layer does not have, is multiplied into lora_B, so
+    the model computes what PEFT's does; lora_dropout is dropped. Where the adapters are sharded, every process loads its part
+    of them, from a folder that it can read; how they were sharded when they were saved does not matter.
+
+    Args:
+        model: the base model, or one with adapters of the same shape.
+        path: the folder.
+
+    Returns:
+        AdaptReport: what is adapted now.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files does not exist.
+        ValueError: the adapter is a pickle (only safetensors are read) or broken; the config describes another kind of
+            layer (DoRA, trained biases, ...); names, shapes or dtypes do not fit the model; the model cannot be
+            adapted. The model is untouched then.
+    """
+    root, folder = unwrap(model), Path(path)
+    config = read_config(folder)
+    factors, whole = _read_tensors(folder)
+    layers: Mapping[str, nn.Module] = layers_of(root)
+    saved, skipped = saved_modules(root), {}
+    fresh = not layers
+    if fresh:
+        check_unadapted(model)
+        saved = find_saved(root, config.modules_to_save, must_match=False)
+        layers, skipped = select_layers(root, config.target_modules, config.exclude_modules, saved)
+        if config.narrowed:
+            layers = {name: layer for name, layer in layers.items() if name in factors}
+    problems = [*_layer_problems(config, factors, layers, skipped), *_whole_problems(whole, saved)]
+    if problems:
+        raise ValueError(f"{folder} does not fit the model: {some(problems, separator='; ')}")
+
+    if fresh:
+        attach(root, layers, {name: config.rank(name) for name in layers}, config.eta, config.norm, saved)
+        layers = layers_of(root)
+    for name, layer in layers.items():
+        copy_into(layer.lora_A, factors[name]["lora_A"])
+        copy_into(layer.lora_B, _scaled(factors[name]["lora_B"], config.scaling(name)))
+    for key, target in state_of(saved).items():
+        copy_into(target, whole[key])
+    return report(root, skipped)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def _read_tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """``({layer: {"lora_A": tensor, "lora_B": tensor}}, {any other name: tensor})``, on the CPU."""
+    file = adapter_file(folder, WEIGHTS_FILE)
+    if not file.is_file():
+        if (folder / "adapter_model.bin").exists():
+            raise ValueError(
+                f"{folder} holds a pickle, adapter_model.bin, which could run code when read; only {WEIGHTS_FILE} is "
+                "loaded. Save it from PEFT again with safe_serialization=True"
+            )
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS_FILE}")
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no (whole) safetensors file: {error}") from None
+    factors: dict[str, dict[str, Tensor]] = {}
+    whole = {}
+    for key, t in tensors.items():
+        if not key.startswith(PREFIX):
+            raise ValueError(f"{file}: names must begin with {PREFIX!r}, got {key!r}")
+        name = key.removeprefix(PREFIX)
+        if match := _FACTOR.fullmatch(name):
+            factors.setdefault(match[1], {})[match[2]] = t
+        else:
+            whole[name] = t
+    return factors, whole
+
+
+def _layer_problems(
+    config: AdapterConfig,
+    factors: Mapping[str, Mapping[str, Tensor]],
+    layers: Mapping[str, nn.Module],
+    skipped: Mapping[str, str],
+) -> Iterable[str]:
+    for name in sorted(factors.keys() - layers.keys()):
+        yield f"it adapts {name}: {skipped.get(name, 'not a layer of the model that target_modules names')}"
+    for name, layer in layers.items():
+        if name not in factors:
+            yield f"it has no lora_A and lora_B for {name}"
+            continue
+        n, k = (layer.nf, layer.nx) if is_conv1d(layer) else (layer.out_features, layer.in_features)
+        r = config.rank(name)
+        if isinstance(layer, FusedALLoRALinear) and layer.r != r:
+            yield f"{name} has r={layer.r} in the model and r={r} in the file"
+        if layer.weight.is_meta:
+            yield f"{name} is on the meta device: load the model's weights first"
+        for factor, shape in (("lora_A", [r, k]), ("lora_B", [n, r])):
+            t = factors[name].get(factor)
+            if t is None:
+                yield f"it has no {factor} for {name}"
+            elif list(t.shape) != shape:
+                yield f"{name}.{factor} must be {shape}, got {list(t.shape)}"
+            elif not t.is_floating_point():
+                yield f"{name}.{factor} must have a floating-point dtype, got {t.dtype}"
+
+
+def _whole_problems(whole: Mapping[str, Tensor], saved: Mapping[str, nn.Module]) -> Iterable[str]:
+    state = state_of(saved)
+    for key in sorted(whole.keys() - state.keys()):
+        yield f"it has a tensor {key}, which belongs to no adapter and to no module in modules_to_save"
+    for key, target in state.items():
+        t = whole.get(key)
+        if t is None:
+            yield f"it has no tensor {key}, which is in modules_to_save"
+        elif t.shape != target.shape:
+            yield f"{key} must be {list(target.shape)}, got {list(t.shape)}"
+        elif t.is_floating_point() != target.is_floating_point():
+            yield f"{key} must be {target.dtype} or alike, got {t.dtype}"
+        elif target.is_meta:
+            yield f"{key} is on the meta device: load the model's weights first"
+
+
+def _scaled(lora_B: Tensor, scaling: float) -> Tensor:
+    return lora_B if scaling == 1 else lora_B.to(torch.promote_types(lora_B.dtype, torch.float32)) * scaling

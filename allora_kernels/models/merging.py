@@ -1,0 +1,106 @@
+"""Merging adapters into plain layers, and taking that back."""
+
+import torch
+from torch import nn
+
+from ..layer.linear import FusedALLoRALinear
+from .adapt import leave_fast_paths, put, restore_fast_paths
+from .adapted import SAVED_WHOLE, adapter_layers
+from .saving import save_adapters_alone, save_models_again
+from .selection import module_slots, unwrap
+
+_BEFORE_MERGING = "_allora_before_merging"
+"""Attribute of a merged layer: the adapted one in a tuple, which keeps it out of the model's modules. Of a module saved whole:
+an empty one."""
+
+
+def merge_adapter(model: nn.Module, *, keep: bool = False) -> nn.Module:
+    """Replace every `FusedALLoRALinear` in `model` by the plain layer with weight ``W + BA``, in place.
+
+    A transformers Conv1D becomes a Conv1D again. Weights are summed in float32 or wider and rounded to their dtype; the
+    frozen weights themselves are not written to. Merge for inference or export, not to train on.
+
+    Args:
+        model: a model with adapters.
+        keep: keep the adapted layers beside the merged ones, for `unmerge_adapter`. Costs the memory of the frozen weights.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: the model has no adapters, a disabled one, or is itself a `FusedALLoRALinear` (use its `merge()`). The
+            model is untouched then.
+    """
+    root = unwrap(model)
+    layers = adapter_layers(root)
+    if not layers:
+        raise ValueError("the model has no adapters to merge")
+    if root in layers.values():
+        raise ValueError("the model is itself a FusedALLoRALinear, which cannot be replaced in place: use its merge()")
+    if disabled := [name for name, layer in layers.items() if not layer.enabled]:
+        raise ValueError(
+            f"{disabled[0]} is disabled, so W + BA is not what the model computes: set_enabled(model, True) before merging"
+        )
+    save_models_again(root)
+    slots = module_slots(root)
+    while layers:
+        # Each layer is let go of before the next is merged, so that at most one more weight is in memory than before.
+        _, layer = layers.popitem()
+        merged = _plain(layer)
+        if keep:
+            setattr(merged, _BEFORE_MERGING, (layer,))
+        put(slots.pop(layer), merged)
+    restore_fast_paths(root)
+    for module in root.modules():
+        if module.__dict__.pop(SAVED_WHOLE, None) and keep:
+            setattr(module, _BEFORE_MERGING, ())
+    return model
+
+
+def unmerge_adapter(model: nn.Module) -> nn.Module:
+    """Put back, in place, the adapted layers that ``merge_adapter(model, keep=True)`` replaced: frozen weights and adapters as
+    they were, bit for bit. What was done to the merged weights since is dropped; where they were moved to, the layers follow.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: the model has no layers merged with ``keep=True``, has adapters of its own, or was cast to another dtype
+            since. The model is untouched then.
+    """
+    root = unwrap(model)
+    if adapter_layers(root):
+        raise ValueError("the model has adapters, so they are not merged")
+    found = {name: m for name, m in root.named_modules() if _BEFORE_MERGING in m.__dict__}
+    merged = {name: m for name, m in found.items() if m.__dict__[_BEFORE_MERGING]}
+    if not merged:
+        raise ValueError("nothing to unmerge: only merge_adapter(model, keep=True) keeps what that takes")
+    for name, module in merged.items():
+        (layer,) = module.__dict__[_BEFORE_MERGING]
+        if layer.weight.dtype != module.weight.dtype:
+            raise ValueError(
+                f"{name} was {layer.weight.dtype} when it was merged and is {module.weight.dtype} now: cast the model back"
+            )
+    slots = module_slots(root)
+    for module in merged.values():
+        (layer,) = module.__dict__[_BEFORE_MERGING]
+        put(slots[module], layer.to(module.weight.device).train(module.training))
+    for module in found.values():
+        if not module.__dict__.pop(_BEFORE_MERGING):
+            setattr(module, SAVED_WHOLE, True)
+    leave_fast_paths(root)
+    save_adapters_alone(root)
+    return model
+
+
+def _plain(layer: FusedALLoRALinear) -> nn.Module:
+    linear = layer.merge()
+    if not layer.fan_in_fan_out:
+        return linear
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        conv = Conv1D(layer.out_features, layer.in_features)
+    conv.weight = nn.Parameter(linear.weight.mT.contiguous(), requires_grad=False)
+    conv.bias = linear.bias
+    return conv.train(layer.training)

@@ -1,0 +1,186 @@
+"""Saving adapters in PEFT's format, by `save_adapter` and by the `save_pretrained` of a model that has them."""
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..layer.linear import FusedALLoRALinear
+from .adapted import adapter_layers, saved_modules
+from .adapter_config import config_for
+from .adapter_files import write_adapter
+from .selection import clean_name, module_slots, some, unwrap
+from .sharded import is_sharded, together, whole_on_cpu, writes_files
+
+PREFIX = "base_model.model."
+
+
+def save_adapter(
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    base_model_name_or_path: str | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the adapters of `model`, and the modules it was told to save whole, into the folder `path`.
+
+    The format is PEFT's, so `PeftModel.from_pretrained(base, path)` loads it. Tensors keep their dtypes; lora_A is
+    ``[r, K]`` and lora_B ``[N, r]`` also where the layer is a Conv1D. Both files take their places by one rename, when they are
+    on disk: whatever interrupts a save leaves the former adapter or the new one.
+
+    Where the adapters are sharded (FSDP2, tensor parallelism), every process must call it. Process 0 gathers and writes; the
+    others return when the files are there, and raise where it fails.
+
+    Args:
+        model: a model with adapters; wrappers of torch.compile and data parallelism are seen through.
+        path: a folder, made where it does not exist. Other files in it are left alone.
+        base_model_name_or_path: for the config; None for the name that a transformers model carries.
+        state_dict: whole values by parameter name, in the place of the model's own, for an engine that gathers them itself.
+
+    Raises:
+        ValueError: the model has no adapters, or only one as its root; `path` is a file; layers differ in eta or norm; a
+            parameter is on the meta device, in pieces that are no DTensor, or missing in `state_dict`.
+        RuntimeError: it failed in another process.
+        OSError: the folder cannot be written.
+    """
+    root, folder = unwrap(model), Path(path)
+    sharded = state_dict is None and any(map(is_sharded, _parameters(root)))
+    in_step = together if sharded else lambda act: act()
+    config, tensors = in_step(lambda: _prepare(root, folder, base_model_name_or_path, state_dict))
+    whole = whole_on_cpu(tensors)
+
+    def write() -> None:
+        if writes_files(tensors):
+            write_adapter(folder, whole, config)
+
+    in_step(write)
+
+
+def _prepare(
+    root: nn.Module, folder: Path, base: str | None, state_dict: Mapping[str, Tensor] | None
+) -> tuple[str, dict[str, Tensor]]:
+    """``(config as JSON, tensors by their names in the file)``."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"path must be a folder, but {folder} is a file")
+    layers = layers_of(root)
+    if not layers:
+        raise ValueError("the model has no adapters to save: apply_allora(model) first")
+    if root in layers.values():
+        raise ValueError("the model is itself a FusedALLoRALinear, and a nameless layer has no place in the file")
+    saved = saved_modules(root)
+    config = config_for(root, layers, saved, base)
+    tensors = _tensors_to_save(layers, saved, state_dict)
+    _warn_of_losses(root, layers, saved)
+    return json.dumps(config, indent=2, sort_keys=True) + "\n", tensors
+
+
+def layers_of(root: nn.Module) -> dict[str, FusedALLoRALinear]:
+    """The adapted layers of `root` by their names in the file."""
+    return {clean_name(name): layer for name, layer in adapter_layers(root).items()}
+
+
+def state_of(saved: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of the modules that are saved whole, by their names in the file."""
+    return {clean_name(f"{name}.{key}"): t for name, module in saved.items() for key, t in module.state_dict().items()}
+
+
+def _parameters(root: nn.Module) -> list[Tensor]:
+    factors = [t for layer in adapter_layers(root).values() for t in (layer.lora_A, layer.lora_B)]
+    return factors + [p for module in saved_modules(root).values() for p in module.parameters()]
+
+
+def _tensors_to_save(
+    layers: Mapping[str, FusedALLoRALinear], saved: Mapping[str, nn.Module], state_dict: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    given = None if state_dict is None else {clean_name(key): t for key, t in state_dict.items()}
+
+    def value(key: str, own: Tensor) -> Tensor:
+        if given is not None and key not in given:
+            raise ValueError(f"state_dict has no {key}")
+        return own if given is None else given[key]
+
+    tensors = {key: value(key, t) for key, t in state_of(saved).items()}
+    for name, layer in layers.items():
+        for factor, shape in (("lora_A", (layer.r, layer.in_features)), ("lora_B", (layer.out_features, layer.r))):
+            tensors[f"{name}.{factor}.weight"] = t = value(f"{name}.{factor}", getattr(layer, factor))
+            if tuple(t.shape) != shape:
+                raise ValueError(f"{name}.{factor} is {list(t.shape)} and not {list(shape)}: gather its shards first")
+    for key, t in tensors.items():
+        if t.is_meta:
+            raise ValueError(f"{key} is on the meta device: gather its values first")
+    return {PREFIX + key: t for key, t in tensors.items()}
+
+
+def _warn_of_losses(root: nn.Module, layers: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]) -> None:
+    kept = {p for module in (*layers.values(), *saved.values()) for p in module.parameters()}
+    lost = [clean_name(name) for name, p in root.named_parameters() if p.requires_grad and p not in kept]
+    if lost:
+        warnings.warn(f"trained but not saved, as modules_to_save does not name them: {some(lost)}", stacklevel=5)
+    slots = module_slots(root)
+    shared = [name for name, layer in layers.items() if len(slots[layer]) > 1]
+    if shared:
+        warnings.warn(f"PEFT will adapt these shared layers under their first name only: {some(shared)}", stacklevel=5)
+
+
+# --- save_pretrained ------------------------------------------------------------------------------------------------
+
+
+class _SavePretrained:
+    """In the place of a model's own `save_pretrained` while it has adapters: writes them alone, as `PeftModel`'s does.
+
+    An attribute of the model and no closure, so that it goes with the model through deepcopy and pickle.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.former = model.__dict__.get("save_pretrained")
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        variant: str | None = None,
+        distributed_checkpoint: bool = False,
+        **_,
+    ) -> None:
+        """`save_adapter` into `save_directory`; what concerns the base's weights, as max_shard_size, has no effect.
+
+        Raises:
+            ValueError: the base model has no name, so nothing would say what the adapter is for; an argument that cannot be
+                honoured; or as `save_adapter`.
+        """
+        refused = {"push_to_hub": push_to_hub, "variant": variant, "distributed_checkpoint": distributed_checkpoint}
+        for name, value in refused.items():
+            if value:
+                raise ValueError(f"{name}={value!r}: the model has adapters, and only they are saved: {_INSTEAD}")
+        if not getattr(getattr(self.model, "config", None), "name_or_path", None):
+            raise ValueError(
+                "the model has adapters, and only they are saved, but its base has no name_or_path to load it from again: "
+                f"{_INSTEAD}; save the base before apply_allora, and load it from there"
+            )
+        if is_main_process or (state_dict is None and any(map(is_sharded, _parameters(self.model)))):
+            save_adapter(self.model, save_directory, state_dict=state_dict)
+
+
+_INSTEAD = "call save_adapter(model, folder), or merge_adapter(model) first to save a plain model"
+
+
+def save_adapters_alone(root: nn.Module) -> None:
+    """From now on `save_pretrained` of `root`, and of the parts of it that have one, writes the adapters."""
+    for module in root.modules():
+        if callable(getattr(type(module), "save_pretrained", None)) and adapter_layers(module):
+            module.save_pretrained = _SavePretrained(module)
+
+
+def save_models_again(root: nn.Module) -> None:
+    """Undo `save_adapters_alone`."""
+    for module in root.modules():
+        if isinstance(hook := module.__dict__.get("save_pretrained"), _SavePretrained):
+            del module.save_pretrained
+            if hook.former is not None:
+                module.save_pretrained = hook.former

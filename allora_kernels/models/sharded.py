@@ -1,0 +1,70 @@
+"""Tensors that several processes hold a part of each (FSDP2, tensor parallelism): gathered to save, cut up to load."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether `t` is a DTensor."""
+    return hasattr(t, "full_tensor")
+
+
+def whole_on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of all values on the CPU, in process 0; `{}` in the others where a tensor is sharded.
+
+    Every process must call it with the same names in the same order where one is sharded.
+    """
+    writes = writes_files(tensors)
+    whole = {}
+    for key, t in tensors.items():
+        value = t.detach()
+        if is_sharded(value):
+            value = value.full_tensor()
+        # A copy, because safetensors refuses tensors that share memory, as tied weights do.
+        if writes:
+            whole[key] = value.to("cpu", copy=True).contiguous()
+    return whole
+
+
+def writes_files(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether this process is the one that writes: any where nothing is sharded, else process 0."""
+    return not any(map(is_sharded, tensors.values())) or dist.get_rank() == 0
+
+
+def together(act: Callable[[], T]) -> T:
+    """The result of `act()`, once it has succeeded in every process; an error in one is raised in all.
+
+    Raises:
+        Exception: whatever `act` raised here.
+        RuntimeError: it raised in another process.
+    """
+    problem, result = None, None
+    try:
+        result = act()
+    except Exception as error:
+        problem = error
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem and f"{type(problem).__name__}: {problem}")
+    if problem is not None:
+        raise problem
+    for rank, text in enumerate(problems):
+        if text is not None:
+            raise RuntimeError(f"process {rank} failed: {text}")
+    return result
+
+
+@torch.no_grad()
+def copy_into(target: Tensor, value: Tensor) -> None:
+    """Write the whole `value` into `target`, or where `target` is sharded, this process's part of it. No communication."""
+    if is_sharded(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = value.to(target.device, target.dtype)
+        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(value)

@@ -1,0 +1,69 @@
+"""Trainers whose checkpoints hold the adapters in the model's place."""
+
+import os
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from ..models.adapted import adapter_layers, adapter_parameters
+from ..models.loading import load_adapter
+from ..models.saving import save_adapter
+from ..models.selection import unwrap
+from ..models.sharded import is_sharded
+
+
+class AdapterCheckpoints:
+    """Put it before any subclass of transformers' Trainer: ``class Mine(AdapterCheckpoints, SFTTrainer): pass``.
+
+    Checkpoints, and what `save_model` writes, then hold the adapters and modules saved whole of a model from `apply_allora`, in
+    PEFT's format, with the tokenizer, the optimizer and the rest of what Trainer keeps, but not the base model.
+    ``resume_from_checkpoint`` and ``load_best_model_at_end`` read them.
+
+    Raises:
+        ValueError: the model has no adapters, or accelerate's FSDP or DeepSpeed plugin is on: they write checkpoints of their
+            own, with the whole model.
+    """
+
+    base_model_name_or_path: str | None = None
+    """For adapter_config.json; None for the name that the model carries."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not adapter_layers(unwrap(self.model)):
+            raise ValueError("the model has no adapters: apply_allora(model) before the trainer gets it")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            raise ValueError(
+                f"{engine} is on, which writes checkpoints of its own with the whole model: use the trainer without "
+                "AdapterCheckpoints, and save_adapter at the end"
+            )
+
+    def save_adapters(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The adapters alone, from the process that writes, or all where they are sharded."""
+        sharded = state_dict is None and any(map(is_sharded, adapter_parameters(self.model)))
+        if self.args.should_save or sharded:
+            save_adapter(
+                self.model, output_dir, base_model_name_or_path=self.base_model_name_or_path, state_dict=state_dict
+            )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        self.save_adapters(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(output_dir)
+        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        load_adapter(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        load_adapter(self.model, self.state.best_model_checkpoint)
+
+
+class AdapterTrainer(AdapterCheckpoints, Trainer):
+    """transformers' Trainer with `AdapterCheckpoints`."""
