@@ -7,6 +7,7 @@ from .layer.linear import FusedALLoRALinear
 from .models.adapt import apply_allora
 from .models.adapted import AdaptReport, adapter_layers, adapter_parameters
 from .models.disabling import disable_adapters, set_enabled
+from .models.explained import explain
 from .models.loading import load_adapter
 from .models.merging import merge_adapter, unmerge_adapter
 from .models.saving import save_adapter
@@ -19,6 +20,7 @@ __all__ = [
     "allora_linear",
     "apply_allora",
     "disable_adapters",
+    "explain",
     "load_adapter",
     "merge_adapter",
     "per_sample",

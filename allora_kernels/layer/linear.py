@@ -180,8 +180,9 @@ class FusedALLoRALinear(nn.Linear):
             linear.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
         return linear.train(self.training)
 
-    def explain(self, rows: int = 2048) -> Explanation:
-        """Which backend a call on this layer takes and why, and the plan of each step for an input of `rows` rows."""
+    def explain(self, rows: int = 2048, device: torch.device | None = None) -> Explanation:
+        """Which backend a call on this layer takes and why, and the plan of each step for an input of `rows` rows, on `device`
+        (None: where the layer is)."""
         if not self.enabled and not batch_invariance.enabled():
             return explain_disabled()
         return explain(
@@ -190,7 +191,7 @@ class FusedALLoRALinear(nn.Linear):
             self.in_features,
             self.r,
             self.norm,
-            self.weight.device,
+            device or self.weight.device,
             self.weight.dtype,
             self.lora_A.dtype,
         )

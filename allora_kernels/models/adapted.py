@@ -35,7 +35,7 @@ class AdaptReport:
         lines = [
             f"{len(self.adapted)} layers adapted: {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"
         ]
-        for (name, (n, k, r)), count in _grouped(self.adapted).items():
+        for (name, (n, k, r)), count in grouped(self.adapted).items():
             lines.append(f"  {count} x {name} [{n}, {k}], r={r}")
         if self.modules_to_save:
             lines.append(f"trained and saved whole: {', '.join(self.modules_to_save)}")
@@ -45,12 +45,12 @@ class AdaptReport:
             lines.append(
                 f"  in 3-D parameters, as of experts: {self.stacked:,} parameters, {self.stacked / self.total:.2%} of all"
             )
-        for (name, reason), count in _grouped(self.skipped).items():
+        for (name, reason), count in grouped(self.skipped).items():
             lines.append(f"  {count} x {name}: {reason}")
         return "\n".join(lines)
 
 
-def _grouped(entries: Mapping) -> dict[tuple, int]:
+def grouped(entries: Mapping) -> dict[tuple, int]:
     """The entries that differ only in their layer numbers, counted."""
     counts: dict[tuple, int] = {}
     for name, value in entries.items():

@@ -175,7 +175,7 @@ def select_layers(
 
     layers, skipped = {}, {}
     for module, names in all_names.items():
-        worth_a_word = not everything or _looks_linear(module) or stacked_weights(module)
+        worth_a_word = not everything or looks_linear(module) or stacked_weights(module)
         if module in in_saved or not any(map(wanted, names)) or not worth_a_word:
             continue
         reason = "in exclude_modules" if any(map(excluded, names)) else heads.get(module) or obstacle(module, slots)
@@ -222,7 +222,7 @@ def _output_heads(model: nn.Module) -> dict[nn.Module, str]:
     return {module: reason for head in heads if isinstance(head, nn.Module) for module in head.modules()}
 
 
-def _looks_linear(module: nn.Module) -> bool:
+def looks_linear(module: nn.Module) -> bool:
     """Also True for other libraries' (quantized) linear layers, so that they are reported and not forgotten."""
     sized = hasattr(module, "in_features") and hasattr(module, "out_features") and not module._modules
     return isinstance(module, nn.Linear) or is_conv1d(module) or sized
@@ -271,7 +271,7 @@ def _reads_weight_of(parent: nn.Module, attribute: str) -> bool:
 
 def nothing_matches(model: nn.Module, target_modules, skipped: Mapping[str, str]) -> str:
     """The message for a `select_layers` that found no layer."""
-    existing = [names[0] for module, names in module_names(model).items() if _looks_linear(module)]
+    existing = [names[0] for module, names in module_names(model).items() if looks_linear(module)]
     if not existing:
         return f"target_modules={target_modules!r}: the model has no linear layers at all"
     because = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:6])

@@ -58,6 +58,27 @@ def finetune(**settings: Any) -> int:
     return 0
 
 
+def explain(
+    model: Annotated[str, "Folder of a transformers model, or its name on the hub; only its config is read."],
+    *,
+    rows: Annotated[int, "M: tokens of a batch."] = 2048,
+    r: Annotated[int, "Rank of the adapters."] = 16,
+    norm: Annotated[str, "ALLoRA's rule: row, matrix, factor, entry, token, or none for plain LoRA."] = "row",
+    target_modules: Annotated[list[str], "Layers to adapt: a name (repeat the option for more) or all-linear."] = (
+        "all-linear",
+    ),
+    dtype: Annotated[str | None, "Of the weights: bfloat16, float16 or float32; the checkpoint's if not given."] = None,
+) -> int:
+    """Show what would be adapted in a model, and which kernels would run each layer on this device."""
+    from .model_plan import explain_model
+
+    targets = "all-linear" if list(target_modules) == ["all-linear"] else list(target_modules)
+    weights = None if dtype is None else _dtype(dtype)
+    _quiet_transformers()
+    explain_model(_console(), model, rows, r, None if norm == "none" else norm, targets, weights, default_device())
+    return 0
+
+
 def doctor() -> int:
     """Print device, versions and backend, and check this machine's results against the reference."""
     return 0 if diagnose(_console()) else 1
@@ -134,6 +155,7 @@ _COMMANDS: dict[Callable[..., int], Iterable[inspect.Parameter] | None] = {
         for field in fields(FinetuneConfig)
     ]
     + [_CONFIG],
+    explain: None,
     doctor: None,
     bench: None,
     merge: None,
@@ -167,7 +189,9 @@ def _option(parameter: inspect.Parameter) -> inspect.Parameter:
     import typer
 
     kind, text = get_args(parameter.annotation)
-    return parameter.replace(annotation=Annotated[kind, typer.Option(help=text)])
+    # What Python may be given without its name, the command line is.
+    declare = typer.Option if parameter.kind is inspect.Parameter.KEYWORD_ONLY else typer.Argument
+    return parameter.replace(annotation=Annotated[kind, declare(help=text)])
 
 
 def _command(function: Callable[..., int], parameters: list[inspect.Parameter]) -> Callable[..., None]:

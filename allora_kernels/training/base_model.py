@@ -25,6 +25,20 @@ class Base(NamedTuple):
     """Modules to train whole: the classification head, and a pooler that the checkpoint does not have."""
 
 
+def model_source(name: str) -> tuple[str, dict[str, bool]]:
+    """What `from_pretrained` is to be called with for a model's folder, which needs no network, or name on the hub.
+
+    Raises:
+        ValueError: there is no such folder, or no model in it.
+    """
+    path = Path(name).expanduser()
+    if not path.exists() and looks_like_a_path(name):
+        raise ValueError(f"no such model folder: {name}")
+    if path.exists() and not (path / "config.json").is_file():
+        raise ValueError(f"{name} is not a transformers model: it must be a folder with a config.json")
+    return (str(path), {"local_files_only": True}) if path.exists() else (name, {})
+
+
 def load_base(name: str, task: str, classes: Sequence[str] | None, dtype: torch.dtype | str) -> Base:
     """Load a transformers model and its tokenizer; from a folder, without asking the network.
 
@@ -37,12 +51,7 @@ def load_base(name: str, task: str, classes: Sequence[str] | None, dtype: torch.
     Raises:
         ValueError: there is no such model, it is not one for the task, or its tokenizer belongs to another.
     """
-    path = Path(name).expanduser()
-    if not path.exists() and looks_like_a_path(name):
-        raise ValueError(f"no such model folder: {name}")
-    if path.exists() and not (path / "config.json").is_file():
-        raise ValueError(f"{name} is not a transformers model: it must be a folder with a config.json")
-    source, where = (str(path), {"local_files_only": True}) if path.exists() else (name, {})
+    source, where = model_source(name)
     try:
         config = transformers.AutoConfig.from_pretrained(source, **where)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)

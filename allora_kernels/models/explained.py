@@ -1,0 +1,100 @@
+"""`explain`: for every linear layer of a model, whether the kernels run it, by which plan, and why not."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..layer.linear import FusedALLoRALinear
+from .adapted import grouped, saved_modules
+from .selection import clean_name, looks_linear, module_slots, obstacle, unwrap
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """One linear layer: ``shape`` is (out_features, in_features); `r` None where it has no adapter."""
+
+    shape: tuple[int, int]
+    r: int | None
+    fused: bool
+    """Whether the kernels run it."""
+    reason: str
+    """Why they do, or what runs instead and why."""
+    plan: tuple[tuple[str, str], ...] = ()
+    """What runs each step, where the kernels do."""
+
+    def __str__(self) -> str:
+        n, k = self.shape
+        rank = "no adapter" if self.r is None else f"r={self.r}"
+        return f"[{n}, {k}], {rank}, {'fused' if self.fused else 'not fused'}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class ModelExplanation:
+    """`layers` by name. `str()` of it has a line a kind of layer, and each plan once."""
+
+    layers: dict[str, LayerExplanation]
+
+    @property
+    def summary(self) -> str:
+        """One line: how many layers are fused, adapted without being fused, and plain."""
+        adapted = [layer for layer in self.layers.values() if layer.r is not None]
+        fused = sum(layer.fused for layer in adapted)
+        plain = len(self.layers) - len(adapted)
+        return f"{fused} of {len(adapted)} adapted layers fused; {plain} linear layers without an adapter"
+
+    def grouped(self) -> list[tuple[int, str, LayerExplanation]]:
+        """(how many, their name with * for numbers, what they have in common)."""
+        return [(count, name, layer) for (name, layer), count in grouped(self.layers).items()]
+
+    def __str__(self) -> str:
+        lines, plans = [self.summary], {}
+        for count, name, layer in self.grouped():
+            note = f" (plan {plans.setdefault(layer.plan, len(plans) + 1)})" if layer.plan else ""
+            lines.append(f"  {count} x {name} {layer}{note}")
+        for plan, number in plans.items():
+            lines.append(f"plan {number}:")
+            lines += [f"  {step}: {what}" for step, what in plan]
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module, rows: int = 2048, device: torch.device | str | None = None) -> ModelExplanation:
+    """What a call of each linear layer of `model` takes, for inputs of `rows` rows.
+
+    Args:
+        model: with or without adapters.
+        rows: M, the tokens of a batch.
+        device: where the calls would run; None for where each layer is. A model on the meta device costs no memory.
+
+    Raises:
+        ValueError: the model has no linear layer, or `rows` is below 1.
+        TypeError: `model` is no nn.Module.
+    """
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, got {rows}")
+    root = unwrap(model)
+    device = None if device is None else torch.device(device)
+    slots = module_slots(root) | {root: []}
+    saved = {module for top in saved_modules(root).values() for module in top.modules()}
+    layers = {}
+    for name, module in root.named_modules():
+        if isinstance(module, FusedALLoRALinear):
+            found = module.explain(rows, device)
+            fused = found.backend == "triton"
+            plan = tuple(found.plan.items()) if fused else ()
+            shape = (module.out_features, module.in_features)
+            layers[clean_name(name)] = LayerExplanation(shape, module.r, fused, found.reason, plan)
+        elif looks_linear(module):
+            if module in saved:
+                reason = "trained whole (modules_to_save)"
+            else:
+                reason = obstacle(module, slots) or "no adapter was put on it"
+            layers[clean_name(name)] = LayerExplanation(_shape(module), None, False, reason)
+    if not layers:
+        raise ValueError("the model has no linear layers to explain")
+    return ModelExplanation(layers)
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    # transformers' Conv1D names its sizes otherwise.
+    return getattr(module, "out_features", None) or module.nf, getattr(module, "in_features", None) or module.nx
