@@ -241,6 +241,34 @@ def test_a_layer_that_runs_thrice_under_checkpointing_counts_its_samples_once(us
     all_close({name: p.grad for name, p in adapters(model).items()}, clipped(expected, 0.5))
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_model_that_is_checkpointed_whole(use_reentrant, evaluated):
+    """The backward pass calls the recorded model itself again; a pass without gradients is none that it might be."""
+    model, x = Net(), torch.randn(4, 3, 11, requires_grad=True)
+    expected = one_by_one(model, x.detach())
+    with per_sample.record(model):
+        for scale in (1, 2):
+            y = checkpoint(model, scale * x, use_reentrant=use_reentrant)
+            if evaluated:
+                with torch.no_grad():
+                    model(x[:3])
+            y.square().sum().backward()
+    twice = one_by_one(model, 2 * x.detach())
+    all_close(recorded(model), {name: torch.cat([g, twice[name]]) for name, g in expected.items()})
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_several_models_checkpointed_whole_in_one_backward_pass(mixed):
+    model, x = Net(), torch.randn(8, 3, 11, requires_grad=True)
+    expected = one_by_one(model, x.detach())
+    with per_sample.record(model, samples=8):
+        first = checkpoint(model, x[:4], use_reentrant=True)
+        second = model(x[4:]) if mixed else checkpoint(model, x[4:], use_reentrant=True)
+        (first.square().sum() + second.square().sum()).backward()
+    all_close(recorded(model), expected)
+
+
 def test_checkpoints_inside_checkpoints():
     class Nested(Repeated):
         def forward(self, x):

@@ -18,12 +18,14 @@ _UNKNOWN = -1
 class Forward:
     """Forward pass number `index` of the recorded model, or (`whole` False) of layers called one by one.
 
-    `sizes`: the leading dimensions of the model's inputs. `count` samples, as `layer`, the first to run, saw them.
+    `sizes`: the leading dimensions of the model's inputs. `node`: the number of the next node of autograd's when it began.
+    `count` samples, as `layer`, the first to run, saw them.
     """
 
     index: int
     whole: bool
     sizes: frozenset[int] = frozenset()
+    node: int = 0
     count: int | None = None
     layer: str = ""
 
@@ -36,21 +38,41 @@ class ForwardPasses:
         self._count = 0
         # Those whose backward pass has not ended.
         self._pending: list[Forward] = []
+        # Those that ran without gradients: re-entrant checkpointing may run them again, with gradients, in a backward pass.
+        self._without_gradients: list[Forward] = []
+        self._run_again: Forward | None = None
         self._open_tasks: list[int] = []
         self._met: list[Forward] = []
 
     def enter_model(self, inputs) -> None:
-        """The recorded model is called, on `inputs`; nothing to note where a backward pass calls it again."""
+        """The recorded model is called, on `inputs`, or is called again by a backward pass."""
         if in_backward():
+            self._note_task()
+            self._run_again = self._checkpointed()
             return
         tensors = (t for t in _pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.dim())
         sizes = frozenset(t.shape[0] for t in tensors)
-        self._start(Forward(self._count, True, sizes), torch.is_grad_enabled())
+        self._start(Forward(self._count, True, sizes, torch.autograd._get_sequence_nr()), torch.is_grad_enabled())
 
     def leave_model(self) -> None:
         """The call of the recorded model has ended: what runs next is not part of it."""
+        self._run_again = None
         if not in_backward():
             self._current = None
+
+    def _checkpointed(self) -> Forward | None:
+        """The forward pass, in a re-entrant checkpoint as a whole, that is now run again; one of no number where none is known.
+        None where another kind of checkpoint calls the model: its first run is pending."""
+        node = torch._C._current_autograd_node()
+        if "CheckpointFunction" not in node.name():
+            return None
+        # The checkpoint's node was made just before its first run.
+        for forward in self._without_gradients:
+            if forward.node > node._sequence_nr():
+                self._without_gradients.remove(forward)
+                self._pending.append(forward)
+                return forward
+        return Forward(_UNKNOWN, True)
 
     def end(self) -> None:
         """What runs next is another forward pass."""
@@ -64,6 +86,8 @@ class ForwardPasses:
                 # Under re-entrant checkpointing without gradients, though they are wanted.
                 self._start(Forward(self._count, False), True)
             return self._current
+        if self._run_again is not None:
+            return self._run_again
         self._note_task()
         found = self._pending or self._met[-1:]
         return found[0] if len(found) == 1 else Forward(_UNKNOWN, True)
@@ -89,8 +113,7 @@ class ForwardPasses:
         self._open_tasks.clear()
         self._current = forward
         self._count += 1
-        if differentiated:
-            self._pending.append(forward)
+        (self._pending if differentiated else self._without_gradients).append(forward)
 
     def _note_task(self) -> None:
         task = torch._C._current_graph_task_id()
