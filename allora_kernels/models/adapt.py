@@ -48,18 +48,18 @@ class AdaptReport:
         lines = [
             f"{len(self.adapted)} layers adapted: {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"
         ]
-        for (name, (n, k, r)), count in _grouped(self.adapted).items():
+        for (name, (n, k, r)), count in grouped(self.adapted).items():
             lines.append(f"  {count} x {name} [{n}, {k}], r={r}")
         if self.modules_to_save:
             lines.append(f"trained and saved whole: {', '.join(self.modules_to_save)}")
         if self.skipped:
             lines.append(f"{len(self.skipped)} left alone:")
-        for (name, reason), count in _grouped(self.skipped).items():
+        for (name, reason), count in grouped(self.skipped).items():
             lines.append(f"  {count} x {name}: {reason}")
         return "\n".join(lines)
 
 
-def _grouped(entries: Mapping) -> dict[tuple, int]:
+def grouped(entries: Mapping) -> dict[tuple, int]:
     """The entries that differ only in their layer numbers, counted."""
     counts: dict[tuple, int] = {}
     for name, value in entries.items():
@@ -213,7 +213,7 @@ def attach(
     for module in saved.values():
         setattr(module, _SAVED_WHOLE, True)
         module.requires_grad_(True)
-    _leave_fast_paths(model)
+    leave_fast_paths(model, FusedALLoRALinear)
 
 
 def report(model: nn.Module, skipped: Mapping[str, str] | None = None) -> AdaptReport:
@@ -241,12 +241,12 @@ def _plain(layer: FusedALLoRALinear) -> nn.Module:
     return conv.train(layer.training)
 
 
-def _leave_fast_paths(model: nn.Module) -> None:
-    """Make torch's encoder modules call the adapted layers in eval mode too, where they would read their weights."""
+def leave_fast_paths(model: nn.Module, adapted: type[nn.Module]) -> None:
+    """Make torch's encoder modules call their layers of class `adapted` in eval mode too, where they would read the weights."""
     for module in model.modules():
         for cls, attribute in _FAST_PATHS.items():
             value = getattr(module, attribute, None)
-            if isinstance(module, cls) and value and adapter_layers(module):
+            if isinstance(module, cls) and value and any(isinstance(m, adapted) for m in module.modules()):
                 setattr(module, _FAST_PATH_BEFORE, value)
                 setattr(module, attribute, type(value)(0))
 
