@@ -5,12 +5,14 @@ import json
 import pickle
 import warnings
 
+import accelerate
 import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from tiny_models import VOCAB, bert, gpt2, llama, logits, photograph, transformer
+from tiny_models import VOCAB, bert, gpt2, llama, logits, photograph, randomised
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from allora_kernels import adapter_layers, apply_allora, load_adapter, per_sample, reference, save_adapter
 from allora_kernels.integrations.peft import (
@@ -30,16 +32,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Unexpected keyword arguments .'a
 
 def lora(r=4, **settings):
     return LoraConfig(**{"r": r, "lora_alpha": r, "target_modules": list(QV), **settings})
-
-
-@torch.no_grad()
-def randomised(model, seed=1):
-    """`model` with every adapter weight random, so that none is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
-            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-    return model
 
 
 def adapted(base=None, eta=0.7, norm="row", **settings):
@@ -409,8 +401,8 @@ def test_hooks_inside_are_not_passed_by():
     seen = []
     handle = layer.lora_A["default"].register_forward_hook(lambda *args: seen.append(args))
     logits(model.eval())
-    assert len(seen) == 1 and "hooks on lora_A" in repr(layer)
-    with pytest.raises(RuntimeError, match="hooks on lora_A"):
+    assert len(seen) == 1 and "hooks on a module inside" in repr(layer)
+    with pytest.raises(RuntimeError, match="hooks on a module inside"):
         model.train()(input_ids=IDS)
     handle.remove()
     assert "not fused" not in repr(model)
@@ -466,14 +458,28 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
         load_allora_model(model, tmp_path / "plain")
     with pytest.raises(ValueError, match=r"adapter_config.json"):
         load_allora_model(model, tmp_path / "nowhere", local_files_only=True)
-    adapted(transformer("Llama", "ForCausalLM", num_hidden_layers=1)).save_pretrained(tmp_path / "small")
-    with pytest.raises(ValueError, match=r"does not fit the model: .*missing adapter keys"):
-        load_allora_model(model, tmp_path / "small")
     adapted().save_pretrained(tmp_path / "good")
     stock = peft.get_peft_model(llama(), lora())
     with pytest.raises(ValueError, match="PeftModel without ALLoRA"):
         load_allora_model(stock, tmp_path / "good")
     assert photograph(model) == before
+
+
+@pytest.mark.parametrize(
+    "saved, message",
+    [
+        ({"num_hidden_layers": 1}, r"does not fit the model: it has no .*layers.1.self_attn.*lora_A"),
+        ({"num_hidden_layers": 3}, r"does not fit the model: the model has no .*layers.2.self_attn.*lora_A"),
+        ({"hidden_size": 32}, r"(?s)does not fit the model: .*size mismatch"),
+    ],
+)
+def test_weights_of_another_model_are_refused_and_change_nothing(saved, message, tmp_path):
+    adapted(llama(**saved)).save_pretrained(tmp_path)
+    for model in (llama(), adapted(norm="token")):
+        before = photograph(model)
+        with pytest.raises(ValueError, match=message):
+            load_allora_model(model, tmp_path, "another", is_trainable=True)
+        assert photograph(model) == before and "another" not in getattr(model, "peft_config", {})
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -504,3 +510,70 @@ def test_warnings_of_a_clean_run_are_none(tmp_path):
         model = get_allora_model(gpt2(), lora(target_modules=["c_attn"]))
         model(input_ids=IDS, labels=IDS).loss.backward()
         repr(model)
+
+
+# --- trainers -------------------------------------------------------------------------------------------------------
+
+
+def train(folder, model, resume=None, **settings):
+    arguments = TrainingArguments(
+        output_dir=str(folder), learning_rate=0.05, per_device_train_batch_size=2, report_to="none", disable_tqdm=True,
+        use_cpu=True, save_steps=2, seed=0, **settings,
+    )  # fmt: skip
+    rows = torch.arange(96).reshape(12, 8) * 7 % VOCAB
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    Trainer(model, arguments, train_dataset=data, eval_dataset=data[:2]).train(resume_from_checkpoint=resume)
+    return model
+
+
+def test_trainer_resumes_from_its_checkpoint(tmp_path):
+    whole = train(tmp_path / "whole", adapted(norm="token"), max_steps=4)
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    assert json.loads((checkpoint / "adapter_config.json").read_text())["allora_norm"] == "token"
+    assert not (checkpoint / "model.safetensors").exists()
+    resumed = train(tmp_path / "resumed", adapted(norm="token"), resume=str(checkpoint), max_steps=4)
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict())
+    plain = train(tmp_path / "plain", adapted(norm=None), max_steps=4)
+    key = next(name for name in whole.state_dict() if "lora_B" in name)
+    assert not torch.allclose(plain.state_dict()[key], whole.state_dict()[key])
+
+
+def test_trainer_loads_the_best_at_the_end(tmp_path):
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    model = train(tmp_path, adapted(), max_steps=4, **best)
+    assert not explain(model).not_fused and trained(model)
+    assert {m.allora_norm["default"] for m in layers_of(model).values()} == {"row"}
+
+
+def test_a_prepared_model_may_be_switched():
+    losses = []
+    for switched in (False, True):
+        model = randomised(peft.get_peft_model(llama(), lora(lora_alpha=8)))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        accelerator = accelerate.Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        if switched:
+            assert len(accelerate_lora(model).fused) == 4
+        run = []
+        for _ in range(3):
+            loss = model(input_ids=IDS, labels=IDS).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.append(loss.item())
+        losses.append(run)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[0][-1] < losses[0][0]
+
+
+def test_eva_chooses_lora_a_and_the_ranks(tmp_path):
+    model = get_allora_model(llama(), lora(init_lora_weights="eva", target_modules="all-linear"))
+    before = logits(llama())
+    batches = [{"input_ids": torch.randint(3, VOCAB, (4, 16))} for _ in range(6)]
+    peft.initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+    torch.testing.assert_close(logits(model.eval()), before)
+    layers = layers_of(model).values()
+    assert len({m.r["default"] for m in layers}) > 1
+    assert all(m.scaling["default"] == 1 and m.allora_norm["default"] == "row" for m in layers)
+    assert all(g.isfinite().all() for g in gradients(model.train()).values())
+    randomised(model).save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(load_allora_model(llama(), tmp_path).eval()), logits(model.eval()))

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora.layer import Linear
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from tiny_models import VOCAB, gpt2, llama
+from tiny_models import VOCAB, gpt2, llama, randomised
 
 from allora_kernels.integrations.peft import (
     ALLoRAConfig,
@@ -31,15 +31,6 @@ pytestmark = [
 
 def lora(r=4, alpha=None, **settings):
     return LoraConfig(**{"r": r, "lora_alpha": alpha or r, "target_modules": ["q_proj", "v_proj"], **settings})
-
-
-@torch.no_grad()
-def randomised(model, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in sorted(model.named_parameters(), key=lambda item: item[0]):
-        if "lora_" in name:
-            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-    return model
 
 
 def second():

@@ -8,22 +8,13 @@ import csrc_triton
 
 peft = pytest.importorskip("peft")
 
-from tiny_models import VOCAB, llama  # noqa: E402
+from tiny_models import VOCAB, llama, randomised  # noqa: E402
 
 from allora_kernels.integrations.peft import accelerate_lora, explain, get_allora_model, restore_lora  # noqa: E402
 
 
 def lora(alpha=4, target="up_proj"):
     return peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=[target])
-
-
-@torch.no_grad()
-def randomised(model):
-    generator = torch.Generator().manual_seed(1)
-    for name, p in model.named_parameters():
-        if "lora_" in name:
-            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
-    return model
 
 
 def results(model, device):

@@ -1,6 +1,6 @@
 """PEFT's LoRA layer, by the fused kernels where a call is the common one and by PEFT's own forward pass where not."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear
@@ -21,7 +21,7 @@ def is_plain_linear(base: nn.Module) -> bool:
     return type(base) is Conv1D or (isinstance(base, nn.Linear) and type(base).forward is nn.Linear.forward)
 
 
-def _is_intercepted(module: nn.Module) -> bool:
+def _intercepted(module: nn.Module) -> bool:
     """Whether something waits for this module's calls, which the kernels do not make."""
     return bool(
         module._forward_hooks
@@ -30,6 +30,39 @@ def _is_intercepted(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+class _Call(NamedTuple):
+    """What a fused call takes of a layer, gathered once: an nn.Module's attributes are slow to come by."""
+
+    adapter: str
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    transposed: bool
+
+    def obstacle(self) -> str | None:
+        """Why the kernels cannot take it; None where they can."""
+        if self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
+            return "the base layer is trained"
+        for t in (self.weight, self.lora_A, self.lora_B):
+            if type(t) not in _PLAIN_TENSORS or not t.is_floating_point():
+                return f"a {type(t).__name__} of {t.dtype} (quantized or sharded)"
+        if self.lora_A.shape[0] > functional.MAX_RANK:
+            return f"rank {self.lora_A.shape[0]} is over {functional.MAX_RANK}"
+        if not isinstance(self.scaling, (int, float)):
+            return "the scaling is a tensor, as for a compiled hotswap"
+        return None
+
+    def trains(self) -> bool:
+        """Whether the adapter would get a gradient."""
+        return (self.lora_A.requires_grad or self.lora_B.requires_grad) and torch.is_grad_enabled()
+
+    def run(self, x: Tensor, eta: float, norm: str | None) -> Tensor:
+        weight = self.weight.mT if self.transposed else self.weight
+        return functional.apply(x, weight, self.bias, self.lora_A, self.lora_B, eta, norm, scaling=self.scaling)
 
 
 class FusedLoraLinear(Linear):
@@ -41,90 +74,73 @@ class FusedLoraLinear(Linear):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter, reason = self._adapter_to_fuse()
+        call, reason = self._next_call()
         if args or kwargs:
             reason = f"the call has {', '.join(kwargs) or 'more arguments'}"
         if reason is not None:
             return self._by_peft(reason, x, *args, **kwargs)
-        return self._fused(adapter, x)
+        return self._fused(call, x)
 
     def explain(self, rows: int = 2048) -> Explanation:
         """What the next call on `rows` rows takes and why; backend ``"peft"`` where it is not fused."""
-        adapter, reason = self._adapter_to_fuse()
+        call, reason = self._next_call()
         if reason is not None:
             return Explanation("peft", reason, True, {})
-        base, lora_A = self.base_layer, self.lora_A[adapter].weight
-        _, norm = self._rule(adapter)
-        sizes = (rows, self.out_features, self.in_features, lora_A.shape[0])
-        return explain(*sizes, norm, base.weight.device, base.weight.dtype, lora_A.dtype)
+        _, norm = self._rule(call.adapter)
+        sizes = (rows, self.out_features, self.in_features, call.lora_A.shape[0])
+        return explain(*sizes, norm, call.weight.device, call.weight.dtype, call.lora_A.dtype)
 
     def extra_repr(self) -> str:
-        adapter, reason = self._adapter_to_fuse()
+        call, reason = self._next_call()
         if reason is not None:
             return f"not fused: {reason}"
-        (eta, norm), weight = self._rule(adapter), self.base_layer.weight
-        widest = torch.promote_types(weight.dtype, self.lora_A[adapter].weight.dtype)
-        choice = _backend.choose(weight.device, widest)
+        eta, norm = self._rule(call.adapter)
+        choice = _backend.choose(call.weight.device, torch.promote_types(call.weight.dtype, call.lora_A.dtype))
         note = f" ({choice.reason})" if choice.fallback else ""
-        rule = f"scaling={self.scaling[adapter]:g}" if norm is None else f"eta={eta}, norm={norm!r}"
+        rule = f"scaling={call.scaling:g}" if norm is None else f"eta={eta}, norm={norm!r}"
         return f"fused: {rule}, backend={choice.name!r}{note}"
 
     def _rule(self, adapter: str) -> tuple[float, str | None]:
         """``(eta, norm)`` of an adapter."""
         return 2.0, None
 
-    def _fused(self, adapter: str, x: Tensor) -> Tensor:
-        return self._call_kernels(adapter, x, *self._rule(adapter), self.scaling[adapter])
-
-    def _call_kernels(self, adapter: str, x: Tensor, eta: float, norm: str | None, scaling: float) -> Tensor:
-        base = self.base_layer
-        weight = base.weight.mT if type(base) is Conv1D else base.weight
-        lora_A, lora_B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        return functional.apply(x, weight, base.bias, lora_A, lora_B, eta, norm, scaling=scaling)
+    def _fused(self, call: _Call, x: Tensor) -> Tensor:
+        return call.run(x, *self._rule(call.adapter))
 
     def _by_peft(self, reason: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return super().forward(x, *args, **kwargs)
 
-    def _adapter_to_fuse(self) -> tuple[str | None, str | None]:
-        """``(adapter, None)`` where the next call is fused, else ``(None, why not)``."""
+    def _next_call(self) -> tuple[_Call | None, str | None]:
+        """``(what a fused call takes, None)``, or ``(None, why it is not fused)``."""
         if self._disable_adapters:
             return None, "adapters are disabled"
         if self.merged_adapters:
             return None, f"{', '.join(self.merged_adapters)} merged into the weight"
-        active = [name for name in self.active_adapters if name in self.lora_A]
+        factors_a = self.lora_A
+        active = [name for name in self.active_adapters if name in factors_a]
         if len(active) != 1:
             return None, f"{len(active)} active adapters{': ' if active else ''}{', '.join(active)}"
-        reason = self._obstacle(active[0])
-        return (active[0], None) if reason is None else (None, reason)
-
-    def _obstacle(self, adapter: str) -> str | None:
-        base, lora_A, lora_B = self.base_layer, self.lora_A[adapter], self.lora_B[adapter]
-        dropout = self.lora_dropout[adapter]
+        (adapter,) = active
+        base, lora_A, lora_B = self.base_layer, factors_a[adapter], self.lora_B[adapter]
+        dropout, scaling = self.lora_dropout[adapter], self.scaling[adapter]
         if adapter in self.lora_variant:
-            return f"a LoRA variant, {type(self.lora_variant[adapter]).__name__}"
+            return None, f"a LoRA variant, {type(self.lora_variant[adapter]).__name__}"
         if type(dropout) is not nn.Identity and dropout.training:
-            return f"{dropout} while training"
+            return None, f"{dropout} while training"
         if not is_plain_linear(base):
-            return f"the base layer is a {type(base).__name__}"
+            return None, f"the base layer is a {type(base).__name__}"
         if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
-            return f"lora_A is a {type(lora_A).__name__} and lora_B a {type(lora_B).__name__}, not an nn.Linear each"
+            return (
+                None,
+                f"lora_A is a {type(lora_A).__name__} and lora_B a {type(lora_B).__name__}, not an nn.Linear each",
+            )
         if lora_B.bias is not None:
-            return "lora_B has a bias"
-        for name, module in (("base_layer", base), ("lora_A", lora_A), ("lora_B", lora_B), ("lora_dropout", dropout)):
-            if _is_intercepted(module):
-                return f"hooks on {name}, or a forward pass of its own, which the kernels would pass by"
-        if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
-            return "the base layer is trained"
-        for t in (base.weight, lora_A.weight, lora_B.weight):
-            if type(t) not in _PLAIN_TENSORS or not t.is_floating_point():
-                return f"a {type(t).__name__} of {t.dtype} (quantized or sharded)"
-        if lora_A.weight.shape[0] > functional.MAX_RANK:
-            return f"rank {lora_A.weight.shape[0]} is over {functional.MAX_RANK}"
-        if not isinstance(self.scaling[adapter], (int, float)):
-            return "the scaling is a tensor, as for a compiled hotswap"
-        if not self.cast_input_dtype_enabled:
-            return "PEFT's casting of inputs is disabled"
-        return None
+            return None, "lora_B has a bias"
+        if _intercepted(base) or _intercepted(lora_A) or _intercepted(lora_B) or _intercepted(dropout):
+            return None, "hooks on a module inside, or a forward pass of its own, which the kernels would pass by"
+        call = _Call(adapter, base.weight, base.bias, lora_A.weight, lora_B.weight, scaling, type(base) is Conv1D)
+        reason = call.obstacle() if self.cast_input_dtype_enabled else "PEFT's casting of inputs is disabled"
+        return (call, None) if reason is None else (None, reason)
 
 
 class ALLoRALinear(FusedLoraLinear):
@@ -159,12 +175,12 @@ class ALLoRALinear(FusedLoraLinear):
         trained = self.lora_A[adapter].weight.requires_grad or self.lora_B[adapter].weight.requires_grad
         return trained and torch.is_grad_enabled()
 
-    def _fused(self, adapter: str, x: Tensor) -> Tensor:
+    def _fused(self, call: _Call, x: Tensor) -> Tensor:
+        adapter, scaling = call.adapter, call.scaling
         eta, norm = self._rule(adapter)
-        scaling = self.scaling[adapter]
-        if not self._trains(adapter):
+        if not call.trains():
             # No gradient, no rule: PEFT may scale the adapter as it likes.
-            return self._call_kernels(adapter, x, eta, None, scaling)
+            return call.run(x, eta, None)
         if adapter not in self.allora_norm:
             raise RuntimeError(
                 f"adapter {adapter!r} has no eta and norm, so it cannot be trained here: add it with an ALLoRAConfig, or load "
@@ -175,7 +191,7 @@ class ALLoRALinear(FusedLoraLinear):
                 f"adapter {adapter!r} is scaled by {scaling:g} while it is trained, and ALLoRA has no scaling: "
                 "unscale_layer() first, or freeze it"
             )
-        return self._call_kernels(adapter, x, eta, norm, scaling)
+        return call.run(x, eta, norm)
 
     def _by_peft(self, reason: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._disable_adapters or self.merged_adapters:

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import os
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from peft.tuners.lora.model import LoraModel
 from torch import nn
 
 from ...models.adapt import leave_fast_paths
-from ...models.selection import check_unadapted, module_slots, obstacle
+from ...models.selection import check_unadapted, module_slots, obstacle, some
 from .config import ALLoRAConfig
 from .layer import ALLoRALinear
 
@@ -90,44 +89,56 @@ def load_allora_model(
     folder: str | os.PathLike,
     adapter_name: str = "default",
     is_trainable: bool = False,
-    **kwargs: Any,
+    *,
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+    **hub: Any,
 ) -> PeftModel:
     """`PeftModel.from_pretrained` for an ALLoRA adapter: fused, with the eta and norm it was saved with.
 
     Args:
         model: the base model; or a PeftModel of `get_allora_model`'s, which gets another adapter of this name.
         folder: what ``save_pretrained`` of such a model wrote, or `allora_kernels.save_adapter`; or a repository's name.
-        adapter_name, is_trainable, kwargs: as in `PeftModel.from_pretrained`.
+        adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage: as in `PeftModel.from_pretrained`.
+        hub: ``subfolder``, ``revision``, ``token``, ... for a repository.
 
     Returns:
         The PeftModel.
 
     Raises:
-        ValueError: the folder holds no ALLoRA adapter; its file lacks weights that the config promises; the model has an
-            adapter of that name, or adapters that are not ALLoRA's; what `get_allora_model` refuses. The model is untouched.
+        ValueError: the folder holds no ALLoRA adapter; its weights are not those of the layers that the config names in this
+            model; the model has an adapter of that name, or adapters that are not ALLoRA's; what `get_allora_model` refuses.
+            The model is untouched then.
     """
     folder = os.fspath(folder)
-    config = ALLoRAConfig.from_pretrained(folder, **kwargs)
+    config = ALLoRAConfig.from_pretrained(folder, **hub)
     config.inference_mode = not is_trainable
-    with warnings.catch_warnings(), undone_on_error(model):
-        warnings.filterwarnings("error", message=".*missing adapter keys")
+    settings = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
+    with undone_on_error(model):
+        if isinstance(model, PeftModel):
+            if not isinstance(model.base_model, ALLoRAModel):
+                raise ValueError("model is a PeftModel without ALLoRA: give load_allora_model the base model")
+            if adapter_name in model.peft_config:
+                raise ValueError(f"model has an adapter {adapter_name!r} already: give adapter_name another name")
+            model.add_adapter(adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage)
+            peft_model = model
+        else:
+            check_unadapted(model)
+            kind = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+            peft_model = _adopt(kind(model, config, adapter_name, **settings))
+        # Weights that a transformers model has under other names than when they were saved.
+        renamed = getattr(model, "_checkpoint_conversion_mapping", {})
         try:
-            return _load(model, folder, adapter_name, is_trainable, config, kwargs)
-        except UserWarning as warning:
-            raise ValueError(f"{folder} does not fit the model: {warning}") from None
-
-
-def _load(model, folder, adapter_name, is_trainable, config, kwargs) -> PeftModel:
-    if not isinstance(model, PeftModel):
-        check_unadapted(model)
-        return _adopt(PeftModel.from_pretrained(model, folder, adapter_name, is_trainable, config=config, **kwargs))
-    if not isinstance(model.base_model, ALLoRAModel):
-        raise ValueError("model is a PeftModel without ALLoRA: give load_allora_model the base model")
-    if adapter_name in model.peft_config:
-        raise ValueError(f"model has an adapter {adapter_name!r} already: give adapter_name another name")
-    model.add_adapter(adapter_name, config)
-    model.load_adapter(folder, adapter_name, is_trainable=is_trainable, **kwargs)
-    return model
+            result = peft_model.load_adapter(
+                folder, adapter_name, is_trainable=is_trainable, key_mapping=renamed, **settings, **hub
+            )
+        except RuntimeError as error:
+            raise ValueError(f"{folder} does not fit the model: {error}") from None
+        problems = [f"it has no {key}" for key in result.missing_keys]
+        problems += [f"the model has no {key}" for key in result.unexpected_keys]
+        if problems:
+            raise ValueError(f"{folder} does not fit the model: {some(problems, separator='; ')}")
+    return peft_model
 
 
 def _adopt(peft_model: PeftModel) -> PeftModel:
