@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from allora_kernels import adapter_layers, apply_allora, load_adapter, per_sample, reference, save_adapter
+from allora_kernels.integrations.opacus import reasons_against
 from allora_kernels.integrations.peft import (
     ALLoRAConfig,
     ALLoRALinear,
@@ -384,6 +385,44 @@ def test_an_adapter_without_a_rule_computes_and_does_not_train(tmp_path):
         model.train()(input_ids=IDS)
 
 
+def test_a_reference_pass_while_training():
+    model = adapted().train()
+    want = gradients(model)
+    with torch.no_grad(), model.disable_adapter():
+        torch.testing.assert_close(model(input_ids=IDS).logits, logits(llama()))
+    torch.testing.assert_close(gradients(model), want)
+
+
+def test_weights_that_come_by_way_of_the_meta_device(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    again = load_allora_model(llama(), tmp_path, is_trainable=True, low_cpu_mem_usage=True)
+    torch.testing.assert_close(gradients(again), gradients(model))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_dtypes_are_pefts(kept):
+    arguments = {"autocast_adapter_dtype": not kept}
+    model = randomised(get_allora_model(llama().to(torch.bfloat16), lora(), 0.7, **arguments))
+    stock = peft.get_peft_model(llama().to(torch.bfloat16), lora(), **arguments)
+    assert {n: p.dtype for n, p in model.named_parameters()} == {n: p.dtype for n, p in stock.named_parameters()}
+    stock.load_state_dict(model.state_dict())
+    torch.testing.assert_close(logits(model), logits(stock), rtol=0.02, atol=0.02)
+    assert logits(model).dtype == torch.bfloat16
+    assert {g.dtype for g in gradients(model).values()} == {torch.bfloat16 if kept else torch.float32}
+
+
+def test_a_variant_beside_it_computes_and_does_not_train(tmp_path):
+    randomised(peft.get_peft_model(llama(), lora(use_dora=True))).save_pretrained(tmp_path)
+    stock = PeftModel.from_pretrained(llama(), tmp_path)
+    model = adapted()
+    model.load_adapter(tmp_path, "dora")
+    model.set_adapter("dora")
+    torch.testing.assert_close(logits(model.eval()), logits(stock.eval()))
+    with pytest.raises(RuntimeError, match=r"cannot train dora.*DoraLinearVariant.*that has a rule"):
+        model.train()(input_ids=IDS)
+
+
 def test_a_scaled_adapter_computes_and_does_not_train():
     model = adapted()
     for layer in layers_of(model).values():
@@ -494,13 +533,14 @@ def test_a_copy_is_the_same_model(duplicate):
     assert all("third" not in m.allora_norm for m in layers_of(model).values())
 
 
-def test_a_record_of_it_is_refused():
+def test_recording_it_is_refused_here_and_by_opacus():
     model = adapted()
     accelerated = peft.get_peft_model(llama(), lora())
     accelerate_lora(accelerated)
     for each in (model, accelerated):
         with pytest.raises(ValueError, match=r"q_proj.*PEFT"), per_sample.record(each):
             pass
+        assert "q_proj" in reasons_against(each)[0] and "use FusedALLoRALinear" in reasons_against(each)[0]
 
 
 def test_warnings_of_a_clean_run_are_none(tmp_path):

@@ -201,7 +201,7 @@ class ALLoRALinear(FusedLoraLinear):
         lost = [a for a in ruled if self._trains(a)]
         message = (
             f"this call cannot train {', '.join(lost)} by ALLoRA's rule, because it is not fused ({reason}): make one adapter "
-            "active with set_adapter, or freeze the adapters"
+            "that has a rule active with set_adapter, or freeze the adapters"
         )
         if lost and self.training:
             raise RuntimeError(message)
