@@ -45,7 +45,7 @@ class ALLoRAConfig(LoraConfig):
 
     Raises:
         ValueError: a setting that ALLoRA has no meaning for, with the line to write; r, eta or norm out of range.
-        TypeError: r is no int or eta no number.
+        TypeError: r is no int, eta no number or a pattern no dict.
     """
 
     allora_eta: float = field(default=2.0, metadata={"help": "eta: the coefficient where the adapter is zero"})
@@ -94,12 +94,14 @@ class ALLoRAConfig(LoraConfig):
                 f"write init_lora_weights=True, or one of {_PLAIN_INITS[1:]}"
             )
         ranks, alphas = self.rank_pattern or {}, self.alpha_pattern or {}
+        for name, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+            if not isinstance(pattern, dict):
+                raise TypeError(f"{name} must be a dict of patterns and numbers, got {pattern!r}")
         for r in (self.r, *ranks.values()):
             check_rule(r, self.allora_eta, self.allora_norm)
         if self.lora_alpha != self.r:
             raise ValueError(
-                f"lora_alpha={self.lora_alpha} with r={self.r} is a scaling of {self.lora_alpha / self.r:g}, and ALLoRA has "
-                f"none: write lora_alpha={self.r}"
+                f"lora_alpha={self.lora_alpha!r} with r={self.r} is a scaling, and ALLoRA has none: write lora_alpha={self.r}"
             )
         # In order, as the first pattern that matches counts.
         if list(alphas.items()) != list(ranks.items()):
