@@ -6,7 +6,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 # Two workers fit the two cores CI has; each keeps to one thread.
 WORKERS ?= 2
 
-.PHONY: test test-device-ir demo demo-lm mislabelled bench lint test-newest clean
+.PHONY: test test-device-ir test-oldest-peft demo demo-lm mislabelled bench lint test-newest clean
 
 test: $(VENV)/.ready lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal
@@ -31,6 +31,11 @@ bench: $(VENV)/.ready
 test-newest: .venv-newest/.ready
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q -n $(WORKERS) --dist worksteal tests/kernels tests/test_offline_compile.py \
 	    tests/test_compile_report.py tests/test_launching.py tests/test_plans.py tests/test_configs.py tests/test_sweep_plan.py
+
+# The oldest PEFT that pyproject.toml allows, beside the pinned rest; CI runs the newest.
+test-oldest-peft: .venv-oldest-peft/.ready
+	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-oldest-peft/bin/python -m pytest -q -n $(WORKERS) tests/test_peft.py tests/test_peft_parity.py \
+	    tests/kernels/test_peft_layers.py tests/test_checkpoint.py
 
 # The kernels as compiled for a GPU, executed on the CPU. FULL=1: every combination, where CI takes every pair.
 test-device-ir: .venv-device-ir/.ready
@@ -59,6 +64,13 @@ $(VENV)/.ready-demo-lm: $(VENV)/.ready requirements-demo-lm.txt
 	.venv-newest/bin/python -m pip install -q --upgrade triton
 	touch $@
 
+.venv-oldest-peft/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-oldest-peft
+	.venv-oldest-peft/bin/python -m pip install -q -c constraints.txt torch
+	.venv-oldest-peft/bin/python -m pip install -q -c constraints.txt -e '.[train,dev]'
+	.venv-oldest-peft/bin/python -m pip install -q --no-deps peft==0.18.0
+	touch $@
+
 # No dependencies are looked for: ttsem declares a newer Python than it needs, and torch asks for a Triton of its own.
 .venv-device-ir/.ready: requirements-device-ir.txt
 	$(PYTHON) -m venv .venv-device-ir
@@ -66,4 +78,4 @@ $(VENV)/.ready-demo-lm: $(VENV)/.ready requirements-demo-lm.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-device-ir build dist *.egg-info runs
+	rm -rf $(VENV) .venv-newest .venv-oldest-peft .venv-device-ir build dist *.egg-info runs

@@ -188,25 +188,29 @@ def allora_linear(
     *,
     eta: float = 2.0,
     norm: str | None = "row",
+    scaling: float = 1.0,
 ) -> Tensor:
-    """``y = x Wᵀ + bias + (x Aᵀ) Bᵀ`` whose autograd gradients of lora_A and lora_B are ALLoRA's.
+    """``y = x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ`` whose autograd gradients of lora_A and lora_B are ALLoRA's.
 
     Any leading dimensions, dtype and device; differentiable in x, lora_A and lora_B. Two copies of the low-rank
     branch are added: one carries the true gradient to x and treats the adapter as constant, the other, worth zero,
-    carries the rescaled gradient to the adapter and treats x as constant.
+    carries the rescaled gradient to the adapter and treats x as constant. `scaling` is plain LoRA's alpha/r: ValueError
+    unless it is 1 or `norm` is None.
     """
+    if scaling != 1 and norm is not None:
+        raise ValueError(f"scaling={scaling} with norm={norm!r}: only plain LoRA, norm=None, has a scaling")
     rows = x.reshape(-1, x.shape[-1])
     compute = torch.promote_types(x.dtype, torch.promote_types(lora_A.dtype, lora_B.dtype))
     a_const, b_const = lora_A.detach(), lora_B.detach()
     s_const = down_project(rows.detach(), a_const, compute)
 
-    y = fused_linear(rows, weight, bias, down_project(rows, a_const, compute), b_const)
+    y = fused_linear(rows, weight, bias, scaling * down_project(rows, a_const, compute), b_const)
 
     if norm == "factor":
         c = weight_coefficient(a_const, b_const, eta, norm)[:, None]
         lora_B = _scale_gradient(lora_B, c[: lora_B.shape[0]])
         lora_A = _scale_gradient(lora_A, c[lora_B.shape[0] :])
-    branch = down_project(rows.detach(), lora_A, compute) @ lora_B.to(compute).mT
+    branch = scaling * down_project(rows.detach(), lora_A, compute) @ lora_B.to(compute).mT
     if norm in ("row", "matrix"):
         branch = _scale_gradient(branch, weight_coefficient(a_const, b_const, eta, norm))
     elif norm == "token":

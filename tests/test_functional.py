@@ -38,6 +38,48 @@ def test_plain_lora_passes_gradcheck(inputs):
     assert torch.autograd.gradcheck(f, leaves)
 
 
+@pytest.mark.parametrize("scaling", [2, 0.25, -1.5, 0])
+def test_scaling_is_plain_loras_alpha_over_r(inputs, scaling):
+    x, weight, bias, lora_A, lora_B, g = inputs
+    leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
+    y = allora_linear(x, weight, bias, lora_A, lora_B, norm=None, scaling=scaling)
+    plain = x @ (weight + scaling * (lora_B @ lora_A)).mT + bias
+    for other in (plain, reference.allora_linear(x, weight, bias, lora_A, lora_B, norm=None, scaling=scaling)):
+        torch.testing.assert_close(y, other, rtol=1e-12, atol=1e-12)
+        ours, theirs = (torch.autograd.grad(v, leaves, g, retain_graph=True) for v in (y, other))
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+def test_scaling_keeps_dtypes_and_makes_nothing_of_the_inputs_length(adapter_dtype):
+    x, weight, bias, lora_A, lora_B, g = make_inputs(6, 5, 7, 3, torch.bfloat16, adapter_dtype)
+    leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = allora_linear(x, weight, bias, lora_A, lora_B, norm=None, scaling=3.0)
+    assert y.dtype == torch.bfloat16
+    assert sorted(tuple(t.shape) for t in saved if t.dim() and t.shape[0] == 6) == [(6, 3), (6, 7)]
+    for grad, leaf in zip(torch.autograd.grad(y, leaves, g), leaves):
+        assert grad.dtype == leaf.dtype
+
+
+def test_scaling_compiles_whole(inputs):
+    x, weight, bias, lora_A, lora_B, g = inputs
+    leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
+
+    def f(x, lora_A, lora_B):
+        return allora_linear(x, weight, bias, lora_A, lora_B, norm=None, scaling=2.0)
+
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    ours = torch.autograd.grad(compiled(*leaves), leaves, g)
+    torch.testing.assert_close(ours, torch.autograd.grad(f(*leaves), leaves, g))
+
+
+def test_scaling_under_a_record_is_refused(inputs):
+    with pytest.raises(ValueError, match=r"scaling=2.0 cannot be recorded"):
+        functional.apply(*inputs[:5], 2.0, None, sink=lambda *args: None, scaling=2.0)
+
+
 def test_a_second_derivative_is_refused(inputs):
     x, weight, bias, lora_A, lora_B, _ = inputs
     y = allora_linear(x.requires_grad_(), weight, bias, lora_A.requires_grad_(), lora_B)
@@ -224,11 +266,21 @@ def test_bad_tensors_are_named(inputs, change, error, message):
         ({"eta": "2"}, TypeError, "eta must be a float, got str"),
         ({"norm": "rows"}, ValueError, "norm must be one of .*'row'.*got 'rows'"),
         ({"backend": "cuda"}, ValueError, "backend must be one of"),
+        ({"scaling": 2.0}, ValueError, r"scaling=2.0 with norm='row': .*use scaling=1, or norm=None"),
+        ({"scaling": math.inf, "norm": None}, ValueError, "scaling must be finite, got inf"),
+        ({"scaling": math.nan, "norm": None}, ValueError, "scaling must be finite, got nan"),
+        ({"scaling": "2", "norm": None}, TypeError, "scaling must be a float, got str"),
+        ({"scaling": True, "norm": None}, TypeError, "scaling must be a float, got bool"),
     ],
 )
 def test_bad_rules_are_named(inputs, kwargs, error, message):
     with pytest.raises(error, match=message):
         allora_linear(*inputs[:5], **kwargs)
+
+
+def test_the_reference_refuses_a_scaled_rule(inputs):
+    with pytest.raises(ValueError, match="only plain LoRA"):
+        reference.allora_linear(*inputs[:5], scaling=2.0)
 
 
 def test_ranks_over_the_limit_are_refused():

@@ -72,6 +72,16 @@ def pretend_to_train(model: nn.Module) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def randomised(model: nn.Module, seed: int = 1) -> nn.Module:
+    """A PEFT model with random values in every adapter and module to save, whatever order the modules are in."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if "lora_" in name or "modules_to_save" in name:
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    return model
+
+
 def photograph(model: nn.Module):
     """Everything of a model that a function which fails must leave as it was; compare two by `==`."""
     modules = [(name, id(m), sorted(m.__dict__)) for name, m in model.named_modules(remove_duplicate=False)]

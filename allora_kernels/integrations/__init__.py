@@ -1,1 +1,1 @@
-"""Other libraries' plug-in points, one file a library. Each needs its library; nothing here is imported without asking."""
+"""Other libraries' plug-in points, a file or folder each. Each needs its library; nothing here is imported without asking."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -28,6 +29,19 @@ def check_rule(r: int, eta: float, norm: str | None) -> None:
         raise ValueError(f"eta must be finite and > 0 (from {ETA_RANGE[0]} to {ETA_RANGE[1]}), got {eta}")
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
+
+
+def check_scaling(scaling: float, norm: str | None) -> None:
+    """Raise ValueError or TypeError unless `scaling` is a finite number, and 1 where `norm` is a rule of ALLoRA's."""
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling must be a float, got {type(scaling).__name__}")
+    if not abs(scaling) < math.inf:
+        raise ValueError(f"scaling must be finite, got {scaling}")
+    if scaling != 1 and norm is not None:
+        raise ValueError(
+            f"scaling={scaling} with norm={norm!r}: scaling is plain LoRA's alpha/r, which ALLoRA does not have; use "
+            "scaling=1, or norm=None"
+        )
 
 
 def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -141,10 +155,16 @@ def _autocasts(x: Tensor) -> bool:
     return x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def apply(x, weight, bias, lora_A, lora_B, eta, norm, backend=None, sink=None) -> Tensor:
+def apply(x, weight, bias, lora_A, lora_B, eta, norm, backend=None, sink=None, scaling=1.0) -> Tensor:
     """`allora_linear`, and what takes the step `adapter_grads` over to see more of it."""
     _check_tensors(x, weight, bias, lora_A, lora_B)
     check_rule(lora_A.shape[0], eta, norm)
+    check_scaling(scaling, norm)
+    if scaling != 1:
+        if sink is not None:
+            raise ValueError(f"scaling={scaling} cannot be recorded: the gradients that a record sees lack it")
+        # Outside of the Function, so that autograd gives lora_A's gradient its factor; S, and with it dB, comes out scaled.
+        lora_A = lora_A * scaling
     widest = dtype = _compute_dtype(x, lora_A, lora_B)
     if _autocasts(x):
         # The frozen product runs in autocast's dtype, as in nn.Linear. lora_A and lora_B stay as they are: kernels cast
@@ -181,8 +201,9 @@ def allora_linear(
     eta: float = 2.0,
     norm: str | None = "row",
     backend: str | None = None,
+    scaling: float = 1.0,
 ) -> Tensor:
-    """``y = x Wᵀ + bias + (x Aᵀ) Bᵀ`` with ALLoRA's gradients for A and B (arXiv 2410.09692).
+    """``y = x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ`` with ALLoRA's gradients for A and B (arXiv 2410.09692).
 
     The adapter's gradients are those of plain LoRA with ``G = dL/dy`` replaced by ``C ⊙ G``, where
     ``C = (n + 1/η²)^(-1/2)`` and `norm` names n: ``"row"`` (the paper's) ‖(BA)[i,:]‖, ``"matrix"`` ‖BA‖_F, ``"factor"``
@@ -199,6 +220,8 @@ def allora_linear(
         norm: the rule, see above.
         backend: ``"triton"``, ``"eager"``, or None to choose (Triton for CUDA and ROCm tensors, and for any under
             TRITON_INTERPRET=1).
+        scaling: plain LoRA's alpha/r, any finite number where `norm` is None; ALLoRA has none. It multiplies lora_A, so
+            nothing of y's size.
 
     Returns:
         ``[..., N]`` in x's dtype. Low-rank products are computed in the widest dtype of x, lora_A and lora_B (under
@@ -206,9 +229,9 @@ def allora_linear(
 
     Raises:
         ValueError: shapes that do not fit, mixed devices, x and weight of different dtypes, a weight or bias that
-            requires grad, an unknown `norm` or `backend`, eta not in [1e-18, 1e18], ``backend="triton"`` where it cannot
-            run.
+            requires grad, an unknown `norm` or `backend`, eta not in [1e-18, 1e18], a scaling that is not finite, or not
+            1 where `norm` is not None, ``backend="triton"`` where it cannot run.
         RuntimeError: `use_batch_invariant` is on and the backend is eager.
         TypeError: something that is no floating-point tensor where one is due.
     """
-    return apply(x, weight, bias, lora_A, lora_B, eta, norm, backend)
+    return apply(x, weight, bias, lora_A, lora_B, eta, norm, backend, scaling=scaling)

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..layer.functional import check_rule
 from ..layer.linear import FusedALLoRALinear
-from .adapted import SAVED_WHOLE, AdaptReport, adapter_layers, report
+from .adapted import SAVED_WHOLE, AdaptReport, report
 from .saving import save_adapters_alone
 from .selection import (
     check_unadapted,
@@ -132,16 +132,16 @@ def attach(
     for module in saved.values():
         setattr(module, SAVED_WHOLE, True)
         module.requires_grad_(True)
-    leave_fast_paths(model)
+    leave_fast_paths(model, FusedALLoRALinear)
     save_adapters_alone(model)
 
 
-def leave_fast_paths(model: nn.Module) -> None:
-    """Make torch's encoder modules call the adapted layers in eval mode too, where they would read their weights."""
+def leave_fast_paths(model: nn.Module, adapted: type[nn.Module]) -> None:
+    """Make torch's encoder modules call their layers of class `adapted` in eval mode too, where they would read the weights."""
     for module in model.modules():
         for cls, attribute in _FAST_PATHS.items():
             value = getattr(module, attribute, None)
-            if isinstance(module, cls) and value and adapter_layers(module):
+            if isinstance(module, cls) and value and any(isinstance(m, adapted) for m in module.modules()):
                 setattr(module, _FAST_PATH_BEFORE, value)
                 setattr(module, attribute, type(value)(0))
 

@@ -88,7 +88,7 @@ def unmerge_adapter(model: nn.Module) -> nn.Module:
     for module in found.values():
         if not module.__dict__.pop(_BEFORE_MERGING):
             setattr(module, SAVED_WHOLE, True)
-    leave_fast_paths(root)
+    leave_fast_paths(root, FusedALLoRALinear)
     save_adapters_alone(root)
     return model
 

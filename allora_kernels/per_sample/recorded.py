@@ -14,8 +14,14 @@ def adapted_layers(model: nn.Module) -> dict[nn.Module, str]:
     """Every adapted layer of `model` and its name.
 
     Raises:
-        ValueError: there is none, or two share an adapter.
+        ValueError: there is none, or two share an adapter, or one is PEFT's, whose gradients nothing here would see.
     """
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
+            raise ValueError(
+                f"layer {name!r} ({type(module).__name__}) keeps its adapters as PEFT does, and only FusedALLoRALinear's are "
+                "recorded: save the adapter, and load it into the base model with allora_kernels.load_adapter"
+            )
     layers = {module: name for name, module in model.named_modules() if isinstance(module, FusedALLoRALinear)}
     if not layers:
         raise ValueError("the model has no FusedALLoRALinear: adapt it with apply_allora first")

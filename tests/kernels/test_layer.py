@@ -31,6 +31,18 @@ def test_values_and_gradients(device, norm, dtypes):
         assert_close(*values, name)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float16,) * 2, (torch.bfloat16, torch.float32)])
+def test_plain_loras_scaling(device, dtypes):
+    inputs = make_inputs(60, 53, 41, 5, *dtypes, device=device)
+    results = [
+        run(allora_linear, inputs, None, backend="triton", scaling=1.7),
+        run(allora_linear, inputs, None, backend="eager", scaling=1.7),
+        run(reference.allora_linear, inputs.to(torch.float64), None, scaling=1.7),
+    ]
+    for name, *values in zip(("y", "dx", "da", "db"), *results):
+        assert_close(*values, name)
+
+
 def test_it_is_chosen_where_it_can_run(device):
     layer = FusedALLoRALinear(8, 4, device=device)
     explanation = layer.explain()

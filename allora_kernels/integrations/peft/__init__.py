@@ -1,0 +1,19 @@
+"""PEFT 0.18 and newer: ALLoRA as a real `PeftModel`, and any plain-LoRA `PeftModel` on the fused kernels."""
+
+from .accelerate import accelerate_lora, restore_lora
+from .config import ALLoRAConfig
+from .layer import ALLoRALinear, FusedLoraLinear
+from .model import get_allora_model, load_allora_model
+from .report import PeftReport, explain
+
+__all__ = [
+    "ALLoRAConfig",
+    "ALLoRALinear",
+    "FusedLoraLinear",
+    "PeftReport",
+    "accelerate_lora",
+    "explain",
+    "get_allora_model",
+    "load_allora_model",
+    "restore_lora",
+]

@@ -1,0 +1,125 @@
+"""`ALLoRAConfig`: a LoraConfig that says eta and norm too, and what of PEFT's settings ALLoRA has no meaning for."""
+
+import copy
+import functools
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from peft import LoraConfig
+from torch import nn
+
+from ...layer.functional import check_rule
+from .layer import make_layer
+
+_FROZEN = "the layer under the adapter is frozen"
+_OTHER_LAYER = "it makes another layer than W + BA"
+# Settings of LoraConfig, the value that leaves ALLoRA as it is, and why no other can be had. Not every version has each.
+_NEUTRAL = {
+    "lora_dropout": (0.0, "ALLoRA has no dropout"),
+    "use_rslora": (False, "ALLoRA has no scaling"),
+    "bias": ("none", _FROZEN),
+    "lora_bias": (False, _OTHER_LAYER),
+    "use_dora": (False, _OTHER_LAYER),
+    "use_qalora": (False, _OTHER_LAYER),
+    "use_bdlora": (None, _OTHER_LAYER),
+    "arrow_config": (None, _OTHER_LAYER),
+    "alora_invocation_tokens": (None, _OTHER_LAYER),
+    "kasa_config": (None, _OTHER_LAYER),
+    "monteclora_config": (None, _OTHER_LAYER),
+    "velora_config": (None, "it has a gradient of its own"),
+    "target_parameters": (None, "PEFT trains them as plain LoRA"),
+}
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass
+class ALLoRAConfig(LoraConfig):
+    """PEFT's LoraConfig of an adapter that trains by ALLoRA's rule.
+
+    `peft.get_peft_model`, `PeftModel.add_adapter` and `save_pretrained` take it as they take a LoraConfig; saved, it has two
+    keys more, which PEFT ignores with a warning where it loads the folder itself.
+
+    Args:
+        allora_eta, allora_norm: the rule, as in `allora_kernels.allora_linear`.
+        Everything else: as in LoraConfig.
+
+    Raises:
+        ValueError: a setting that ALLoRA has no meaning for, with the line to write; r, eta or norm out of range.
+        TypeError: r is no int, eta no number or a pattern no dict.
+    """
+
+    allora_eta: float = field(default=2.0, metadata={"help": "eta: the coefficient where the adapter is zero"})
+    allora_norm: str | None = field(
+        default="row", metadata={"help": "the norm in the coefficient; None for plain LoRA"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check()
+
+    @classmethod
+    def from_lora_config(cls, config: LoraConfig, eta: float, norm: str | None) -> "ALLoRAConfig":
+        """The same settings with a rule, in a config of their own: `config` is left alone."""
+        if type(config) is not LoraConfig:
+            raise TypeError(f"config must be a peft.LoraConfig, got {type(config).__name__}")
+        if config._custom_modules:
+            raise ValueError("config has custom modules of its own, which would not be ALLoRA: use a fresh LoraConfig")
+        settings = {f.name: copy.deepcopy(getattr(config, f.name)) for f in fields(config) if f.init}
+        return cls(**settings, allora_eta=eta, allora_norm=norm)
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> "ALLoRAConfig":
+        """As LoraConfig's, which `from_pretrained` ends in; ValueError unless the settings are an ALLoRA adapter's."""
+        missing = {"allora_eta", "allora_norm"} - kwargs.keys()
+        if missing:
+            raise ValueError(
+                f"the adapter's config has no {' and no '.join(sorted(missing))}, so it is not ALLoRA's: load it with "
+                "PeftModel.from_pretrained, and call accelerate_lora(model) for the fused kernels"
+            )
+        eta, norm = kwargs.pop("allora_eta"), kwargs.pop("allora_norm")
+        return cls.from_lora_config(LoraConfig.from_peft_type(**kwargs), eta, norm)
+
+    def check(self) -> None:
+        """Raise as the class does unless these settings make an ALLoRA adapter."""
+        for name, (neutral, reason) in _NEUTRAL.items():
+            value = getattr(self, name, neutral)
+            if value and value != neutral:
+                raise ValueError(f"{name}={value!r} has no meaning here, as {reason}: write {name}={neutral!r}")
+        for f in fields(self):
+            if f.metadata.get("is_lora_variant") and f.name not in _NEUTRAL and getattr(self, f.name):
+                raise ValueError(f"{f.name} has no meaning here, as {_OTHER_LAYER}: leave it out")
+        if self.init_lora_weights not in _PLAIN_INITS:
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} changes the base weights, which ALLoRA leaves as they are: "
+                f"write init_lora_weights=True, or one of {_PLAIN_INITS[1:]}"
+            )
+        ranks, alphas = self.rank_pattern or {}, self.alpha_pattern or {}
+        for name, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+            if not isinstance(pattern, dict):
+                raise TypeError(f"{name} must be a dict of patterns and numbers, got {pattern!r}")
+        for r in (self.r, *ranks.values()):
+            check_rule(r, self.allora_eta, self.allora_norm)
+        if self.lora_alpha != self.r:
+            raise ValueError(
+                f"lora_alpha={self.lora_alpha!r} with r={self.r} is a scaling, and ALLoRA has none: write lora_alpha={self.r}"
+            )
+        # In order, as the first pattern that matches counts.
+        if list(alphas.items()) != list(ranks.items()):
+            raise ValueError(
+                f"alpha_pattern={alphas} with rank_pattern={ranks} gives some layers a scaling, and ALLoRA has none: write "
+                f"alpha_pattern={ranks}"
+            )
+
+    def _register_custom_module(self, mapping: dict) -> None:
+        raise TypeError(
+            "an ALLoRAConfig names the class of its layers itself: _register_custom_module is for LoraConfig"
+        )
+
+    @property
+    def _custom_modules(self) -> dict:
+        """What PEFT asks first for a layer's class. Made at each reading, so that a copy of the config speaks for itself."""
+        return {nn.Module: functools.partial(make_layer, self)}
+
+    @_custom_modules.setter
+    def _custom_modules(self, value: None) -> None:
+        """LoraConfig's constructor sets it to None."""

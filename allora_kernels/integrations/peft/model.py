@@ -1,0 +1,181 @@
+"""`get_allora_model` and `load_allora_model`: a PeftModel whose adapters train by ALLoRA's rule."""
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import peft
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora.model import LoraModel
+from torch import nn
+
+from ...models.adapt import leave_fast_paths
+from ...models.selection import check_unadapted, module_slots, obstacle, some
+from .config import ALLoRAConfig
+from .layer import ALLoRALinear
+
+
+class ALLoRAModel(LoraModel):
+    """PEFT's LoraModel, which is told the rule of each adapter that is added, and refuses one without."""
+
+    def _check_new_adapter_config(self, config: LoraConfig) -> None:
+        super()._check_new_adapter_config(config)
+        if isinstance(config, ALLoRAConfig):
+            config.check()
+        elif not config.inference_mode:
+            raise ValueError(
+                f"a {type(config).__name__} says no eta and norm, so the adapter would train as plain LoRA: add an "
+                "ALLoRAConfig(..., allora_eta=2.0, allora_norm='row') instead, or load the folder with load_allora_model"
+            )
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with undone_on_error(model):
+            return super().inject_adapter(model, *args, **kwargs)
+
+    def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, *args, **kwargs) -> None:
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, *args, **kwargs)
+        layer = getattr(parent, target_name)
+        # PEFT 0.18 does not show a layer that is there already the config of its next adapter.
+        if isinstance(layer, ALLoRALinear) and isinstance(lora_config, ALLoRAConfig):
+            layer.set_rule(adapter_name, lora_config.allora_eta, lora_config.allora_norm)
+
+
+def get_allora_model(
+    model: nn.Module,
+    config: LoraConfig,
+    eta: float = 2.0,
+    norm: str | None = "row",
+    *,
+    adapter_name: str = "default",
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+    revision: str | None = None,
+) -> PeftModel:
+    """`peft.get_peft_model` for ALLoRA: adapters on `model`, in place, that run fused and train by the rule.
+
+    Args:
+        model: the base model, any that PEFT takes.
+        config: which layers, ranks and modules to save, as PEFT reads them; ``lora_alpha`` must equal ``r``. It is copied.
+        eta, norm: the rule, as in `allora_kernels.allora_linear`.
+        adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, revision: as in `peft.get_peft_model`.
+
+    Returns:
+        The PeftModel; its ``peft_config`` holds an `ALLoRAConfig`.
+
+    Raises:
+        ValueError: a setting that ALLoRA has no meaning for (dropout, a scaling, DoRA, ...), with the line to write; a
+            target that cannot be ALLoRA, such as an embedding, a quantized layer or one whose weight another module reads
+            itself; a model that has adapters; what PEFT refuses. The model is untouched then.
+        TypeError: `config` is no LoraConfig; r is no int or eta no number.
+    """
+    declared = ALLoRAConfig.from_lora_config(config, eta, norm)
+    check_unadapted(model)
+    with undone_on_error(model):
+        peft_model = peft.get_peft_model(
+            model,
+            declared,
+            adapter_name=adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            revision=revision,
+        )
+        return _adopt(peft_model)
+
+
+def load_allora_model(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    *,
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+    **hub: Any,
+) -> PeftModel:
+    """`PeftModel.from_pretrained` for an ALLoRA adapter: fused, with the eta and norm it was saved with.
+
+    Args:
+        model: the base model; or a PeftModel of `get_allora_model`'s, which gets another adapter of this name.
+        folder: what ``save_pretrained`` of such a model wrote, or `allora_kernels.save_adapter`; or a repository's name.
+        adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage: as in `PeftModel.from_pretrained`.
+        hub: ``subfolder``, ``revision``, ``token``, ... for a repository.
+
+    Returns:
+        The PeftModel.
+
+    Raises:
+        ValueError: the folder holds no ALLoRA adapter; its weights are not those of the layers that the config names in this
+            model; the model has an adapter of that name, or adapters that are not ALLoRA's; what `get_allora_model` refuses.
+            The model is untouched then.
+    """
+    folder = os.fspath(folder)
+    config = ALLoRAConfig.from_pretrained(folder, **hub)
+    config.inference_mode = not is_trainable
+    settings = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
+    with undone_on_error(model):
+        if isinstance(model, PeftModel):
+            if not isinstance(model.base_model, ALLoRAModel):
+                raise ValueError("model is a PeftModel without ALLoRA: give load_allora_model the base model")
+            if adapter_name in model.peft_config:
+                raise ValueError(f"model has an adapter {adapter_name!r} already: give adapter_name another name")
+            model.add_adapter(adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage)
+            peft_model = model
+        else:
+            check_unadapted(model)
+            kind = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+            peft_model = _adopt(kind(model, config, adapter_name, **settings))
+        # Weights that a transformers model has under other names than when they were saved.
+        renamed = getattr(model, "_checkpoint_conversion_mapping", {})
+        try:
+            result = peft_model.load_adapter(
+                folder, adapter_name, is_trainable=is_trainable, key_mapping=renamed, **settings, **hub
+            )
+        except RuntimeError as error:
+            raise ValueError(f"{folder} does not fit the model: {error}") from None
+        problems = [f"it has no {key}" for key in result.missing_keys]
+        problems += [f"the model has no {key}" for key in result.unexpected_keys]
+        if problems:
+            raise ValueError(f"{folder} does not fit the model: {some(problems, separator='; ')}")
+    return peft_model
+
+
+def _adopt(peft_model: PeftModel) -> PeftModel:
+    """See to it that every later adapter is told its rule; ValueError where an adapter would be passed by."""
+    slots = module_slots(peft_model)
+    for name, layer in peft_model.named_modules():
+        if isinstance(layer, ALLoRALinear):
+            reason = obstacle(layer.base_layer, {layer.base_layer: slots[layer]})
+            if reason is not None:
+                raise ValueError(
+                    f"{name}: {reason}: leave it out, with exclude_modules=[...] or narrower target_modules"
+                )
+    leave_fast_paths(peft_model, ALLoRALinear)
+    peft_model.base_model.__class__ = ALLoRAModel
+    return peft_model
+
+
+@contextlib.contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Where what is inside raises, give `model`'s modules back the attributes, containers and flags they had."""
+    modules = [(module, dict(module.__dict__)) for module in model.modules()]
+    containers = [
+        (value, copy.copy(value))
+        for _, attributes in modules
+        for value in attributes.values()
+        if isinstance(value, (dict, list, set))
+    ]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, attributes in modules:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+        for value, before in containers:
+            value.clear()
+            value.extend(before) if isinstance(value, list) else value.update(before)
+        for p, requires_grad in flags:
+            p.requires_grad_(requires_grad)
+        raise
