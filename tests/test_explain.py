@@ -71,9 +71,14 @@ def test_a_layer_by_itself():
     assert plain.r is None
 
 
+class BaseTunerLayer(nn.Module):
+    """What PEFT calls the class of its layers."""
+
+
 @pytest.mark.parametrize(
     ("model", "options", "error", "message"),
     [
+        (nn.Sequential(BaseTunerLayer()), {}, ValueError, "integrations.peft.explain"),
         (nn.ReLU(), {}, ValueError, "no linear layers"),
         (nn.Linear(2, 2), {"rows": 0}, ValueError, "rows must be at least 1, got 0"),
         (3, {}, TypeError, "model must be an nn.Module, got int"),

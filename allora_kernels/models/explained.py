@@ -67,12 +67,14 @@ def explain(model: nn.Module, rows: int = 2048, device: torch.device | str | Non
         device: where the calls would run; None for where each layer is. A model on the meta device costs no memory.
 
     Raises:
-        ValueError: the model has no linear layer, or `rows` is below 1.
+        ValueError: the model has no linear layer or is PEFT's, or `rows` is below 1.
         TypeError: `model` is no nn.Module.
     """
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
     root = unwrap(model)
+    if any(cls.__name__ == "BaseTunerLayer" for module in root.modules() for cls in type(module).__mro__):
+        raise ValueError("the model has PEFT's adapters: allora_kernels.integrations.peft.explain(model) tells of them")
     device = None if device is None else torch.device(device)
     slots = module_slots(root) | {root: []}
     saved = {module for top in saved_modules(root).values() for module in top.modules()}
