@@ -20,7 +20,8 @@ _switches: WeakKeyDictionary[nn.Module, deque[tuple[int, bool]]] = WeakKeyDictio
 _inside: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
 # By layer, the state found last for a call run again.
 _found: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-# The graph tasks that run now, the outermost first, as far as they called a layer; and whether a layer was switched in them.
+# The graph tasks that run now, the outermost first, as far as they called a layer, and those that ended in an error since the
+# last call outside; and whether a layer was switched in them.
 _tasks: list[int] = []
 _switched_in_task = False
 
@@ -30,7 +31,7 @@ def _in_backward() -> bool:
 
 
 def _enter_task() -> bool:
-    """Note the running graph task; True if it runs inside another one."""
+    """Note the running graph task; True if it runs inside another one, or one before it ended in an error."""
     global _switched_in_task
     task = torch._C._current_graph_task_id()
     if task not in _tasks:
@@ -44,6 +45,8 @@ def _enter_task() -> bool:
 def _leave_task(task: int) -> None:
     if task in _tasks:
         del _tasks[_tasks.index(task) :]
+    if not _tasks:
+        _inside.clear()
 
 
 def note_switch(layer: nn.Module, before: bool, after: bool) -> None:
@@ -55,7 +58,6 @@ def note_switch(layer: nn.Module, before: bool, after: bool) -> None:
         _switched_in_task = True
         _inside[layer] = (torch._C._current_graph_task_id(), after)
     elif before is not after:
-        _tasks.clear()
         _switches.setdefault(layer, deque(maxlen=_KEPT)).append((torch.autograd._get_sequence_nr(), before))
 
 
@@ -80,28 +82,29 @@ def state_of_call(layer: nn.Module, enabled: bool) -> bool:
     """The state for a call of `layer`, where `enabled` is set now.
 
     Raises:
-        RuntimeError: it is run again inside a re-entrant checkpoint inside another one, whose first run switched layers itself;
-            or the layer was switched more than 64 times since the first run.
+        RuntimeError: which state the first run had cannot be told: see the messages.
     """
     if torch.compiler.is_compiling():
         return enabled
     if not _in_backward():
-        _tasks.clear()
-        _inside.clear()
+        if _tasks:
+            _tasks.clear()
+            _inside.clear()
         return enabled
     if layer not in _switches and layer not in _inside:
         return enabled
-    if _enter_task():
-        # Its node was made in the outer run again, in which every layer of the inner one was called just before.
-        if _switched_in_task:
-            raise RuntimeError(
-                "re-entrant checkpoints inside one another, with adapters switched inside them: which state the first run had "
-                "cannot be told; pass use_reentrant=False to checkpoint"
-            )
-        return _found.get(layer, enabled)
+    nested = _enter_task()
     task, state = _inside.get(layer, (-1, enabled))
     if task != torch._C._current_graph_task_id():
         state = _state_then(layer, torch._C._current_autograd_node()._sequence_nr(), enabled)
+    # Inside another task the node was made when the outer checkpoint was run again, and its number says nothing; but that run
+    # has just called each layer of the inner one. After a task that failed it is the other way round. Both must agree.
+    if nested and (_switched_in_task or state is not _found.get(layer, enabled)):
+        raise RuntimeError(
+            "adapters were switched between a forward pass and this backward pass, and which state they had in what is run "
+            "again cannot be told, inside another backward pass (of re-entrant checkpoints inside one another: pass "
+            "use_reentrant=False) or after one that failed (call the model first)"
+        )
     _found[layer] = state
     return state
 
