@@ -89,7 +89,10 @@ def check_plan(backend, norm, plan, _):
         use(backend, patch)
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         model = parallelize_module(make_model(norm), mesh, PLANS[plan]())
-        assert model[0].explain().backend == backend
+        explanation = model[0].explain()
+        assert explanation.backend == backend
+        n, k = model[0].weight.to_local().shape
+        assert explanation.plan == FusedALLoRALinear(k, n, r=R, norm=norm).explain().plan
         assert_same(step(model, make_x()), expected)
 
 
@@ -109,6 +112,17 @@ def check_16_bit_base(backend, autocast, _):
     for name in ("y", "dx", *(f"d{name}" for name in FACTORS)):
         assert ours[name].dtype == expected[name].dtype
         assert (ours[name] - expected[name]).double().norm() < 0.03 * expected[name].double().norm(), name
+
+
+def check_compiled(backend, _):
+    with pytest.MonkeyPatch.context() as patch:
+        use("eager", patch)
+        expected = step(make_model("row"), make_x())
+        use(backend, patch)
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        model = parallelize_module(make_model("row"), mesh, PLANS["ours"]())
+        model.compile(backend="aot_eager", fullgraph=True)
+        assert_same(step(model, make_x()), expected)
 
 
 def check_rows(backend, norm, _):
@@ -235,6 +249,7 @@ COLUMNS = {"row": [], "matrix": [R * R], "factor": [], "entry": [], "token": [R 
 ROWWISE = {"row": [R * R], "matrix": [R * R], "factor": [R], "entry": [], "token": [], None: []}
 TWO = {
     "mistakes": check_mistakes,
+    **{f"{b}, compiled": partial(check_compiled, b) for b in BACKENDS},
     **{f"{b}, autocast={a}": partial(check_16_bit_base, b, a) for b in BACKENDS for a in (False, True)},
     **{f"crosses rowwise, {n}": partial(check_what_crosses, n, True, [ROWS * R, *c]) for n, c in ROWWISE.items()},
     **{f"crosses columnwise, {n}": partial(check_what_crosses, n, False, [R * K, *c]) for n, c in COLUMNS.items()},
@@ -245,14 +260,11 @@ TWO = {
 FOUR = {
     "mistakes": check_mistakes,
     **{f"eager, {n}, {p} plan": partial(check_plan, "eager", n, p) for n in ("row", "token") for p in PLANS},
-    **{f"triton, {n}, torch's plan": partial(check_plan, "triton", n, "torch's") for n in ON_KERNELS if n != "matrix"},
+    **{f"triton, {n}, torch's plan": partial(check_plan, "triton", n, "torch's") for n in ON_KERNELS[::2]},
     **{f"{b}, rows of x": partial(check_rows, b, "token") for b in BACKENDS},
-    **{
-        f"{b}, 2 x 2, {n}": partial(check_a_mesh_of_two_dimensions, b, n)
-        for b in BACKENDS
-        for n in ("matrix", "factor")
-    },
-    **{f"data x tensor, {n}": partial(check_sharded_data_parallel_beside_it, n) for n in ("row", "entry")},
+    **{f"{b}, 2 x 2": partial(check_a_mesh_of_two_dimensions, b, "factor") for b in BACKENDS},
+    "eager, 2 x 2, matrix": partial(check_a_mesh_of_two_dimensions, "eager", "matrix"),
+    "data x tensor": partial(check_sharded_data_parallel_beside_it, "row"),
 }
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from . import backend as _backend
 from . import functional
 from .explanation import Explanation, explain
+from .sharding import local_shape
 
 
 class FusedALLoRALinear(nn.Linear):
@@ -147,11 +148,13 @@ class FusedALLoRALinear(nn.Linear):
         return linear.train(self.training)
 
     def explain(self, rows: int = 2048) -> Explanation:
-        """Which backend a call on this layer takes and why, and the plan of each step for an input of `rows` rows."""
+        """Which backend a call on this layer takes and why, and the plan of each step for an input of `rows` rows.
+
+        Of a layer that is cut over processes, for the part that is here.
+        """
         return explain(
             rows,
-            self.out_features,
-            self.in_features,
+            *local_shape(self.frozen_weight),
             self.r,
             self.norm,
             self.weight.device,

@@ -34,6 +34,11 @@ def is_sharded(t: Tensor | None) -> bool:
     return t is not None and type(t) not in _PLAIN and hasattr(t, "device_mesh")
 
 
+def local_shape(t: Tensor) -> torch.Size:
+    """The shape of the part of `t` that this process has."""
+    return t.to_local().shape if is_sharded(t) else t.shape
+
+
 class Sharding:
     """How one call of the layer is cut; made from the call's tensors, of which at least one is a DTensor.
 
