@@ -258,7 +258,6 @@ TWO = {
     **{f"triton, {n}, our plan": partial(check_plan, "triton", n, "ours") for n in ON_KERNELS},
 }
 FOUR = {
-    "mistakes": check_mistakes,
     **{f"eager, {n}, {p} plan": partial(check_plan, "eager", n, p) for n in ("row", "token") for p in PLANS},
     **{f"triton, {n}, torch's plan": partial(check_plan, "triton", n, "torch's") for n in ON_KERNELS[::2]},
     **{f"{b}, rows of x": partial(check_rows, b, "token") for b in BACKENDS},
