@@ -33,8 +33,13 @@ def gram(factor: Tensor) -> Tensor:
 
 def row_norms(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     """``‖(BA)[i,:]‖ [N]``, from ``B[i,:] (A Aᵀ) B[i,:]ᵀ``."""
-    b = _at_least_fp32(lora_B)
-    return ((b @ gram(lora_A).to(b.dtype)) * b).sum(dim=-1).clamp_min(0).sqrt()
+    return quadratic_norms(lora_B, gram(lora_A))
+
+
+def quadratic_norms(v: Tensor, q: Tensor) -> Tensor:
+    """``√(v[l,:] Q v[l,:]ᵀ) [L]`` for ``v [L, R]`` and a Gram matrix ``Q [R, R]``, in fp32 or better."""
+    v = _at_least_fp32(v)
+    return ((v @ q.to(v.dtype)) * v).sum(dim=-1).clamp_min(0).sqrt()
 
 
 def matrix_norm(lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -124,7 +129,8 @@ def scaled_operands(
     elif norm == "factor":
         scale_b, scale_a = c.split([lora_B.shape[0], s.shape[1]])
     elif norm == "token":
-        c_token = coefficient(token_norms(s, lora_B), eta)
+        c_token = coefficient(token_norms(s, lora_B), eta) if c is None else c
+        scale_a = scale_b = None
         s_scaled = (c_token[:, None] * s).to(compute)
     elif norm == "entry":
         g_scaled = (coefficient(entry_norms(s, lora_B), eta) * g).to(compute)
@@ -155,7 +161,8 @@ def adapter_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dS = g B [M, R]`` (in S's dtype), ``dA = (g~ B)ᵀ x [R, K]`` and ``dB = g~ᵀ S [N, R]`` with ``g~ = C ⊙ g``.
 
-    `c` is `weight_coefficient`'s vector for the weight-dependent rules, else None. dS is never rescaled: dX needs it
+    `c` is `weight_coefficient`'s vector for the weight-dependent rules; for ``"token"`` [M] where lora_B has only some of
+    the layer's rows; else None. dS is never rescaled: dX needs it
     as it is. A result whose `need_ds` is False or whose dtype is None is not computed and comes back empty; x may be
     None where `dtype_a` is.
     """

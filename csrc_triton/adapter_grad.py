@@ -34,7 +34,7 @@ def rules(s: Tensor, b: Tensor, c: Tensor | None, eta: float, norm: str | None, 
     if norm == "factor":
         return Rule(None, c[:N], "columns"), Rule(None, c[N:], "rank")
     if norm == "token":
-        rule = Rule(row_scale=token_coefficient(s, b, eta))
+        rule = Rule(row_scale=token_coefficient(s, b, eta) if c is None else c)
         return rule, rule
     return Rule("entry" if norm == "entry" else None, eta=eta), Rule()
 
@@ -137,9 +137,9 @@ def adapter_grads(
     """``dS = g B [M, R]`` (s's dtype), ``dA = (g~ B)ᵀ x [R, K]`` and ``dB = g~ᵀ S [N, R]`` with ``g~ = C ⊙ g``.
 
     g [M, N], x [M, K], s [M, R] and b [N, R] of any strides; c as from `weight_coefficient` for the weight-dependent
-    rules, else None. What is not needed (`need_ds` False, a dtype None) comes back empty; x may be None without dA.
-    `row_weights` [M] (fp32) multiply the rows of g~: each the weight of its sample, they make dA and dB the weighted sum
-    of the samples' gradients.
+    rules, for "token" [M] where b has only some of the layer's rows, else None. What is not needed (`need_ds` False, a
+    dtype None) comes back empty; x may be None without dA. `row_weights` [M] (fp32) multiply the rows of g~: each the
+    weight of its sample, they make dA and dB the weighted sum of the samples' gradients.
     """
     (M, N), R, need_da, need_db = g.shape, s.shape[1], dtype_a is not None, dtype_b is not None
     # Three tensors: an op's results may not share storage.

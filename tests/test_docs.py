@@ -44,3 +44,15 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+def test_each_row_of_the_matrix_names_a_test_that_exists():
+    page = ROOT / "docs" / "compatibility.md"
+    rows = re.findall(r"^\| (.+) \| (.*) \| (.*) \|$", page.read_text(), re.MULTILINE)
+    rows = [row for row in rows if row[0] not in ("Feature", "---")]
+    assert len(rows) > 20
+    for feature, verdict, test in rows:
+        assert verdict.startswith(("works", "refused: ", "on a GPU")), feature
+        file, name = re.fullmatch(r"\[.+\]\((.+)\) `(\w+)`", test).groups()
+        assert f"\ndef {name}(" in (page.parent / file).read_text(), f"{feature}: {file} has no {name}"
+        assert ("/gpu/" in file) == (verdict == "on a GPU"), feature

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from ..reference import NORMS, WEIGHT_NORMS
 from . import backend as _backend
 from . import batch_invariance
+from .sharding import ShardedSteps, Sharding, is_sharded
 
 MAX_RANK = 256
 ETA_RANGE = (1e-18, 1e18)
@@ -89,7 +91,7 @@ class _ALLoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, sink):
-        return _backend.steps(backend).adapted_linear(x, weight, bias, lora_A, lora_B, dtype)
+        return _steps(backend).adapted_linear(x, weight, bias, lora_A, lora_B, dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -118,7 +120,7 @@ class _ALLoRALinear(torch.autograd.Function):
         needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         weight, lora_A, lora_B, x, s = ctx.saved_tensors
         dtype, eta, norm, backend, sink = ctx.settings
-        steps = _backend.steps(backend)
+        steps = _steps(backend)
         dx = da = db = None
         if needs_a or needs_b:
             # Anew in each backward pass: torch has writes to a parameter that leave no trace for a cache to see.
@@ -131,6 +133,10 @@ class _ALLoRALinear(torch.autograd.Function):
         if needs_x:
             dx = steps.fused_linear(g, weight.mT, None, ds, lora_A.mT)
         return dx, da if needs_a else None, db if needs_b else None
+
+
+def _steps(backend: str | ShardedSteps) -> ModuleType | ShardedSteps:
+    return backend if isinstance(backend, ShardedSteps) else _backend.steps(backend)
 
 
 def _apply_function(*args) -> tuple[Tensor, Tensor]:
@@ -186,9 +192,17 @@ def apply(x, weight, bias, lora_A, lora_B, eta, norm, backend=None, sink=None, s
         )
     if choice.fallback and not torch.compiler.is_compiling():
         _backend.warn_fallback(choice.reason)
+    sharding, steps = None, choice.name
+    if is_sharded(weight) or is_sharded(x):
+        if sink is not None:
+            raise ValueError("per_sample.record takes no gradients of DTensors: record before parallelize_module")
+        sharding = Sharding(x, weight, bias, lora_A, lora_B)
+        x, weight, bias, lora_A, lora_B = sharding.local(x, weight, bias, lora_A, lora_B)
+        steps = sharding.steps(choice.name)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y, _ = _apply_function(rows, weight, bias, lora_A, lora_B, dtype, eta, norm, choice.name, sink)
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
+    y, _ = _apply_function(rows, weight, bias, lora_A, lora_B, dtype, eta, norm, steps, sink)
+    y = y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
+    return y if sharding is None else sharding.whole(y)
 
 
 def allora_linear(

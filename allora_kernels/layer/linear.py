@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from . import backend as _backend
 from . import batch_invariance, functional, switching
 from .explanation import Explanation, explain, explain_disabled
+from .sharding import local_shape
 
 
 class FusedALLoRALinear(nn.Linear):
@@ -182,13 +183,12 @@ class FusedALLoRALinear(nn.Linear):
 
     def explain(self, rows: int = 2048, device: torch.device | None = None) -> Explanation:
         """Which backend a call on this layer takes and why, and the plan of each step for an input of `rows` rows, on `device`
-        (None: where the layer is)."""
+        (None: where the layer is). Of a layer that is cut over processes, for the part that is here."""
         if not self.enabled and not batch_invariance.enabled():
             return explain_disabled()
         return explain(
             rows,
-            self.out_features,
-            self.in_features,
+            *local_shape(self.frozen_weight),
             self.r,
             self.norm,
             device or self.weight.device,

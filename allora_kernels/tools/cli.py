@@ -7,6 +7,7 @@ command line runs.
 
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
@@ -44,6 +45,7 @@ def finetune(**settings: Any) -> int:
     from ..training.run import finetune as run
 
     metrics = run(config, console=console)
+    _leave_processes()
     say = functools.partial(console.print, highlight=False, soft_wrap=True)
     if metrics["status"] == "interrupted":
         say(
@@ -234,7 +236,15 @@ def _complain(error: Exception, code: int) -> int:
 def _console():
     from rich.console import Console
 
-    return Console()
+    # Of several processes under torchrun the first one speaks.
+    return Console(quiet=os.environ.get("RANK", "0") != "0")
+
+
+def _leave_processes() -> None:
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _quiet_transformers() -> None:

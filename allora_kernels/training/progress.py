@@ -1,14 +1,16 @@
-"""What watches a training run from outside: the progress bar, Ctrl-C, and losses that are no numbers."""
+"""What watches a training run: the progress bar, Ctrl-C, losses that are no numbers, and processes on their own."""
 
 import math
 import signal
 import sys
 import threading
+import time
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainerCallback
 
 
 def peak_memory() -> int:
@@ -57,15 +59,22 @@ class ProgressBar(TrainerCallback):
         self.bar.update(self.task, completed=state.global_step, loss=logs["loss"], rate=rate, memory=memory)
 
 
+def _processes() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
 class StopOnInterrupt(TrainerCallback):
     """Turns the first Ctrl-C into: finish this step, save a checkpoint, stop. The second one interrupts at once.
 
     Between two steps everything a checkpoint holds belongs together; in the middle of one it does not, and the
-    resumed run would be another. Outside the main thread, where Python delivers no signals, it does nothing.
+    resumed run would be another. Outside the main thread, where Python delivers no signals, it does nothing. Of several
+    processes all stop after the same step, the first that any of them can; a signal within a second of the first is the
+    same one, which torchrun passes on besides.
     """
 
     def __init__(self, console: Console | None = None):
-        self.asked = False
+        self.asked_at: float | None = None
         self.console = console
 
     def __enter__(self) -> "StopOnInterrupt":
@@ -79,15 +88,39 @@ class StopOnInterrupt(TrainerCallback):
             signal.signal(signal.SIGINT, self.former)
 
     def _interrupt(self, signum, frame) -> None:
-        if self.asked:
+        if self.asked_at is not None:
+            if _processes() > 1 and time.monotonic() - self.asked_at < 1.0:
+                return
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked_at = time.monotonic()
         if self.console is not None:
             self.console.print("Stopping after this step and saving; Ctrl-C again stops at once.")
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.asked:
+        asked = self.asked_at is not None
+        if _processes() > 1:
+            # Trainer reads the loss back in each step, so this adds no wait for the device.
+            flag = torch.tensor(float(asked), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            asked = bool(flag)
+        if asked:
             control.should_save = control.should_training_stop = True
+
+
+class RequireParallel(TrainerCallback):
+    """Raises RuntimeError before the first step where several processes would each train a model of their own, or by
+    another engine than DistributedDataParallel."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        model = self.trainer.model_wrapped
+        if args.world_size > 1 and not isinstance(model, DistributedDataParallel):
+            raise RuntimeError(
+                f"finetune trains by DistributedDataParallel in {args.world_size} processes, but the model is a "
+                f"{type(model).__name__}: start it by torchrun, or by accelerate launch --multi_gpu"
+            )
 
 
 class StopOnNonFinite(TrainerCallback):

@@ -33,7 +33,7 @@ from .data import (
     read_texts,
 )
 from .loss_plot import plot_loss
-from .progress import ProgressBar, StopOnInterrupt, StopOnNonFinite, peak_memory
+from .progress import ProgressBar, RequireParallel, StopOnInterrupt, StopOnNonFinite, peak_memory
 from .versions import versions
 
 if TYPE_CHECKING:
@@ -55,22 +55,28 @@ def finetune(
     step with all of these; ``config.resume`` continues it, on the CPU to the same bits as without the interruption
     (a run that is finished is returned as it is).
 
+    Under torchrun or accelerate every process calls this with the same config and reads the data; a step's batch is then
+    ``batch_size * grad_accumulation`` texts or blocks a process, gradients are averaged by DistributedDataParallel, and the
+    first process writes. ``config.output`` must be a folder that all of them see.
+
     Args:
         config: the settings.
         callbacks: more callbacks for the Trainer.
-        console: where to show what is adapted and how far training is; None for nowhere.
+        console: where the first process shows what is adapted and how far training is; None for nowhere.
 
     Returns:
         What metrics.json holds. ``status`` is ``"finished"`` or ``"interrupted"``; ``before`` and ``after`` have the
         ``loss`` on the evaluation data (nats a text or token) and ``accuracy`` or ``perplexity`` (``after`` is None if
-        interrupted); ``loss_history`` has ``[step, training loss]``; ``seconds``, ``tokens_per_second`` (padding not
-        counted) and ``peak_memory_bytes`` are of this process.
+        interrupted); ``loss_history`` has ``[step, training loss]``; ``tokens`` and ``tokens_per_second`` (padding not
+        counted) are of all processes together, ``seconds`` and ``peak_memory_bytes`` of this one.
 
     Raises:
         ValueError, TypeError: settings, data, model and output folder that do not work or do not fit together.
         FloatingPointError: the training loss became nan or infinite.
     """
     former = _check_output(config)
+    processes, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
+    console = console if rank == 0 else None
     if former and former["status"] == "finished":
         return former
     texts = _read(config)
@@ -93,12 +99,13 @@ def finetune(
         "config": config.as_json(),
         "versions": versions(),
         "device": _device(dtype),
+        "processes": processes,
         "data": _describe(texts, train, evaluation, names, max_length),
         "parameters": {"trainable": report.trainable, "total": report.total},
         "before": None,
         "after": None,
     }
-    if former and (changed := [key for key in ("data", "parameters") if former[key] != metrics[key]]):
+    if former and (changed := [key for key in ("data", "parameters", "processes") if former[key] != metrics[key]]):
         raise ValueError(f"cannot resume: {changed} in {config.output}/{METRICS_FILE} are not those of this run")
     if console is not None:
         console.print(str(report), highlight=False)
@@ -116,17 +123,23 @@ def finetune(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     metrics["before"] = former["before"] if former else _evaluate(trainer)
-    output = _make_folder(config.output)
-    _write_json(metrics, output / METRICS_FILE)
+    # Before the first process writes, all of them have looked at what is there.
+    trainer.accelerator.wait_for_everyone()
+    output, writes = _make_folder(config.output), trainer.is_world_process_zero()
+    if writes:
+        _write_json(metrics, output / METRICS_FILE)
     _train(trainer, _last_checkpoint(output) if former else None, console, metrics)
-    save_adapter(model, output / ADAPTER_FOLDER, base_model_name_or_path=config.model)
-    # PEFT's format has no place for the names of the classes; the model's config has.
-    model.config.save_pretrained(output / ADAPTER_FOLDER)
-    tokenizer.save_pretrained(output / ADAPTER_FOLDER)
+    if writes:
+        save_adapter(model, output / ADAPTER_FOLDER, base_model_name_or_path=config.model)
+        # PEFT's format has no place for the names of the classes; the model's config has.
+        model.config.save_pretrained(output / ADAPTER_FOLDER)
+        tokenizer.save_pretrained(output / ADAPTER_FOLDER)
     if metrics["status"] == "finished":
         metrics["after"] = _evaluate(trainer)
-    plot_loss(metrics, output / PLOT_FILE)
-    _write_json(metrics, output / METRICS_FILE)
+    if writes:
+        plot_loss(metrics, output / PLOT_FILE)
+        _write_json(metrics, output / METRICS_FILE)
+    trainer.accelerator.wait_for_everyone()
     return metrics
 
 
@@ -160,7 +173,6 @@ def training_arguments(config: FinetuneConfig, **overrides) -> TrainingArguments
         "save_strategy": "steps",
         "save_steps": config.save_steps,
         "save_total_limit": 2,
-        "prediction_loss_only": config.task == "causal-lm",
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,
         "report_to": "none",
@@ -175,9 +187,9 @@ def training_arguments(config: FinetuneConfig, **overrides) -> TrainingArguments
 
 
 def classification_hooks(classification: bool) -> dict[str, Any]:
-    """Trainer's arguments for the loss and accuracy of a classifier, or none for a language model."""
-    if not classification:
-        return {}
+    """Trainer's arguments for the loss and the measures of a classifier, or (False) of a language model on blocks of one
+    length. `evaluate` gives ``eval_mean_loss``, the mean over rows: Trainer's own ``eval_loss`` counts rows twice that fill
+    up the last batches of several processes."""
 
     def loss(outputs, labels, num_items_in_batch=None):
         # Several classifiers of transformers take num_items_in_batch and leave it unused, and Trainer, believing that
@@ -185,13 +197,20 @@ def classification_hooks(classification: bool) -> dict[str, Any]:
         total = nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
-    def chosen(logits, labels):
-        return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
+    def measured(logits, labels):
+        logits = (logits[0] if isinstance(logits, tuple) else logits).float()
+        if classification:
+            return nn.functional.cross_entropy(logits, labels, reduction="none"), logits.argmax(dim=-1)
+        losses = nn.functional.cross_entropy(logits[:, :-1].mT, labels[:, 1:], reduction="none").mean(dim=-1)
+        return losses, losses.new_empty(len(losses), 0)
 
-    def accuracy(prediction):
-        return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
+    def means(prediction):
+        losses, chosen = prediction.predictions
+        result = {"mean_loss": float(losses.mean())}
+        return result | {"accuracy": float((chosen == prediction.label_ids).mean())} if classification else result
 
-    return {"compute_loss_func": loss, "preprocess_logits_for_metrics": chosen, "compute_metrics": accuracy}
+    hooks = {"preprocess_logits_for_metrics": measured, "compute_metrics": means}
+    return {"compute_loss_func": loss, **hooks} if classification else hooks
 
 
 class FinetuneTrainer(AdapterTrainer):
@@ -228,8 +247,6 @@ class FinetuneTrainer(AdapterTrainer):
 
 def _check_output(config: FinetuneConfig) -> dict[str, Any] | None:
     """The metrics of the run to resume; None for a new run. ValueError where neither can be."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("finetune runs in one process, but WORLD_SIZE > 1: start it without torchrun")
     output = Path(config.output).expanduser()
     standing = next(p for p in (output, *output.absolute().parents) if p.exists())
     if not standing.is_dir():
@@ -300,10 +317,13 @@ def _device(dtype: torch.dtype) -> dict[str, str | bool]:
 
 def _evaluate(trainer: Trainer) -> dict[str, float]:
     measured = trainer.evaluate()
-    result = {"loss": measured["eval_loss"]}
+    # accelerate takes a model it has prepared for evaluation for one it has prepared for training, and would leave it
+    # without DistributedDataParallel.
+    trainer.model.__dict__.pop("_is_accelerate_prepared", None)
+    result = {"loss": measured["eval_mean_loss"]}
     if "eval_accuracy" in measured:
         return result | {"accuracy": measured["eval_accuracy"]}
-    return result | {"perplexity": math.exp(min(measured["eval_loss"], 700.0))}
+    return result | {"perplexity": math.exp(min(result["loss"], 700.0))}
 
 
 def _train(trainer: Trainer, checkpoint: Path | None, console: "Console | None", metrics: dict[str, Any]) -> None:
@@ -312,14 +332,16 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: "Console | None",
         torch.cuda.reset_peak_memory_stats()
     before = _state(checkpoint) if checkpoint else {"global_step": 0, "max_steps": 1, "num_input_tokens_seen": 0}
     seconds = 0.0
-    # The evaluation before has drawn random numbers, which a run that starts over has not done again.
-    transformers.set_seed(trainer.args.seed)
+    # The evaluation before has drawn random numbers, which a run that starts over has not done again. Each process drops
+    # out other activations.
+    transformers.set_seed(trainer.args.seed + trainer.args.process_index)
     if before["global_step"] >= before["max_steps"]:
         # Only the last evaluation is missing. Trainer would take one more step.
         load_adapter(trainer.model, checkpoint)
         trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / _STATE_FILE))
     else:
         with ExitStack() as watchers:
+            trainer.add_callback(RequireParallel(trainer))
             for watcher in (StopOnInterrupt(console), *([ProgressBar(console)] if console else [])):
                 trainer.add_callback(watchers.enter_context(watcher))
             result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))

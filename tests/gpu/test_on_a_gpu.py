@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+import torch._dynamo.utils
 
 from allora_kernels import FusedALLoRALinear, allora_linear, per_sample, reference
 from allora_kernels.testing import assert_close, make_inputs
@@ -176,6 +177,69 @@ def test_a_whole_step_is_captured_in_a_cuda_graph(step, norm):
     step()
     for name, t in step.layer.state_dict().items():
         assert torch.equal(t, after[name]), name
+
+
+def compiled_losses(norm, lengths, **how):
+    """Losses of SGD on batches of those lengths, and how many graphs were compiled at each."""
+    torch.manual_seed(0)
+    layers = [FusedALLoRALinear(256, 384, r=16, norm=norm), FusedALLoRALinear(384, 256, r=16, norm=norm)]
+    model = torch.nn.Sequential(layers[0], torch.nn.GELU(), layers[1]).to("cuda", torch.bfloat16)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    call = torch.compile(model, fullgraph=True, **how) if how else model
+    generator, losses, graphs = torch.Generator("cuda").manual_seed(1), [], []
+    for length in lengths:
+        counters.clear()
+        if how:
+            torch.compiler.cudagraph_mark_step_begin()
+        optimizer.zero_grad()
+        x = torch.randn(length, 256, device="cuda", dtype=torch.bfloat16, generator=generator)
+        loss = (call(x).float() - x.float()).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        graphs.append(counters["stats"]["unique_graphs"])
+        if how.get("mode") == "reduce-overhead":
+            assert counters["inductor"]["cudagraph_skips"] == 0
+    torch._dynamo.reset()
+    return losses, graphs
+
+
+@norms
+def test_inductor_compiles_a_model_once_for_all_lengths(norm):
+    lengths = [128, 200, 300, 128]
+    losses, graphs = compiled_losses(norm, lengths, dynamic=True)
+    assert graphs == [1, 0, 0, 0]
+    assert losses == pytest.approx(compiled_losses(norm, lengths)[0], rel=0.02)
+
+
+@norms
+def test_inductor_replays_a_compiled_step_as_a_cuda_graph(norm):
+    lengths = [256] * 6
+    losses, graphs = compiled_losses(norm, lengths, mode="reduce-overhead")
+    assert graphs == [1, 0, 0, 0, 0, 0]
+    assert losses == pytest.approx(compiled_losses(norm, lengths)[0], rel=0.02)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_a_grad_scaler(dtype):
+    layer = FusedALLoRALinear(256, 384, r=16, device="cuda")
+    optimizer, scaler = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.1), torch.amp.GradScaler("cuda")
+    x, losses = torch.randn(300, 256, device="cuda"), []
+    for _ in range(8):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", dtype):
+            y = layer(x)
+        assert y.dtype == dtype
+        loss = y.float().square().mean()
+        scaler.scale(loss).backward()
+        assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
 
 
 def test_tensors_on_a_device_that_is_not_the_current_one():

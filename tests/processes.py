@@ -1,0 +1,48 @@
+"""Several processes that run one list of checks, so that starting them is paid for once."""
+
+import os
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from allora_kernels.layer.backend import TRITON_INSTALLED
+
+
+def _work(rank: int, world: int, checks: dict, folder: Path) -> None:
+    torch.set_num_threads(1)
+    if TRITON_INSTALLED:
+        # Built for the interpreter now; checks of the kernels set the variable again.
+        os.environ["TRITON_INTERPRET"] = "1"
+        import csrc_triton  # noqa: F401
+
+        del os.environ["TRITON_INTERPRET"]
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    problems = {}
+    for name, check in checks.items():
+        torch.manual_seed(0)
+        try:
+            check(folder)
+        except Exception:
+            problems[name] = traceback.format_exc()
+    torch.save(problems, folder / f"problems-{rank}")
+    dist.destroy_process_group()
+
+
+def run_checks(world: int, checks: dict, folder: Path) -> None:
+    """Call each of `checks` (functions of a module, or `functools.partial`s of one) in `world` gloo processes, with a
+    folder they share. Calls there take the eager backend until a check sets TRITON_INTERPRET.
+
+    Raises:
+        AssertionError: with the traceback of each check that failed in any of them.
+    """
+    mp.spawn(_work, args=(world, checks, folder), nprocs=world)
+    problems = {}
+    for rank in range(world):
+        problems |= torch.load(folder / f"problems-{rank}")
+    assert not problems, "\n".join(f"--- {name}\n{trace}" for name, trace in problems.items())

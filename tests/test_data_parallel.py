@@ -1,0 +1,185 @@
+"""DistributedDataParallel, FSDP2 and accelerate in two processes train what one process trains."""
+
+import os
+import socket
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from allora_kernels import apply_allora, load_adapter, reference, save_adapter
+from allora_kernels.layer.backend import TRITON_INSTALLED
+
+dist = pytest.importorskip("torch.distributed")
+if not dist.is_available():
+    pytest.skip("this torch has no distributed package", allow_module_level=True)
+
+from processes import run_checks  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+
+WORLD, ROWS, K, HIDDEN, N, R = 2, 8, 12, 20, 9, 3
+
+
+def make_model(norm="row", dtype=torch.float32):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(K, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, N)).to(dtype)
+    apply_allora(model, r=R, norm=norm)
+    for layer in (model[0], model[2]):
+        nn.init.normal_(layer.lora_B)
+    return model
+
+
+def batch(rank=None):
+    """The whole batch, or the part of one process."""
+    x = torch.randn(ROWS, K, generator=torch.Generator().manual_seed(1))
+    return x if rank is None else x.chunk(WORLD)[rank]
+
+
+def train(model, x, steps=2, backward=lambda loss: loss.backward(), prepare=lambda optimizer: optimizer):
+    """The trained parameters' gradients and values after some steps, whole."""
+    optimizer = prepare(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        backward(model(x).float().square().mean())
+        optimizer.step()
+    trained = {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
+    found = {name: p for name, p in trained.items()} | {f"d{name}": p.grad for name, p in trained.items()}
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for name, t in found.items()}
+
+
+def assert_same(found, expected, rtol=1e-4, atol=1e-5):
+    assert found.keys() == expected.keys()
+    for name, t in expected.items():
+        torch.testing.assert_close(
+            found[name], t, rtol=rtol, atol=atol, check_dtype=False, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+# --- what the processes check; each takes a folder they share --------------------------------------------------------
+
+
+def check_ddp(backend, norm, folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "0")
+        alone = make_model(norm)
+        expected = train(alone, batch())
+        patch.setenv("TRITON_INTERPRET", str(int(backend == "triton")))
+        ddp = DistributedDataParallel(make_model(norm))
+        assert ddp.module[0].explain().backend == backend
+        assert_same(train(ddp, batch(dist.get_rank())), expected)
+    if dist.get_rank() == 0:
+        save_adapter(alone, folder / "alone")
+        save_adapter(ddp, folder / "together")
+        files = [load_file(folder / name / "adapter_model.safetensors") for name in ("together", "alone")]
+        assert_same(*files)
+        load_adapter(make_model(norm), folder / "together")
+
+
+def check_ddp_with_checkpointing(use_reentrant, _):
+    class Checkpointed(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return checkpoint(self.model, x.requires_grad_(), use_reentrant=use_reentrant)
+
+    model = make_model()
+    ddp = DistributedDataParallel(Checkpointed(model))
+    expected = train(make_model(), batch())
+    found = train(ddp, batch(dist.get_rank()))
+    assert_same({name.replace("model.", ""): t for name, t in found.items()}, expected)
+
+
+def check_accumulation_without_synchronization(_):
+    ddp, alone = DistributedDataParallel(make_model()), make_model()
+    for x in batch(dist.get_rank()).split(1)[:-1]:
+        with ddp.no_sync():
+            ddp(x).square().mean().backward()
+    ddp(batch(dist.get_rank())[-1:]).square().mean().backward()
+    for x in batch().split(1):
+        (alone(x).square().mean() / WORLD).backward()
+    for ours, expected in zip(ddp.parameters(), alone.parameters()):
+        if ours.requires_grad:
+            torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-5)
+
+
+def check_what_ddp_sends(_):
+    """The formula of docs/distributed.md."""
+    ddp, sent = DistributedDataParallel(make_model()), []
+
+    def hook(_, bucket):
+        sent.append(bucket.buffer().numel() * bucket.buffer().element_size())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    ddp.register_comm_hook(None, hook)
+    ddp(batch()).sum().backward()
+    assert sum(sent) == 4 * (R * (K + HIDDEN) + R * (HIDDEN + N))
+
+
+def check_fsdp(norm, policy, base, _):
+    exact = policy.param_dtype is None and base == torch.float32
+    steps = 2 if exact else 1
+    expected = train(make_model(norm, base), batch().to(base), steps)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    model = make_model(norm, base)
+    for module in (model[0], model[2], model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    found = train(model, batch(dist.get_rank()).to(base), steps)
+    if exact:
+        return assert_same(found, expected)
+    # AdamW's first step is a sign; the gradients say how near the two are.
+    for name, t in expected.items():
+        assert found[name].dtype == t.dtype == torch.float32
+        if name.startswith("d"):
+            assert (found[name] - t).norm() < 0.1 * t.norm(), name
+
+
+def check_accelerate(_):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    assert accelerator.num_processes == WORLD
+    model = accelerator.prepare(make_model())
+    assert isinstance(model, DistributedDataParallel)
+    found = train(model, batch(dist.get_rank()), backward=accelerator.backward, prepare=accelerator.prepare)
+    assert_same(found, train(make_model(), batch()))
+
+
+def in_environment(check, port, folder):
+    """As a launcher leaves it: accelerate looks there for the group."""
+    os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank()), "WORLD_SIZE": str(WORLD)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    check(folder)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+CHECKS = {
+    **{f"ddp, eager, {n}": partial(check_ddp, "eager", n) for n in reference.NORMS},
+    **{f"ddp, triton, {n}": partial(check_ddp, "triton", n) for n in ("row", "entry") if TRITON_INSTALLED},
+    **{f"ddp, reentrant={r}": partial(check_ddp_with_checkpointing, r) for r in (False, True)},
+    "accumulation": check_accumulation_without_synchronization,
+    "bytes": check_what_ddp_sends,
+    **{f"fsdp, {n}": partial(check_fsdp, n, MixedPrecisionPolicy(), torch.float32) for n in reference.NORMS},
+    "fsdp, computing in bfloat16": partial(check_fsdp, "row", BF16, torch.float32),
+    "fsdp, a bfloat16 base": partial(check_fsdp, "row", MixedPrecisionPolicy(), torch.bfloat16),
+    "fsdp, both": partial(check_fsdp, "row", BF16, torch.bfloat16),
+}
+
+
+def test_two_processes_train_what_one_does(tmp_path):
+    checks = CHECKS | {"accelerate": partial(in_environment, check_accelerate, free_port())}
+    run_checks(WORLD, checks, tmp_path)

@@ -1,0 +1,275 @@
+"""Features of PyTorch that the matrix of docs/compatibility.md names and that no other file tests."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from allora_kernels import FusedALLoRALinear, apply_allora, reference
+from allora_kernels.layer.backend import TRITON_INSTALLED
+
+K, HIDDEN, N, R = 12, 20, 9, 3
+X = torch.randn(6, K, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=["eager", "triton"])
+def backend(request, monkeypatch):
+    """The backend that calls on CPU tensors take."""
+    if request.param == "triton" and not TRITON_INSTALLED:
+        pytest.skip("Triton is not installed")
+    if request.param == "triton" and torch.cuda.is_available():
+        pytest.skip("the kernels are built for the GPU in this process")
+    monkeypatch.setenv("TRITON_INTERPRET", str(int(request.param == "triton")))
+    return request.param
+
+
+def make_model(norm="row", dtype=torch.float32, device="cpu"):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(K, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, N)).to(device, dtype)
+    apply_allora(model, r=R, norm=norm)
+    for layer in (model[0], model[2]):
+        nn.init.normal_(layer.lora_B)
+    return model
+
+
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def loss_of(model, x=X):
+    return model(x).float().square().mean()
+
+
+def gradients(model, x=X):
+    model.zero_grad()
+    loss_of(model, x).backward()
+    return {name: p.grad.clone() for name, p in trained(model).items()}
+
+
+def assert_same(found, expected, **tolerances):
+    assert found.keys() == expected.keys()
+    for name, t in expected.items():
+        torch.testing.assert_close(found[name], t, **tolerances, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# --- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiles():
+    """The number of graphs that have been compiled since the last call."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+
+    def new():
+        count = counters["stats"]["unique_graphs"]
+        assert not counters["graph_break"], counters["graph_break"]
+        counters.clear()
+        return count
+
+    yield new
+    torch._dynamo.reset()
+
+
+def train_step(model, optimizer, x):
+    optimizer.zero_grad()
+    x = x.detach().requires_grad_()
+    loss_of(model, x).backward()
+    optimizer.step()
+    return {"dx": x.grad, **{name: p.detach().clone() for name, p in trained(model).items()}}
+
+
+def check_compiled(model, plain, lengths, compiles, graphs, **tolerances):
+    """Training on batches of those lengths by both gives the same, with as many graphs at each."""
+    optimizers = [torch.optim.SGD(trained(m).values(), lr=0.1) for m in (model, plain)]
+    compiled = torch.compile(model, fullgraph=True, **tolerances.pop("how"))
+    for length, count in zip(lengths, graphs):
+        x = torch.randn(length, K, device=next(plain.parameters()).device, dtype=plain[0].weight.dtype)
+        found = train_step(compiled, optimizers[0], x)
+        expected = train_step(plain, optimizers[1], x)
+        assert_same({name.removeprefix("_orig_mod."): t for name, t in found.items()}, expected, **tolerances)
+        assert compiles() == count, length
+
+
+@pytest.mark.parametrize("norm", ["factor", "entry"])
+def test_compiled_steps_neither_break_nor_recompile(backend, norm, compiles):
+    how = {"backend": "aot_eager"}
+    check_compiled(make_model(norm), make_model(norm), [4, 4, 4], compiles, [1, 0, 0], how=how)
+
+
+@pytest.mark.parametrize("backend", ["eager"], indirect=True)
+def test_a_second_length_compiles_for_all_lengths(backend, compiles):
+    how = {"backend": "aot_eager"}
+    check_compiled(make_model(), make_model(), [4, 7, 11], compiles, [1, 1, 0], how=how)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_one_graph_takes_all_lengths(backend, compiles):
+    how = {"backend": "aot_eager", "dynamic": True}
+    check_compiled(make_model("token"), make_model("token"), [4, 7, 11, 3], compiles, [1, 0, 0, 0], how=how)
+
+
+def test_inductor_on_the_cpu(compiles, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    how = {"backend": "inductor", "dynamic": True}
+    check_compiled(make_model(), make_model(), [4, 7, 4], compiles, [1, 0, 0], how=how, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_a_compiled_model_under_autocast_and_checkpointing(backend, compiles):
+    model, plain = make_model(), make_model()
+
+    def loss(model, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return checkpoint(model, x, use_reentrant=False).float().square().mean()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        compiled(model, X).backward()
+        loss(plain, X).backward()
+    assert compiles() == 1
+    for ours, expected in zip(trained(model).values(), trained(plain).values()):
+        torch.testing.assert_close(ours.grad, expected.grad, rtol=0.02, atol=1e-3)
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["row", "entry"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("base", [torch.float32, "autocast's"])
+def test_autocast_with_float32_adapters(backend, norm, dtype, base):
+    model = make_model(norm, dtype if base == "autocast's" else base)
+    with torch.autocast("cpu", dtype):
+        y = model(X)
+    assert y.dtype == dtype
+    y.float().square().mean().backward()
+    exact = gradients(copy.deepcopy(model).double(), X.double())
+    for name, p in trained(model).items():
+        assert p.dtype == p.grad.dtype == torch.float32
+        assert (p.grad.double() - exact[name].double()).norm() < 0.05 * exact[name].double().norm(), name
+
+
+def test_grad_scaler_skips_an_overflow_and_goes_on(backend):
+    model, plain = make_model(), make_model()
+    # The first step's scaled gradient of y overflows, its other numbers do not.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-100)
+    optimizers = [torch.optim.SGD(trained(m).values(), lr=0.1) for m in (model, plain)]
+    before = copy.deepcopy(trained(model))
+    for step in range(3):
+        optimizers[0].zero_grad()
+        scaler.scale(loss_of(model) * (1e6 if step == 0 else 1)).backward()
+        scaler.step(optimizers[0])
+        scaler.update()
+        if step == 0:
+            assert_same(trained(model), before, rtol=0, atol=0)
+            continue
+        optimizers[1].zero_grad()
+        loss_of(plain).backward()
+        optimizers[1].step()
+    assert scaler.get_scale() == 2.0**27
+    assert_same(trained(model), trained(plain))
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["row", "token"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_gives_the_same_bits(backend, norm, use_reentrant):
+    model = make_model(norm)
+    expected = gradients(model)
+    model.zero_grad()
+    loss_of(lambda x: checkpoint(model, x, use_reentrant=use_reentrant), X.clone().requires_grad_()).backward()
+    assert_same({name: p.grad for name, p in trained(model).items()}, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["row", "entry"])
+def test_accumulated_micro_batches_are_one_batch(backend, norm):
+    model = make_model(norm)
+    expected = gradients(model)
+    model.zero_grad()
+    for part in X.split(2):
+        (loss_of(model, part) / 3).backward()
+    assert_same({name: p.grad for name, p in trained(model).items()}, expected)
+
+
+# --- copies, states, parameters --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_trains_alike_and_apart(backend, copy_of):
+    model = make_model()
+    other = copy_of(model)
+    assert_same(gradients(other), gradients(model), rtol=0, atol=0)
+    before = model(X).detach()
+    with torch.no_grad():
+        for p in trained(other).values():
+            p.add_(1)
+    assert torch.equal(model(X), before) and not torch.equal(other(X), before)
+
+
+def test_functional_call_with_other_parameters(backend):
+    model, other = make_model(), make_model()
+    with torch.no_grad():
+        for p in trained(other).values():
+            p.mul_(1.5)
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in trained(other).items()}
+    found = torch.autograd.grad(functional_call(model, parameters, (X,)).square().mean(), list(parameters.values()))
+    assert_same(dict(zip(parameters, found)), gradients(other))
+
+
+def meta_model():
+    with torch.device("meta"):
+        return nn.Sequential(FusedALLoRALinear(K, HIDDEN, r=R), nn.Tanh(), FusedALLoRALinear(HIDDEN, N, r=R))
+
+
+def test_a_model_made_on_meta_is_reset_on_the_device(backend):
+    model = meta_model().to_empty(device="cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(float("nan"))
+    for layer in (model[0], model[2]):
+        layer.reset_parameters()
+    assert all(not p.isnan().any() for p in model.parameters())
+    assert not model[0].weight.requires_grad and model[0].lora_A.requires_grad
+    found = gradients(model)
+    assert found["0.lora_B"].any() and not found["0.lora_A"].any()
+
+
+def test_a_model_made_on_meta_takes_a_state(backend):
+    source, model = make_model(), meta_model()
+    model.load_state_dict(source.state_dict(), assign=True)
+    assert not any(p.is_meta for p in model.parameters())
+    assert_same(gradients(model), gradients(source), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tied", ["one layer twice", "one weight in two layers", "one adapter in two layers"])
+def test_tied_weights(backend, tied):
+    first, second = (FusedALLoRALinear(K, K, r=R) for _ in range(2))
+    for layer in (first, second):
+        nn.init.normal_(layer.lora_B)
+    if tied == "one layer twice":
+        second = first
+    elif tied == "one weight in two layers":
+        second.weight = first.weight
+    else:
+        second.lora_A, second.lora_B = first.lora_A, first.lora_B
+    model = nn.Sequential(first, nn.Tanh(), second)
+    model(X).square().mean().backward()
+
+    def by_autograd(layer, x):
+        return reference.allora_linear(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B)
+
+    leaves = list(trained(model).values())
+    expected = torch.autograd.grad(by_autograd(second, by_autograd(first, X).tanh()).square().mean(), leaves)
+    for p, t in zip(leaves, expected):
+        torch.testing.assert_close(p.grad, t)
