@@ -183,6 +183,24 @@ def test_every_setting_has_help_and_its_default_in_the_help():
         assert words in result.stdout, words
 
 
+@pytest.mark.parametrize("options", [{}, {"optimizer": "sgd", "grad_accumulation": 3, "epochs": 1.5, "batch_size": 4}])
+def test_a_dry_run_tells_what_the_run_then_does(folder, tmp_path, options):
+    options = {"max_steps": None, "epochs": 1.0} | options
+    looked = finetune(folder, tmp_path / "run", dry_run=True, **options)
+    assert looked.exit_code == 0, looked.output
+    assert not list(tmp_path.iterdir()) and "nothing was written" in looked.output
+    assert "adapted layers fused" in looked.output and "memory, computed: " in looked.output
+    assert finetune(folder, tmp_path / "run", **options).exit_code == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    data, trained = metrics["data"], metrics["parameters"]["trainable"]
+    assert f"{metrics['steps']} steps\n" in looked.output
+    assert f"data: {data['train_rows']} rows to train on" in looked.output
+    assert f"{data['eval_rows']} to evaluate on" in looked.output
+    moments = 0 if options.get("optimizer") == "sgd" else 2
+    mib = 4 * trained / 2**20
+    assert f"{mib:,.1f} MiB trained, {mib:,.1f} MiB gradients, {moments * mib:,.1f} MiB optimizer" in looked.output
+
+
 @pytest.mark.parametrize("kind", ["yaml", "toml"])
 def test_settings_from_a_file_and_what_the_command_line_says_counts_more(folder, tmp_path, kind):
     settings = {
@@ -230,6 +248,8 @@ def test_settings_from_a_file_and_what_the_command_line_says_counts_more(folder,
         ({"eval_fraction": 1.5}, "eval_fraction must be > 0 and < 1, got 1.5"),
         ({"text_column": "body"}, "has no column 'body'; it has ['text', 'label']"),
         ({"output": "{folder}/file"}, "output must be a folder that can be written"),
+        ({"data": "{folder}/missing.csv", "dry_run": True}, "no such data file"),
+        ({"output": "{folder}/file", "dry_run": True}, "output must be a folder that can be written"),
         ({"output": "{folder}/file/below"}, "is a file"),
         ({"resume": True}, "there is nothing to resume"),
         ({"r": 0}, "r must be between 1 and 256, got 0"),

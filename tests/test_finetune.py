@@ -14,6 +14,7 @@ pytest.importorskip("datasets")
 from tiny_training import make_model, sentences, write_csv  # noqa: E402
 
 from allora_kernels import load_adapter, reference  # noqa: E402
+from allora_kernels.training import preparing  # noqa: E402
 from allora_kernels.training import run as module  # noqa: E402
 from allora_kernels.training.config import FinetuneConfig  # noqa: E402
 from allora_kernels.training.run import finetune  # noqa: E402
@@ -113,7 +114,7 @@ def test_what_a_run_writes(settings):
 def test_tokens_are_counted_without_padding(settings):
     config = settings(max_steps=None, epochs=2)
     metrics = finetune(config)
-    train, _ = module._read(config)
+    train, _ = preparing.read(config)
     assert metrics["tokens"] == 2 * sum(len(text.split()) for text in train.texts)
 
 
@@ -123,7 +124,7 @@ def test_perplexity_is_the_exponential_of_the_mean_over_all_tokens(settings):
     model = transformers.AutoModelForCausalLM.from_pretrained(config.model).eval()
     load_adapter(model, Path(config.output, "adapter"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
-    _, evaluation = module._read(config)
+    _, evaluation = preparing.read(config)
     ids = [i for text in evaluation.texts for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     blocks = torch.tensor(ids[: len(ids) // 16 * 16]).reshape(-1, 16)
     with torch.no_grad():
@@ -147,9 +148,9 @@ def test_the_adapter_loads_elsewhere_with_the_same_results(settings, task, by_pe
     else:
         load_adapter(model, adapter)
     tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)
-    _, evaluation = module._read(config)
-    rows = module._tokenize(evaluation, metrics["data"].get("labels"), tokenizer, 16)
-    collate = module._collator(tokenizer, metrics["data"].get("labels"))
+    _, evaluation = preparing.read(config)
+    rows = preparing.tokenize(evaluation, metrics["data"].get("labels"), tokenizer, 16)
+    collate = preparing.collator(tokenizer, metrics["data"].get("labels"))
     with torch.no_grad():
         loss = model.eval()(**collate([rows[i] for i in range(len(rows))])).loss.item()
     assert loss == pytest.approx(metrics["after"]["loss"], rel=1e-5)

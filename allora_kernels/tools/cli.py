@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _INSTALL = "the command line needs more packages: pip install 'allora-kernels[train]'"
 
 
-def finetune(**settings: Any) -> int:
+def finetune(*, dry_run: bool = False, **settings: Any) -> int:
     """Fine-tune a transformers model with ALLoRA adapters on text.
 
     Writes the adapter (PEFT's format), metrics.json, loss.png and checkpoints into --output. Ctrl-C saves and stops.
@@ -42,6 +42,11 @@ def finetune(**settings: Any) -> int:
     config = FinetuneConfig(**settings)
     console = _console()
     _quiet_transformers()
+    if dry_run:
+        from ..training.dry_run import dry_run as look
+
+        console.print(str(look(config)), highlight=False, soft_wrap=True, markup=False)
+        return 0
     from ..training.run import finetune as run
 
     metrics = run(config, console=console)
@@ -140,6 +145,13 @@ _CONFIG = inspect.Parameter(
 )
 """A command that has this parameter takes the others from a file, too."""
 
+_DRY_RUN = inspect.Parameter(
+    "dry_run",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[bool, "Read everything, print what would be done, and write nothing."],
+)
+
 
 def _optional(annotation: Any) -> Any:
     kind, text = get_args(annotation)
@@ -156,7 +168,7 @@ _COMMANDS: dict[Callable[..., int], Iterable[inspect.Parameter] | None] = {
         )
         for field in fields(FinetuneConfig)
     ]
-    + [_CONFIG],
+    + [_CONFIG, _DRY_RUN],
     explain: None,
     doctor: None,
     bench: None,
@@ -223,7 +235,7 @@ def _with_file(context: "typer.Context", file: str | None, arguments: dict[str, 
     """`arguments`, with what `file` says in the place of those that the command line did not give."""
     if file is None:
         return arguments
-    settings = read_settings(file, arguments)
+    settings = read_settings(file, arguments.keys() - {_DRY_RUN.name})
     given = {name for name in arguments if context.get_parameter_source(name).name == "COMMANDLINE"}
     return arguments | {name: value for name, value in settings.items() if name not in given}
 

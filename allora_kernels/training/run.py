@@ -4,7 +4,6 @@ import json
 import math
 import os
 import platform
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,31 +12,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..layer import backend as _backend
-from ..models.adapt import apply_allora
 from ..models.adapted import saved_modules
 from ..models.loading import load_adapter
 from ..models.saving import save_adapter
 from .adapter_trainer import AdapterTrainer
-from .base_model import computes_in_bf16, enable_checkpointing, length_limit, load_base
+from .base_model import computes_in_bf16
 from .config import FinetuneConfig
-from .data import (
-    Texts,
-    by_length,
-    causal_lm_dataset,
-    classification_dataset,
-    hold_out,
-    label_names,
-    read_texts,
-)
 from .loss_plot import plot_loss
+from .preparing import collator, prepare
 from .progress import ProgressBar, RequireParallel, StopOnInterrupt, StopOnNonFinite, peak_memory
 from .versions import versions
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from rich.console import Console
 
 METRICS_FILE, PLOT_FILE, ADAPTER_FOLDER = "metrics.json", "loss.png", "adapter"
@@ -74,49 +63,36 @@ def finetune(
         ValueError, TypeError: settings, data, model and output folder that do not work or do not fit together.
         FloatingPointError: the training loss became nan or infinite.
     """
-    former = _check_output(config)
+    former = check_output(config)
     processes, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
     console = console if rank == 0 else None
     if former and former["status"] == "finished":
         return former
-    texts = _read(config)
-    names = label_names(*texts) if config.task == "classification" else None
-    transformers.set_seed(config.seed)
-    dtype = torch.bfloat16 if computes_in_bf16(config) else torch.float32
-    model, tokenizer, names, heads = load_base(config.model, config.task, names, dtype)
-    max_length = length_limit(config, model, tokenizer)
-    train, evaluation = (_tokenize(part, names, tokenizer, max_length) for part in texts)
-    evaluation = by_length(evaluation)
-    targets = "all-linear" if config.target_modules == ("all-linear",) else list(config.target_modules)
-    report = apply_allora(model, config.r, config.eta, config.norm, targets, modules_to_save=heads or None)
-    for head in saved_modules(model).values():
-        # A head in bfloat16 would round small updates away, as the adapters would.
-        head.float()
-    if config.gradient_checkpointing:
-        enable_checkpointing(model)
+    prepared = prepare(config)
+    model, tokenizer, names = prepared.model, prepared.tokenizer, prepared.names
     metrics = {
         "status": "running",
         "config": config.as_json(),
         "versions": versions(),
-        "device": _device(dtype),
+        "device": _device(prepared.dtype),
         "processes": processes,
-        "data": _describe(texts, train, evaluation, names, max_length),
-        "parameters": {"trainable": report.trainable, "total": report.total},
+        "data": prepared.described(),
+        "parameters": {"trainable": prepared.report.trainable, "total": prepared.report.total},
         "before": None,
         "after": None,
     }
     if former and (changed := [key for key in ("data", "parameters", "processes") if former[key] != metrics[key]]):
         raise ValueError(f"cannot resume: {changed} in {config.output}/{METRICS_FILE} are not those of this run")
     if console is not None:
-        console.print(str(report), highlight=False)
+        console.print(str(prepared.report), highlight=False)
 
     trainer = FinetuneTrainer(
         config,
         model=model,
         args=training_arguments(config),
-        train_dataset=train,
-        eval_dataset=evaluation,
-        data_collator=_collator(tokenizer, names),
+        train_dataset=prepared.train,
+        eval_dataset=prepared.evaluation,
+        data_collator=collator(tokenizer, names),
         processing_class=tokenizer,
         callbacks=[StopOnNonFinite(), *callbacks],
         **classification_hooks(bool(names)),
@@ -245,7 +221,7 @@ class FinetuneTrainer(AdapterTrainer):
 # --- before training ------------------------------------------------------------------------------------------------
 
 
-def _check_output(config: FinetuneConfig) -> dict[str, Any] | None:
+def check_output(config: FinetuneConfig) -> dict[str, Any] | None:
     """The metrics of the run to resume; None for a new run. ValueError where neither can be."""
     output = Path(config.output).expanduser()
     standing = next(p for p in (output, *output.absolute().parents) if p.exists())
@@ -269,40 +245,6 @@ def _check_output(config: FinetuneConfig) -> dict[str, Any] | None:
         settings = "; ".join(f"{name} was {former['config'].get(name)!r}" for name in changed)
         raise ValueError(f"cannot resume {output} with other settings: {settings}")
     return former
-
-
-def _read(config: FinetuneConfig) -> tuple[Texts, Texts]:
-    label_column = config.label_column if config.task == "classification" else None
-    data = read_texts(config.data, config.text_column, label_column)
-    if config.eval_data is not None:
-        return data, read_texts(config.eval_data, config.text_column, label_column)
-    return hold_out(data, config.eval_fraction, config.seed)
-
-
-def _tokenize(data: Texts, names: list[str] | None, tokenizer: PreTrainedTokenizerBase, max_length: int) -> "Dataset":
-    if names is None:
-        return causal_lm_dataset(data, tokenizer, max_length)
-    return classification_dataset(data, names, tokenizer, max_length)
-
-
-def _collator(tokenizer: PreTrainedTokenizerBase, names: list[str] | None):
-    return transformers.DataCollatorWithPadding(tokenizer) if names else transformers.default_data_collator
-
-
-def _describe(
-    texts, train: "Dataset", evaluation: "Dataset", names: list[str] | None, max_length: int
-) -> dict[str, Any]:
-    described = {
-        "train_rows": len(train),
-        "eval_rows": len(evaluation),
-        "max_length": max_length,
-        "fingerprints": [part.fingerprint() for part in texts],
-    }
-    if names:
-        ((majority, _),) = Counter(texts[0].labels).most_common(1)
-        share = texts[1].labels.count(majority) / len(texts[1])
-        described |= {"labels": names, "majority_label": majority, "majority_accuracy": share}
-    return described
 
 
 def _device(dtype: torch.dtype) -> dict[str, str | bool]:

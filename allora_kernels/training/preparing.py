@@ -1,0 +1,100 @@
+"""What a training run works on: texts read and tokenized, the model loaded and adapted. Nothing is written."""
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..models.adapt import apply_allora
+from ..models.adapted import AdaptReport, saved_modules
+from .base_model import computes_in_bf16, enable_checkpointing, length_limit, load_base
+from .config import FinetuneConfig
+from .data import (
+    Texts,
+    by_length,
+    causal_lm_dataset,
+    classification_dataset,
+    hold_out,
+    label_names,
+    read_texts,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class Prepared(NamedTuple):
+    """An adapted model and its data, as `prepare` made them."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    names: list[str] | None
+    """Of the classes; None for a language model."""
+    texts: tuple[Texts, Texts]
+    train: "Dataset"
+    evaluation: "Dataset"
+    max_length: int
+    dtype: torch.dtype
+    report: AdaptReport
+
+    def described(self) -> dict[str, Any]:
+        """The data, as metrics.json has it."""
+        described = {
+            "train_rows": len(self.train),
+            "eval_rows": len(self.evaluation),
+            "max_length": self.max_length,
+            "fingerprints": [part.fingerprint() for part in self.texts],
+        }
+        if self.names:
+            ((majority, _),) = Counter(self.texts[0].labels).most_common(1)
+            share = self.texts[1].labels.count(majority) / len(self.texts[1])
+            described |= {"labels": self.names, "majority_label": majority, "majority_accuracy": share}
+        return described
+
+
+def prepare(config: FinetuneConfig) -> Prepared:
+    """Read, load, tokenize and adapt.
+
+    Raises:
+        ValueError, TypeError: data and model that do not work or do not fit together.
+    """
+    texts = read(config)
+    names = label_names(*texts) if config.task == "classification" else None
+    transformers.set_seed(config.seed)
+    dtype = torch.bfloat16 if computes_in_bf16(config) else torch.float32
+    model, tokenizer, names, heads = load_base(config.model, config.task, names, dtype)
+    max_length = length_limit(config, model, tokenizer)
+    train, evaluation = (tokenize(part, names, tokenizer, max_length) for part in texts)
+    evaluation = by_length(evaluation)
+    targets = "all-linear" if config.target_modules == ("all-linear",) else list(config.target_modules)
+    report = apply_allora(model, config.r, config.eta, config.norm, targets, modules_to_save=heads or None)
+    for head in saved_modules(model).values():
+        # A head in bfloat16 would round small updates away, as the adapters would.
+        head.float()
+    if config.gradient_checkpointing:
+        enable_checkpointing(model)
+    return Prepared(model, tokenizer, names, texts, train, evaluation, max_length, dtype, report)
+
+
+def read(config: FinetuneConfig) -> tuple[Texts, Texts]:
+    """The texts to train and to evaluate on."""
+    label_column = config.label_column if config.task == "classification" else None
+    data = read_texts(config.data, config.text_column, label_column)
+    if config.eval_data is not None:
+        return data, read_texts(config.eval_data, config.text_column, label_column)
+    return hold_out(data, config.eval_fraction, config.seed)
+
+
+def tokenize(data: Texts, names: list[str] | None, tokenizer: PreTrainedTokenizerBase, max_length: int) -> "Dataset":
+    """`data` as token ids: a text a row with its label, or for a language model (no `names`) blocks."""
+    if names is None:
+        return causal_lm_dataset(data, tokenizer, max_length)
+    return classification_dataset(data, names, tokenizer, max_length)
+
+
+def collator(tokenizer: PreTrainedTokenizerBase, names: list[str] | None):
+    """What makes a batch of rows of `tokenize`."""
+    return transformers.DataCollatorWithPadding(tokenizer) if names else transformers.default_data_collator
