@@ -258,10 +258,17 @@ def test_autocast(backend, own, keeps_dtype):
 
     layer, inputs = wrapped(KeepsDtype if keeps_dtype else foreign.Foreign)
     x = inputs.x.clone().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
+    saved = []
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    ):
         y = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
         frozen = layer.base_layer(x)
     assert y.dtype == frozen.dtype == (torch.float32 if keeps_dtype else torch.bfloat16)
+    # The adapter computes in the dtype that the layer computes in: S says which.
+    assert [t.dtype for t in saved if t.shape == (M, R)] == [y.dtype]
     found = y, *torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), inputs.g.to(y.dtype))
     assert [t.dtype for t in found[1:]] == [torch.float32] * 3
     exact = reference.allora_linear(x, inputs.weight, inputs.bias, layer.lora_A, layer.lora_B, eta=1.5, norm="row")

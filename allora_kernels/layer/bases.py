@@ -52,8 +52,8 @@ def obstacle_of(module: nn.Module) -> str | None:
         return None
     if type(weight).__name__ not in _TORCHAO:
         return (
-            f"{kind_of(module)} weight, which gives no gradient of the layer's input: quantize with Int8WeightOnlyConfig, "
-            "Float8WeightOnlyConfig or IntxWeightOnlyConfig(weight_dtype=torch.int4)"
+            f"{kind_of(module)} weight, none of those known to give the layer's input a gradient: quantize with "
+            "torchao >= 0.18 and Int8WeightOnlyConfig, Float8WeightOnlyConfig or IntxWeightOnlyConfig(weight_dtype=torch.int4)"
         )
     if any(getattr(weight, attribute, None) is not None for attribute in _QUANTIZES_ACTIVATIONS):
         return (

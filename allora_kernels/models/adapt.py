@@ -137,6 +137,14 @@ def attach(
         module.requires_grad_(True)
     leave_fast_paths(model, FusedALLoRALinear)
     save_adapters_alone(model)
+    _say_that_adapters_are_on_it(model)
+
+
+def _say_that_adapters_are_on_it(model: nn.Module) -> None:
+    """transformers' Trainer refuses a quantized model unless this attribute says so."""
+    for module in model.modules():
+        if getattr(module, "is_quantized", False) and hasattr(module, "_hf_peft_config_loaded"):
+            module._hf_peft_config_loaded = True
 
 
 def leave_fast_paths(model: nn.Module, adapted: type[nn.Module]) -> None:
