@@ -153,6 +153,44 @@ def test_per_sample_gradients_add_up(kind):
         torch.testing.assert_close(p.grad_sample.sum(0), p.grad)
 
 
+# --- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@kinds
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+)
+def test_every_kind_of_layer_on_a_gpu(kind, dtypes):
+    if kind.startswith("8bit"):
+        pytest.skip("there these layers round x to 8 bits, so their weight alone does not tell what they compute")
+    layer = wrapped(kind, "row", *dtypes, device="cuda")
+    assert layer.explain().backend == "triton"
+    check(layer, "row", dtypes[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", reference.NORMS)
+@pytest.mark.parametrize("kind", ["8bit", "8bit with outliers"])
+def test_8bit_layers_on_a_gpu(kind, norm):
+    layer = wrapped(kind, norm, torch.float16, device="cuda")
+    x = torch.randn(3, 7, K, device="cuda", dtype=torch.float16)
+    g = torch.randn(3, 7, N, device="cuda", dtype=torch.float16)
+    a, b = layer.lora_A, layer.lora_B
+    frozen, frozen_dx = plain_results(WrappedALLoRALinear(copy.deepcopy(layer.base_layer), 1), x, g)[:2]
+    y, dx, da, db = plain_results(layer, x, g)
+    low_rank = x.float() @ a.mT @ b.mT
+    torch.testing.assert_close(y.float(), frozen.float() + low_rank, rtol=2e-3, atol=2e-2)
+    torch.testing.assert_close(dx.float(), frozen_dx.float() + g.float() @ b @ a, rtol=2e-3, atol=2e-2)
+    zero = torch.zeros(N, K, device="cuda")
+    _, _, *exact = results(
+        lambda x, a, b: reference.allora_linear(x, zero.to(x.dtype), None, a, b, eta=1.5, norm=norm),
+        *(t.double() for t in (x, a, b, g)),
+    )
+    for ours, right in zip((da, db), exact):
+        assert (ours.double() - right).norm() < 1e-3 * right.norm()
+
+
 # --- what would lose a gradient without a word ----------------------------------------------------------------------
 
 
