@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 
-def linear4bit(linear, compute_dtype=None, quant_type="nf4", double=True):
+def linear4bit(linear, compute_dtype=None, quant_type="nf4", double=True, storage=torch.uint8):
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install '.[quantized]'")
     n, k = linear.weight.shape
-    layer = bnb.nn.Linear4bit(k, n, linear.bias is not None, compute_dtype, double, quant_type)
+    layer = bnb.nn.Linear4bit(k, n, linear.bias is not None, compute_dtype, double, quant_type, storage)
     layer.load_state_dict(linear.state_dict())
     return layer
 
@@ -41,6 +41,7 @@ KINDS = {
     "4bit nf4": linear4bit,
     "4bit fp4": lambda linear: linear4bit(linear, None, "fp4", False),
     "4bit in bf16": lambda linear: linear4bit(linear, torch.bfloat16),
+    "4bit stored as bf16": lambda linear: linear4bit(linear, torch.float32, storage=torch.bfloat16),
     "8bit": linear8bit,
     "8bit with outliers": lambda linear: linear8bit(linear, 6.0),
     "8bit of fp16 weights": lambda linear: linear8bit(linear, 0.0, True),

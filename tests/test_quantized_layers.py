@@ -8,7 +8,7 @@ from quantized import KINDS, dequantized, quantized, torchao
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from allora_kernels import WrappedALLoRALinear, apply_allora, disable_adapters, per_sample, reference
+from allora_kernels import FusedALLoRALinear, WrappedALLoRALinear, apply_allora, disable_adapters, per_sample, reference
 from allora_kernels.layer import bases
 from allora_kernels.testing import assert_close
 
@@ -99,6 +99,18 @@ def test_a_new_adapter_changes_nothing(kind):
     assert not torch.equal(layer(x), base(x))
     with disable_adapters(layer):
         assert torch.equal(layer(x), base(x))
+
+
+@kinds
+def test_what_would_read_the_quantized_weight_is_refused(kind):
+    base = quantized(kind, K, N)
+    with pytest.raises(TypeError, match="WrappedALLoRALinear"):
+        FusedALLoRALinear.from_linear(base)
+    model = nn.ModuleDict({"body": nn.Linear(K, K), "head": base})
+    with pytest.raises(
+        ValueError, match=r"modules_to_save: head has a .* whose weight is quantized and cannot be trained"
+    ):
+        apply_allora(model, modules_to_save=["head"])
 
 
 @kinds

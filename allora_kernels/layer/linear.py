@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backend as _backend
-from . import batch_invariance, functional, switching
+from . import bases, batch_invariance, functional, switching
 from .adapter import ALLoRALayer
 from .explanation import Explanation, explain, explain_disabled
 from .sharding import local_shape
@@ -69,7 +69,7 @@ class FusedALLoRALinear(ALLoRALayer, nn.Linear):
             adapter_dtype: dtype of lora_A and lora_B; None for the weight's.
 
         Raises:
-            TypeError: `linear` is neither, or is already adapted.
+            TypeError: `linear` is neither, is quantized, or is already adapted.
             ValueError: r, eta or norm out of range. `linear` is untouched then.
         """
         functional.check_rule(r, eta, norm)
@@ -78,10 +78,12 @@ class FusedALLoRALinear(ALLoRALayer, nn.Linear):
         fan_in_fan_out = is_conv1d(linear)
         if not (fan_in_fan_out or isinstance(linear, nn.Linear)):
             raise TypeError(f"from_linear takes an nn.Linear or transformers' Conv1D, got {type(linear).__name__}")
+        if (kind := bases.kind_of(linear)) is not None:
+            raise TypeError(f"from_linear takes a plain weight, got {kind}: use WrappedALLoRALinear(linear)")
         if not linear.weight.is_floating_point():
             raise TypeError(
                 f"from_linear takes a floating-point weight, got {linear.weight.dtype} (a quantized layer keeps its own "
-                "forward pass)"
+                "forward pass: WrappedALLoRALinear(linear) adds to that)"
             )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)

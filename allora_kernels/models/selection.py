@@ -145,6 +145,12 @@ def find_saved(
             children = some([name for name, _ in model.named_children()])
             raise ValueError(f"modules_to_save: no module's name ends in {w!r}; the model's own parts are {children}")
 
+    for name, top in found.items():
+        for module in top.modules():
+            if (kind := bases.kind_of(module)) is not None:
+                raise ValueError(
+                    f"modules_to_save: {name} has a {kind}, whose weight is quantized and cannot be trained"
+                )
     inside = {module for top in found.values() for module in top.modules()}
     owner = {p: name for name, top in found.items() for p in top.parameters()}
     for p, name in owner.items():
