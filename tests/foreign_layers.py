@@ -4,6 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from allora_kernels import WrappedALLoRALinear
+from allora_kernels.testing import make_inputs
+
+M, N, K, R = 24, 13, 11, 3
+
 
 class Foreign(nn.Module):
     """``x Wᵀ + bias`` for weight [N, K] and bias [N], computed and returned in x's dtype."""
@@ -106,3 +111,13 @@ class ForgetsItsGradient(Foreign):
 
     def forward(self, x):
         return self.Nothing.apply(super().forward(x))
+
+
+def wrapped(base=Foreign, norm="row", dtypes=(torch.float32,) * 2, size=(M, N, K, R)):
+    """(an adapted `base`, the inputs it was made from)"""
+    inputs = make_inputs(*size, *dtypes)
+    layer = WrappedALLoRALinear(base(inputs.weight, inputs.bias), R, 1.5, norm, adapter_dtype=dtypes[1])
+    with torch.no_grad():
+        layer.lora_A.copy_(inputs.lora_A)
+        layer.lora_B.copy_(inputs.lora_B)
+    return layer, inputs

@@ -6,6 +6,7 @@ import pickle
 import foreign_layers as foreign
 import pytest
 import torch
+from foreign_layers import K, M, N, R, wrapped
 from torch import nn
 from torch.func import functional_call, grad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,16 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from allora_kernels import (
     FusedALLoRALinear,
-    WrappedALLoRALinear,
     allora_linear,
     per_sample,
     reference,
-    use_batch_invariant,
 )
 from allora_kernels.layer import bases
-from allora_kernels.testing import assert_close, make_inputs
+from allora_kernels.testing import assert_close
 
-M, N, K, R = 24, 13, 11, 3
 norms = pytest.mark.parametrize("norm", reference.NORMS)
 
 
@@ -39,16 +37,6 @@ def own(request, monkeypatch):
     """Whether a layer's tensors are taken for its own and written to, as those of a known one are."""
     monkeypatch.setattr(bases, "gives_own_tensors", lambda module: request.param)
     return request.param
-
-
-def wrapped(base=foreign.Foreign, norm="row", dtypes=(torch.float32,) * 2, size=(M, N, K, R)):
-    """(the layer, the inputs it was made from)"""
-    inputs = make_inputs(*size, *dtypes)
-    layer = WrappedALLoRALinear(base(inputs.weight, inputs.bias), R, 1.5, norm, adapter_dtype=dtypes[1])
-    with torch.no_grad():
-        layer.lora_A.copy_(inputs.lora_A)
-        layer.lora_B.copy_(inputs.lora_B)
-    return layer, inputs
 
 
 def results(layer, x, g):
@@ -349,98 +337,3 @@ def test_per_sample_gradients_are_the_fused_layers(backend, norms_only):
         per_sample.clip_(module, max_norm=float(norms.median()))
         found.append((norms, x.grad, module.lora_A.grad, module.lora_B.grad))
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
-
-
-# --- what is refused, and what it says ------------------------------------------------------------------------------
-
-
-def test_a_layer_without_a_backward_pass_is_an_error():
-    layer, inputs = wrapped(foreign.GivesNoGradient)
-    torch.testing.assert_close(
-        layer(inputs.x), inputs.x @ (inputs.weight + inputs.lora_B @ inputs.lora_A).T + inputs.bias
-    )
-    with pytest.raises(RuntimeError, match="GivesNoGradient gave an output that does not require grad"):
-        layer(inputs.x.requires_grad_())
-
-
-def test_a_backward_pass_that_gives_nothing_is_an_error():
-    layer, inputs = wrapped(foreign.ForgetsItsGradient)
-    with pytest.raises(RuntimeError, match="gave no gradient of its input"):
-        layer(inputs.x.requires_grad_()).sum().backward()
-
-
-def test_batch_invariance_is_refused(monkeypatch):
-    pytest.importorskip("triton")
-    layer, inputs = wrapped()
-    with use_batch_invariant(), pytest.raises(RuntimeError, match="Foreign computes its own product"):
-        layer(inputs.x)
-
-
-@pytest.mark.parametrize(
-    "returned, message",
-    [
-        (lambda x: None, "must return a floating-point Tensor, got NoneType"),
-        (lambda x: x.int(), "must return a floating-point Tensor, got torch.int32"),
-        (lambda x: x, r"must return \[24, 13\] on cpu, got \[24, 11\] on cpu"),
-    ],
-)
-def test_a_layer_that_returns_something_else(returned, message):
-    layer, inputs = wrapped()
-    layer.base_layer.forward = returned
-    with pytest.raises((TypeError, ValueError), match=message):
-        layer(inputs.x)
-
-
-@pytest.mark.parametrize(
-    "x, message",
-    [
-        (torch.ones(2, K, dtype=torch.int64), "floating-point Tensor, got torch.int64"),
-        ([1.0], "floating-point Tensor, got list"),
-        (torch.ones(2, K + 1), r"\[..., K\] with K = 11"),
-        (torch.ones(2, K, device="meta"), "lora_A is on cpu but x is on meta"),
-    ],
-)
-def test_bad_inputs(x, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        wrapped()[0](x)
-
-
-@pytest.mark.parametrize(
-    "make, error, message",
-    [
-        (lambda base: WrappedALLoRALinear("linear"), TypeError, "must be an nn.Module, got str"),
-        (lambda base: WrappedALLoRALinear(nn.ReLU()), TypeError, "ReLU must have an int in_features, got None"),
-        (
-            lambda base: WrappedALLoRALinear(nn.utils.skip_init(nn.Linear, 0, 3)),
-            ValueError,
-            "in_features must be >= 1, got 0",
-        ),
-        (lambda base: WrappedALLoRALinear(FusedALLoRALinear(4, 3)), TypeError, "has an ALLoRA adapter already"),
-        (lambda base: WrappedALLoRALinear(base, r=0), ValueError, "r must be between 1 and 256"),
-        (lambda base: WrappedALLoRALinear(base, norm="rows"), ValueError, "norm must be one of"),
-        (lambda base: WrappedALLoRALinear(base, eta=0.0), ValueError, "eta must be finite and > 0"),
-    ],
-)
-def test_bad_arguments_leave_the_layer_alone(make, error, message):
-    base = nn.Linear(4, 3)
-    with pytest.raises(error, match=message):
-        make(base)
-    assert base.weight.requires_grad
-
-
-def test_the_parameters_and_what_it_says():
-    linear = nn.Linear(7, 5).eval().bfloat16()
-    layer = WrappedALLoRALinear(linear, 3)
-    assert [(n, p.requires_grad) for n, p in layer.named_parameters()] == [
-        ("lora_A", True),
-        ("lora_B", True),
-        ("base_layer.weight", False),
-        ("base_layer.bias", False),
-    ]
-    assert layer.weight is linear.weight and layer.bias is linear.bias and not layer.training
-    assert layer.lora_A.dtype == torch.bfloat16 and tuple(layer.lora_A.shape) == (3, 7) and not layer.lora_B.any()
-    assert WrappedALLoRALinear(linear, 3, adapter_dtype=torch.float32).lora_B.dtype == torch.float32
-    assert "y and dx by Linear, adapter backend='eager'" in repr(layer)
-    assert layer.explain().plan["y and dx"] == "Linear, its own product"
-    with pytest.raises(ValueError, match="cannot hold W \\+ BA"):
-        layer.merge()
