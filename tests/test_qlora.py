@@ -1,6 +1,8 @@
 """A quantized model trains end to end: adapted, trained, saved, loaded, and the adapter merged into the base as it was."""
 
+import importlib
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +114,15 @@ def test_trainer_trains_it(base, tmp_path, checkpointing):
     assert float(losses[-1]) < float(losses[0])
     saved = os.listdir(tmp_path / "runs" / "checkpoint-3")
     assert "adapter_model.safetensors" in saved and "model.safetensors" not in saved
+
+
+def test_the_example(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    example = importlib.import_module("qlora")
+    ids = torch.arange(12).repeat(8, 1) + torch.arange(8)[:, None]
+    before, after = example.finetune(base, tmp_path / "adapter", ids, ids[:2], steps=16)
+    assert after < before and "on bitsandbytes Linear4bit" in capsys.readouterr().out
+    load_adapter(example.load_in_4_bits(base), tmp_path / "adapter")
 
 
 def test_merging_into_a_quantized_model_is_refused(base):
