@@ -15,6 +15,7 @@ from allora_kernels import (
     adapter_parameters,
     apply_allora,
     disable_adapters,
+    explain,
     load_adapter,
     merge_adapter,
     save_adapter,
@@ -71,6 +72,9 @@ def test_a_quantized_model_trains_and_its_adapter_goes_to_any_base(base, setting
     )
     assert all(p.dtype == torch.float32 for p in adapter_parameters(model))
     assert torch.equal(logits(model), before)
+    table = explain(model)
+    assert table.summary == "0 of 14 adapted layers fused; 1 linear layers without an adapter"
+    assert f"q_proj [64, 64], r=4, not fused: {kind} computes y and dx, the adapter is added by eager" in str(table)
 
     losses = train(model)
     assert losses[-1] < losses[0] - 0.3

@@ -87,9 +87,9 @@ class WrappedALLoRALinear(ALLoRALayer):
             "model without quantization, load_adapter(model, folder) and merge_adapter(model) there"
         )
 
-    def explain(self, rows: int = 2048) -> Explanation:
+    def explain(self, rows: int = 2048, device: torch.device | None = None) -> Explanation:
         """Which backend the adapter takes and why, and what runs each step for an input of `rows` rows in the dtype that
-        `base_layer` computes in, as far as it says."""
+        `base_layer` computes in, as far as it says, on `device` (None: where the layer is)."""
         if not self.enabled:
             return explain_disabled(self.base_kind)
         return explain_wrapped(
@@ -98,7 +98,7 @@ class WrappedALLoRALinear(ALLoRALayer):
             self.in_features,
             self.r,
             self.norm,
-            self.lora_A.device,
+            device or self.lora_A.device,
             bases.compute_dtype(self.base_layer),
             self.lora_A.dtype,
             self.base_kind,

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import nn
 
+from ..layer.adapter import ALLoRALayer
 from ..layer.bases import kind_of
 from ..layer.functional import check_rule
 from ..layer.linear import FusedALLoRALinear
@@ -135,7 +136,7 @@ def attach(
     for module in saved.values():
         setattr(module, SAVED_WHOLE, True)
         module.requires_grad_(True)
-    leave_fast_paths(model, FusedALLoRALinear)
+    leave_fast_paths(model, ALLoRALayer)
     save_adapters_alone(model)
     _say_that_adapters_are_on_it(model)
 

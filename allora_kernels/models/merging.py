@@ -94,7 +94,7 @@ def unmerge_adapter(model: nn.Module) -> nn.Module:
     for module in found.values():
         if not module.__dict__.pop(_BEFORE_MERGING):
             setattr(module, SAVED_WHOLE, True)
-    leave_fast_paths(root, FusedALLoRALinear)
+    leave_fast_paths(root, ALLoRALayer)
     save_adapters_alone(root)
     return model
 
