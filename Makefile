@@ -6,7 +6,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 # Two workers fit the two cores CI has; each keeps to one thread.
 WORKERS ?= 2
 
-.PHONY: test test-device-ir test-oldest-peft demo demo-lm mislabelled bench lint test-newest clean
+.PHONY: test test-device-ir test-oldest-peft demo demo-lm qlora mislabelled bench lint test-newest clean
 
 test: $(VENV)/.ready lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal
@@ -20,6 +20,9 @@ demo: $(VENV)/.ready-demo
 
 demo-lm: $(VENV)/.ready-demo-lm
 	$(RUN) examples/demo_lm.py --output runs/demo-lm $(ARGS)
+
+qlora: $(VENV)/.ready-demo-lm
+	$(RUN) examples/qlora.py --output runs/qlora $(ARGS)
 
 mislabelled: $(VENV)/.ready-demo
 	$(RUN) examples/mislabelled.py --output runs/mislabelled $(ARGS)

@@ -4,6 +4,7 @@ from . import per_sample
 from .layer.batch_invariance import use_batch_invariant
 from .layer.functional import allora_linear
 from .layer.linear import FusedALLoRALinear
+from .layer.wrapped import WrappedALLoRALinear
 from .models.adapt import apply_allora
 from .models.adapted import AdaptReport, adapter_layers, adapter_parameters
 from .models.disabling import disable_adapters, set_enabled
@@ -15,6 +16,7 @@ from .models.saving import save_adapter
 __all__ = [
     "AdaptReport",
     "FusedALLoRALinear",
+    "WrappedALLoRALinear",
     "adapter_layers",
     "adapter_parameters",
     "allora_linear",

@@ -25,6 +25,7 @@ __all__ = [
     "down_project",
     "fused_linear",
     "low_rank_add",
+    "plan_added_steps",
     "plan_steps",
     "sample_grads",
     "sample_squared_norms",
@@ -48,14 +49,6 @@ def plan_steps(
     arch = configs.arch_of(device)
     M, N, K = rows, out_features, in_features
 
-    def plan(op, n, k):
-        return f"Triton on {arch}, {configs.pick_config(op, M, n, k, r, dtype, arch, compute)}"
-
-    def plan_sweep_step(length, norm, sums):
-        sweep = plan_sweep(max(M, 1), length, r, norm, sums, True, dtype, compute, arch)
-        note = ", dS by a pass of its own" if sweep.separate else ""
-        return f"Triton on {arch}, {sweep.config}{note}"
-
     def way(op, n, k):
         describable = dtype.itemsize == 2 and n % 8 == 0 and k % 8 == 0
         return plans.pick(plans.Call(op, M, n, k, r, dtype, compute), device, describable)
@@ -69,10 +62,53 @@ def plan_steps(
         return str(plan) if plan.config is None else f"Triton on {arch}: {plan}"
 
     forward, backward = way("adapted_linear", N, K), way("fused_linear", K, N)
-    steps = {} if forward.way == "inside" else {"down_project": plan("down_project", 0, K)}
-    steps |= {
-        "adapted_linear (y)": describe(forward),
-        "fused_linear (dx)": describe(backward),
+    steps = (
+        {} if forward.way == "inside" else {"down_project": _config("down_project", M, 0, K, r, dtype, compute, arch)}
+    )
+    steps |= {"adapted_linear (y)": describe(forward), "fused_linear (dx)": describe(backward)}
+    steps |= _plan_gradients(M, N, K, r, norm, dtype, compute, arch)
+    if batch_invariance.enabled():
+        y, dx = invariance_cost("adapted_linear", N, K), invariance_cost("fused_linear", K, N)
+        steps["batch invariance"] = (
+            f"on: y {y:.2f} and dx {dx:.2f} times as long by estimate, and one more pass over g for dS"
+        )
+    return steps
+
+
+def plan_added_steps(
+    rows: int,
+    out_features: int,
+    in_features: int,
+    r: int,
+    norm: str | None,
+    dtype: torch.dtype,
+    compute: torch.dtype,
+    device: torch.device,
+) -> dict[str, str]:
+    """`plan_steps` where another layer computes y and dX and the adapter is added to them."""
+    arch = configs.arch_of(device)
+    M, N, K = rows, out_features, in_features
+    return {
+        "down_project": _config("down_project", M, 0, K, r, dtype, compute, arch),
+        "low_rank_add (y)": _config("low_rank_add", M, N, 0, r, dtype, compute, arch),
+        **_plan_gradients(M, N, K, r, norm, dtype, compute, arch),
+        "low_rank_add (dx)": _config("low_rank_add", M, K, 0, r, dtype, compute, arch),
+    }
+
+
+def _config(op: str, M: int, n: int, k: int, r: int, dtype: torch.dtype, compute: torch.dtype, arch: str) -> str:
+    return f"Triton on {arch}, {configs.pick_config(op, M, n, k, r, dtype, arch, compute)}"
+
+
+def _plan_gradients(
+    M: int, N: int, K: int, r: int, norm: str | None, dtype: torch.dtype, compute: torch.dtype, arch: str
+) -> dict[str, str]:
+    def plan_sweep_step(length, norm, sums):
+        sweep = plan_sweep(max(M, 1), length, r, norm, sums, True, dtype, compute, arch)
+        note = ", dS by a pass of its own" if sweep.separate else ""
+        return f"Triton on {arch}, {sweep.config}{note}"
+
+    steps = {
         "adapter_grads (sweep over g)": plan_sweep_step(N, norm, sums_over_columns(norm, True, True)),
         "adapter_grads (sweep over x)": plan_sweep_step(K, None, 0),
     }
@@ -80,9 +116,4 @@ def plan_steps(
         steps["weight_coefficient"] = f"Triton on {arch}, once a backward pass"
     elif norm == "token":
         steps["token_coefficient"] = f"Triton on {arch}"
-    if batch_invariance.enabled():
-        y, dx = invariance_cost("adapted_linear", N, K), invariance_cost("fused_linear", K, N)
-        steps["batch invariance"] = (
-            f"on: y {y:.2f} and dx {dx:.2f} times as long by estimate, and one more pass over g for dS"
-        )
     return steps

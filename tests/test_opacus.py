@@ -13,7 +13,7 @@ opacus = pytest.importorskip("opacus")
 from opacus.validators.errors import UnsupportedModuleError  # noqa: E402
 
 import allora_kernels.integrations.opacus  # noqa: E402
-from allora_kernels import FusedALLoRALinear, apply_allora, per_sample, reference  # noqa: E402
+from allora_kernels import FusedALLoRALinear, WrappedALLoRALinear, apply_allora, per_sample, reference  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Secure RNG turned off"),
@@ -114,6 +114,18 @@ def test_private_gradients_are_those_of_the_eager_layer(norm):
     with per_sample.record(raw):
         (loss_of(raw(data().tensors[0]), data().tensors[1]) * B).backward()
     assert (per_sample.norms(raw) > MAX_NORM).any(), "nothing was clipped, so nothing was tested"
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_a_wrapped_layer_has_the_fused_ones_private_gradients(mode):
+    fused = layer()
+    frozen = nn.Linear(K, N)
+    frozen.load_state_dict({"weight": fused.weight, "bias": fused.bias})
+    wrapped = WrappedALLoRALinear(frozen, R, 1.5)
+    wrapped.load_state_dict({"lora_A": fused.lora_A, "lora_B": fused.lora_B}, strict=False)
+    found = private_gradients(wrapped, mode)
+    for name, expected in private_gradients(fused, mode).items():
+        torch.testing.assert_close(found[name], expected)
 
 
 def train(model, dataset, mode, criterion, forward):

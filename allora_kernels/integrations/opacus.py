@@ -1,6 +1,6 @@
-"""Opacus 1.6: FusedALLoRALinear under `opacus.PrivacyEngine`, in the modes "hooks" and "ghost".
+"""Opacus 1.6: our layers under `opacus.PrivacyEngine`, in the modes "hooks" and "ghost".
 
-Importing this module registers the layer's grad sampler and norm sampler with Opacus and makes its `ModuleValidator`, which
+Importing this module registers the layers' grad sampler and norm sampler with Opacus and makes its `ModuleValidator`, which
 `PrivacyEngine.make_private` asks first, refuse a model whose adapters would silently get no per-sample gradient.
 """
 
@@ -11,15 +11,17 @@ from opacus.validators.module_validator import ModuleValidator
 from torch import Tensor, nn
 
 from ..layer import backend as _backend
+from ..layer.adapter import ALLoRALayer
 from ..layer.linear import FusedALLoRALinear
 from ..layer.switching import state_of_call
+from ..layer.wrapped import WrappedALLoRALinear
 from ..per_sample.samples import Samples
 from ..per_sample.steps import sample_steps
 from ..reference import WEIGHT_NORMS
 
 
 @torch.no_grad()
-def _inputs(layer: FusedALLoRALinear, activations: list[Tensor], backprops: Tensor) -> tuple[str, tuple, Samples]:
+def _inputs(layer: ALLoRALayer, activations: list[Tensor], backprops: Tensor) -> tuple[str, tuple, Samples]:
     x = activations[0]
     if x.dim() < 2:
         raise ValueError(f"Opacus needs inputs [b, ..., K], got {list(x.shape)}")
@@ -37,9 +39,9 @@ def _inputs(layer: FusedALLoRALinear, activations: list[Tensor], backprops: Tens
     return name, (g, rows, steps.down_project(rows, a, dtype), b, c, layer.eta, layer.norm), samples
 
 
-@register_grad_sampler(FusedALLoRALinear)
+@register_grad_sampler([FusedALLoRALinear, WrappedALLoRALinear])
 @torch.no_grad()
-def grad_sample(layer: FusedALLoRALinear, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+def grad_sample(layer: ALLoRALayer, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
     """``{lora_A: [b, R, K], lora_B: [b, N, R]}`` in the parameters' dtypes, C included, for activations ``[x [b, ..., K]]``.
     Zero for a forward pass with the adapter disabled."""
     name, common, samples = _inputs(layer, activations, backprops)
@@ -51,9 +53,9 @@ def grad_sample(layer: FusedALLoRALinear, activations: list[Tensor], backprops: 
     return {p: g.to(p.dtype) for p, g in zip((layer.lora_A, layer.lora_B), grads) if g is not None}
 
 
-@register_norm_sampler(FusedALLoRALinear)
+@register_norm_sampler([FusedALLoRALinear, WrappedALLoRALinear])
 @torch.no_grad()
-def norm_sample(layer: FusedALLoRALinear, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+def norm_sample(layer: ALLoRALayer, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
     """``{lora_A: [b], lora_B: [b]}``: the norms of `grad_sample`'s tensors."""
     name, common, samples = _inputs(layer, activations, backprops)
     steps = sample_steps(name)
@@ -72,7 +74,7 @@ def reasons_against(model: nn.Module) -> list[str]:
     """Why adapters of `model` would silently get no per-sample gradient, or a wrong one, from Opacus; empty if they get it."""
     reasons, owners = [], {}
     for name, module in model.named_modules():
-        if isinstance(module, FusedALLoRALinear):
+        if isinstance(module, ALLoRALayer):
             trained = [p for p in (module.lora_A, module.lora_B) if p.requires_grad]
             if trained and not module.training:
                 reasons.append(

@@ -44,7 +44,33 @@ def explain(
     return Explanation(choice.name, choice.reason, choice.fallback, plan)
 
 
-def explain_disabled() -> Explanation:
-    """The `Explanation` of a call on a disabled layer."""
-    plan = {"frozen_linear": "torch"}
+def explain_disabled(base: str = "torch") -> Explanation:
+    """The `Explanation` of a call on a disabled layer, whose frozen product `base` computes."""
+    plan = {"frozen_linear": base}
     return Explanation("eager", "the adapter is disabled: the frozen layer alone", False, plan)
+
+
+def explain_wrapped(
+    rows: int,
+    out_features: int,
+    in_features: int,
+    r: int,
+    norm: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    base: str,
+    in_place: bool,
+) -> Explanation:
+    """The `Explanation` of a call on a layer whose y and dX another library's `base` computes."""
+    compute = torch.promote_types(dtype, adapter_dtype)
+    choice = _backend.choose(device, compute)
+    where = "in place" if in_place else "into a copy, as the layer or a hook may keep what it returned"
+    if choice.name == "triton":
+        from csrc_triton import plan_added_steps
+
+        plan = plan_added_steps(rows, out_features, in_features, r, norm, dtype, compute, device)
+    else:
+        plan = dict.fromkeys(("down_project", "low_rank_add (y)", "adapter_grads", "low_rank_add (dx)"), "torch")
+    plan = {step: f"{what}, {where}" if "low_rank_add" in step else what for step, what in plan.items()}
+    return Explanation(choice.name, choice.reason, choice.fallback, {"y and dx": f"{base}, its own product", **plan})

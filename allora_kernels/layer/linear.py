@@ -1,17 +1,16 @@
 """`FusedALLoRALinear`: the layer, as a drop-in for `torch.nn.Linear`."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from . import backend as _backend
-from . import batch_invariance, functional, switching
+from . import bases, batch_invariance, functional, switching
+from .adapter import ALLoRALayer
 from .explanation import Explanation, explain, explain_disabled
 from .sharding import local_shape
 
 
-class FusedALLoRALinear(nn.Linear):
+class FusedALLoRALinear(ALLoRALayer, nn.Linear):
     """A frozen linear layer with a trainable ALLoRA adapter: ``y = x Wᵀ + bias + (x Aᵀ) Bᵀ``.
 
     No dropout and no alpha/r; instead the adapter's gradients are scaled by the inverse norm that `norm` names
@@ -33,13 +32,6 @@ class FusedALLoRALinear(nn.Linear):
         TypeError: r is no int or eta no number.
     """
 
-    fan_in_fan_out: bool
-    """True where `weight` is stored [in_features, out_features], as in transformers' Conv1D."""
-
-    _enabled = True
-    _recording = None
-    """The `per_sample.record` this layer is in, if it is in one."""
-
     def __init__(
         self,
         in_features: int,
@@ -56,7 +48,8 @@ class FusedALLoRALinear(nn.Linear):
         if in_features < 1 or out_features < 1:
             raise ValueError(f"in_features and out_features must be >= 1, got {in_features} and {out_features}")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._add_adapter(r, eta, norm, self.weight.dtype)
+        self._freeze()
+        self._add_adapter(r, eta, norm, self.weight.device, self.weight.dtype)
 
     @classmethod
     def from_linear(
@@ -76,7 +69,7 @@ class FusedALLoRALinear(nn.Linear):
             adapter_dtype: dtype of lora_A and lora_B; None for the weight's.
 
         Raises:
-            TypeError: `linear` is neither, or is already adapted.
+            TypeError: `linear` is neither, is quantized, or is already adapted.
             ValueError: r, eta or norm out of range. `linear` is untouched then.
         """
         functional.check_rule(r, eta, norm)
@@ -85,35 +78,27 @@ class FusedALLoRALinear(nn.Linear):
         fan_in_fan_out = is_conv1d(linear)
         if not (fan_in_fan_out or isinstance(linear, nn.Linear)):
             raise TypeError(f"from_linear takes an nn.Linear or transformers' Conv1D, got {type(linear).__name__}")
+        if (kind := bases.kind_of(linear)) is not None:
+            raise TypeError(f"from_linear takes a plain weight, got {kind}: use WrappedALLoRALinear(linear)")
         if not linear.weight.is_floating_point():
             raise TypeError(
                 f"from_linear takes a floating-point weight, got {linear.weight.dtype} (a quantized layer keeps its own "
-                "forward pass)"
+                "forward pass: WrappedALLoRALinear(linear) adds to that)"
             )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.out_features, layer.in_features = linear.weight.mT.shape if fan_in_fan_out else linear.weight.shape
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.fan_in_fan_out = fan_in_fan_out
-        layer._add_adapter(r, eta, norm, adapter_dtype or linear.weight.dtype)
+        layer._freeze()
+        layer._add_adapter(r, eta, norm, linear.weight.device, adapter_dtype or linear.weight.dtype)
         layer.train(linear.training)
         return layer
 
-    def _add_adapter(self, r: int, eta: float, norm: str | None, dtype: torch.dtype) -> None:
-        self.fan_in_fan_out = getattr(self, "fan_in_fan_out", False)
-        self.r, self.eta, self.norm = r, float(eta), norm
+    def _freeze(self) -> None:
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        like = {"device": self.weight.device, "dtype": dtype}
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **like))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **like))
-        self.reset_adapter()
-
-    def reset_adapter(self) -> None:
-        """Initialise the adapter as PEFT does: A Kaiming-uniform(a=√5), B zero. The layer then equals its frozen one."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
 
     def reset_parameters(self) -> None:
         """As in `nn.Linear`; where there is an adapter, it is initialised too."""
@@ -125,19 +110,6 @@ class FusedALLoRALinear(nn.Linear):
     def frozen_weight(self) -> Tensor:
         """The frozen weight as ``[out_features, in_features]``, whichever way it is stored."""
         return self.weight.mT if self.fan_in_fan_out else self.weight
-
-    @property
-    def enabled(self) -> bool:
-        """False where the layer computes as its frozen one alone, to the same bits, and its adapter gets no gradient. What
-        checkpointing runs again has the state of its first run. TypeError unless set to a bool."""
-        return self._enabled
-
-    @enabled.setter
-    def enabled(self, on: bool) -> None:
-        if not isinstance(on, bool):
-            raise TypeError(f"enabled must be a bool, got {type(on).__name__}")
-        switching.note_switch(self, self._enabled, on)
-        self._enabled = on
 
     def _frozen(self, input: Tensor) -> Tensor:
         if batch_invariance.enabled():

@@ -6,8 +6,11 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import nn
 
+from ..layer.adapter import ALLoRALayer
+from ..layer.bases import kind_of
 from ..layer.functional import check_rule
 from ..layer.linear import FusedALLoRALinear
+from ..layer.wrapped import WrappedALLoRALinear
 from .adapted import SAVED_WHOLE, AdaptReport, report
 from .saving import save_adapters_alone
 from .selection import (
@@ -46,7 +49,8 @@ def apply_allora(
     stays shared. Arguments named as in PEFT mean what they mean there.
 
     Args:
-        model: any `nn.Module`; layers of type `nn.Linear` and transformers' Conv1D are adapted.
+        model: any `nn.Module`; layers of type `nn.Linear` and transformers' Conv1D are adapted. So are bitsandbytes' Linear4bit
+            and Linear8bitLt and torchao's weight-only nn.Linear, by a `WrappedALLoRALinear` each.
         r, eta, norm: rank and ALLoRA rule, as in `FusedALLoRALinear`.
         target_modules: ``"all-linear"`` (all but the output head of a language model and the classification head of a
             ``...ForSequenceClassification``); a list of names, each matching a module of that full name or that ends in
@@ -60,7 +64,7 @@ def apply_allora(
             matches counts.
 
     Returns:
-        AdaptReport: what was replaced, and what was left alone and why: quantized layers, layers with a forward pass of
+        AdaptReport: what was replaced, and what was left alone and why: other quantized layers, layers with a forward pass of
         their own, stacks of weights in 3-D parameters (the experts of a mixture) with their share, and layers whose weight
         another module reads directly (as `nn.MultiheadAttention` does), where an adapter would be passed by without a word.
         A name in a list of `target_modules` that matches nothing is a warning, with the names it resembles.
@@ -116,9 +120,9 @@ def attach(
     try:
         for name, linear in layers.items():
             widen = autocast_adapter_dtype and linear.weight.dtype in (torch.float16, torch.bfloat16)
-            adapted[linear] = FusedALLoRALinear.from_linear(
-                linear, ranks[name], eta, norm, adapter_dtype=torch.float32 if widen else None
-            )
+            adapter = (ranks[name], eta, norm)
+            make = FusedALLoRALinear.from_linear if kind_of(linear) is None else WrappedALLoRALinear
+            adapted[linear] = make(linear, *adapter, adapter_dtype=torch.float32 if widen else None)
     except BaseException:
         # Out of memory, most likely: the layers made so far have frozen their weights.
         for p, requires_grad in flags:
@@ -132,8 +136,16 @@ def attach(
     for module in saved.values():
         setattr(module, SAVED_WHOLE, True)
         module.requires_grad_(True)
-    leave_fast_paths(model, FusedALLoRALinear)
+    leave_fast_paths(model, ALLoRALayer)
     save_adapters_alone(model)
+    _say_that_adapters_are_on_it(model)
+
+
+def _say_that_adapters_are_on_it(model: nn.Module) -> None:
+    """transformers' Trainer refuses a quantized model unless this attribute says so."""
+    for module in model.modules():
+        if getattr(module, "is_quantized", False) and hasattr(module, "_hf_peft_config_loaded"):
+            module._hf_peft_config_loaded = True
 
 
 def leave_fast_paths(model: nn.Module, adapted: type[nn.Module]) -> None:

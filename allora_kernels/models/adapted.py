@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..layer.linear import FusedALLoRALinear
+from ..layer import bases
+from ..layer.adapter import ALLoRALayer
+from ..layer.wrapped import WrappedALLoRALinear
 from .selection import clean_name, stacked_weights
 
 SAVED_WHOLE = "_allora_saved_whole"
@@ -29,14 +31,20 @@ class AdaptReport:
     """Name of each module that was asked for, or is linear, and left alone: the reason."""
     stacked: int = 0
     """Number of parameters, of those left alone, in stacks of weights (3-D), as of the experts of a mixture."""
+    bases: dict[str, str] = field(default_factory=dict)
+    """Name of each adapted layer whose frozen product another library computes: what does."""
 
     def __str__(self) -> str:
         share = self.trainable / max(self.total, 1)
         lines = [
             f"{len(self.adapted)} layers adapted: {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"
         ]
-        for (name, (n, k, r)), count in grouped(self.adapted).items():
-            lines.append(f"  {count} x {name} [{n}, {k}], r={r}")
+        described = {
+            name: f"[{n}, {k}], r={r}{f', on {self.bases[name]}' if name in self.bases else ''}"
+            for name, (n, k, r) in self.adapted.items()
+        }
+        for (name, description), count in grouped(described).items():
+            lines.append(f"  {count} x {name} {description}")
         if self.modules_to_save:
             lines.append(f"trained and saved whole: {', '.join(self.modules_to_save)}")
         if self.skipped:
@@ -59,9 +67,9 @@ def grouped(entries: Mapping) -> dict[tuple, int]:
     return counts
 
 
-def adapter_layers(model: nn.Module) -> dict[str, FusedALLoRALinear]:
+def adapter_layers(model: nn.Module) -> dict[str, ALLoRALayer]:
     """Every adapted layer of `model` by name. A layer that is shared appears once, under its first name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, FusedALLoRALinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, ALLoRALayer)}
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -77,13 +85,15 @@ def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
 def report(model: nn.Module, skipped: Mapping[str, str] | None = None) -> AdaptReport:
     """The report on `model` as it is."""
     parameters = list(model.parameters())
+    layers = {clean_name(name): layer for name, layer in adapter_layers(model).items()}
     return AdaptReport(
-        adapted={clean_name(n): (m.out_features, m.in_features, m.r) for n, m in adapter_layers(model).items()},
+        adapted={name: (layer.out_features, layer.in_features, layer.r) for name, layer in layers.items()},
         modules_to_save=tuple(saved_modules(model)),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters),
+        total=sum(map(bases.numel, parameters)),
         skipped=dict(skipped or {}),
         stacked=_stacked(model, skipped or {}),
+        bases={name: layer.base_kind for name, layer in layers.items() if isinstance(layer, WrappedALLoRALinear)},
     )
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from ..layer.adapter import ALLoRALayer
 from ..layer.functional import check_rule
-from ..layer.linear import FusedALLoRALinear
 from .adapter_files import CONFIG_FILE, adapter_file
 from .selection import matches_end, module_names, pattern_value
 
@@ -34,7 +34,7 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def config_for(
-    root: nn.Module, layers: Mapping[str, FusedALLoRALinear], saved: Mapping[str, nn.Module], base: str | None
+    root: nn.Module, layers: Mapping[str, ALLoRALayer], saved: Mapping[str, nn.Module], base: str | None
 ) -> dict[str, Any]:
     """The config of a model with these adapted layers and modules to save; ValueError if they differ in eta or norm."""
     rules = {(layer.eta, layer.norm) for layer in layers.values()}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..layer import switching
-from ..layer.linear import FusedALLoRALinear
+from ..layer.adapter import ALLoRALayer
 from .adapted import adapter_layers
 from .selection import unwrap
 
@@ -45,7 +45,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             switching.switch_back(layer, state)
 
 
-def _layers(model: nn.Module) -> list[FusedALLoRALinear]:
+def _layers(model: nn.Module) -> list[ALLoRALayer]:
     layers = list(adapter_layers(unwrap(model)).values())
     if not layers:
         raise ValueError("the model has no adapters: apply_allora(model) first")

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..layer.linear import FusedALLoRALinear
+from ..layer.adapter import ALLoRALayer
+from ..layer.wrapped import WrappedALLoRALinear
 from .adapted import grouped, saved_modules
 from .selection import clean_name, looks_linear, module_slots, obstacle, unwrap
 
@@ -17,7 +18,7 @@ class LayerExplanation:
     shape: tuple[int, int]
     r: int | None
     fused: bool
-    """Whether the kernels run it."""
+    """Whether the kernels run it, the frozen product too."""
     reason: str
     """Why they do, or what runs instead and why."""
     plan: tuple[tuple[str, str], ...] = ()
@@ -78,14 +79,21 @@ def explain(model: nn.Module, rows: int = 2048, device: torch.device | str | Non
     device = None if device is None else torch.device(device)
     slots = module_slots(root) | {root: []}
     saved = {module for top in saved_modules(root).values() for module in top.modules()}
+    # A wrapped layer is told of with its adapter.
+    inside = {layer.base_layer for layer in root.modules() if isinstance(layer, WrappedALLoRALinear)}
     layers = {}
     for name, module in root.named_modules():
-        if isinstance(module, FusedALLoRALinear):
+        if module in inside:
+            continue
+        if isinstance(module, ALLoRALayer):
             found = module.explain(rows, device)
-            fused = found.backend == "triton"
+            fused, reason = found.backend == "triton", found.reason
             plan = tuple(found.plan.items()) if fused else ()
             shape = (module.out_features, module.in_features)
-            layers[clean_name(name)] = LayerExplanation(shape, module.r, fused, found.reason, plan)
+            if isinstance(module, WrappedALLoRALinear):
+                reason = f"{module.base_kind} computes y and dx, the adapter is added by {found.backend}: {reason}"
+                fused = False
+            layers[clean_name(name)] = LayerExplanation(shape, module.r, fused, reason, plan)
         elif looks_linear(module):
             if module in saved:
                 reason = "trained whole (modules_to_save)"

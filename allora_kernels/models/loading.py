@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..layer.linear import FusedALLoRALinear, is_conv1d
+from ..layer.adapter import ALLoRALayer
+from ..layer.linear import is_conv1d
 from .adapt import attach
 from .adapted import AdaptReport, report, saved_modules
 from .adapter_config import AdapterConfig, read_config
@@ -116,7 +117,7 @@ def _layer_problems(
             continue
         n, k = (layer.nf, layer.nx) if is_conv1d(layer) else (layer.out_features, layer.in_features)
         r = config.rank(name)
-        if isinstance(layer, FusedALLoRALinear) and layer.r != r:
+        if isinstance(layer, ALLoRALayer) and layer.r != r:
             yield f"{name} has r={layer.r} in the model and r={r} in the file"
         if layer.weight.is_meta:
             yield f"{name} is on the meta device: load the model's weights first"

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from ..layer.linear import FusedALLoRALinear
+from ..layer.adapter import ALLoRALayer
+from ..layer.wrapped import WrappedALLoRALinear
 from .adapt import leave_fast_paths, put, restore_fast_paths
 from .adapted import SAVED_WHOLE, adapter_layers
 from .saving import save_adapters_alone, save_models_again
@@ -28,15 +29,20 @@ def merge_adapter(model: nn.Module, *, keep: bool = False) -> nn.Module:
         `model`.
 
     Raises:
-        ValueError: the model has no adapters, a disabled one, or is itself a `FusedALLoRALinear` (use its `merge()`). The
-            model is untouched then.
+        ValueError: the model has no adapters, a disabled one or one on a quantized layer, or is itself a `FusedALLoRALinear`
+            (use its `merge()`). The model is untouched then.
     """
     root = unwrap(model)
     layers = adapter_layers(root)
     if not layers:
         raise ValueError("the model has no adapters to merge")
     if root in layers.values():
-        raise ValueError("the model is itself a FusedALLoRALinear, which cannot be replaced in place: use its merge()")
+        raise ValueError(
+            f"the model is itself a {type(root).__name__}, which cannot be replaced in place: use its merge()"
+        )
+    if wrapped := [(name, layer) for name, layer in layers.items() if isinstance(layer, WrappedALLoRALinear)]:
+        name, layer = wrapped[0]
+        raise ValueError(f"{name}: {layer.why_it_cannot_merge}")
     if disabled := [name for name, layer in layers.items() if not layer.enabled]:
         raise ValueError(
             f"{disabled[0]} is disabled, so W + BA is not what the model computes: set_enabled(model, True) before merging"
@@ -88,12 +94,12 @@ def unmerge_adapter(model: nn.Module) -> nn.Module:
     for module in found.values():
         if not module.__dict__.pop(_BEFORE_MERGING):
             setattr(module, SAVED_WHOLE, True)
-    leave_fast_paths(root, FusedALLoRALinear)
+    leave_fast_paths(root, ALLoRALayer)
     save_adapters_alone(root)
     return model
 
 
-def _plain(layer: FusedALLoRALinear) -> nn.Module:
+def _plain(layer: ALLoRALayer) -> nn.Module:
     linear = layer.merge()
     if not layer.fan_in_fan_out:
         return linear

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..layer.linear import FusedALLoRALinear
+from ..layer.adapter import ALLoRALayer
 from .adapted import adapter_layers, saved_modules
 from .adapter_config import config_for
 from .adapter_files import write_adapter
@@ -69,7 +69,7 @@ def _prepare(
     if not layers:
         raise ValueError("the model has no adapters to save: apply_allora(model) first")
     if root in layers.values():
-        raise ValueError("the model is itself a FusedALLoRALinear, and a nameless layer has no place in the file")
+        raise ValueError(f"the model is itself a {type(root).__name__}, and a nameless layer has no place in the file")
     saved = saved_modules(root)
     config = config_for(root, layers, saved, base)
     tensors = _tensors_to_save(layers, saved, state_dict)
@@ -77,7 +77,7 @@ def _prepare(
     return json.dumps(config, indent=2, sort_keys=True) + "\n", tensors
 
 
-def layers_of(root: nn.Module) -> dict[str, FusedALLoRALinear]:
+def layers_of(root: nn.Module) -> dict[str, ALLoRALayer]:
     """The adapted layers of `root` by their names in the file."""
     return {clean_name(name): layer for name, layer in adapter_layers(root).items()}
 
@@ -93,7 +93,7 @@ def _parameters(root: nn.Module) -> list[Tensor]:
 
 
 def _tensors_to_save(
-    layers: Mapping[str, FusedALLoRALinear], saved: Mapping[str, nn.Module], state_dict: Mapping[str, Tensor] | None
+    layers: Mapping[str, ALLoRALayer], saved: Mapping[str, nn.Module], state_dict: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
     given = None if state_dict is None else {clean_name(key): t for key, t in state_dict.items()}
 

@@ -9,7 +9,9 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
-from ..layer.linear import FusedALLoRALinear, is_conv1d
+from ..layer import bases
+from ..layer.adapter import ALLoRALayer
+from ..layer.linear import is_conv1d
 
 ADAPTABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -109,16 +111,16 @@ def check_unadapted(model: nn.Module) -> nn.Module:
     """`model` unwrapped; ValueError unless adapters can be put on it: it has none,
     its parameters exist, and it is no linear layer itself."""
     model, outermost = unwrap(model), model
-    if isinstance(model, FusedALLoRALinear):
-        raise ValueError("the model is itself a FusedALLoRALinear, so it already has an adapter")
+    if isinstance(model, ALLoRALayer):
+        raise ValueError(f"the model is itself a {type(model).__name__}, so it already has an adapter")
     if isinstance(model, nn.Linear) or is_conv1d(model):
+        adapted = "FusedALLoRALinear.from_linear" if bases.kind_of(model) is None else "WrappedALLoRALinear"
         raise ValueError(
-            f"the model is itself a {type(model).__name__}, which cannot be replaced in place: use "
-            "FusedALLoRALinear.from_linear(linear)"
+            f"the model is itself a {type(model).__name__}, which cannot be replaced in place: use {adapted}(linear)"
         )
     for name, module in outermost.named_modules():
         kinds = {cls.__name__ for cls in type(module).__mro__}
-        if "FusedALLoRALinear" in kinds:
+        if "ALLoRALayer" in kinds:
             raise ValueError(f"the model already has adapters (at {name}): merge_adapter(model) first")
         if "BaseTunerLayer" in kinds:
             raise ValueError(f"the model already has PEFT adapters (at {name}): merge_and_unload() them first")
@@ -143,6 +145,12 @@ def find_saved(
             children = some([name for name, _ in model.named_children()])
             raise ValueError(f"modules_to_save: no module's name ends in {w!r}; the model's own parts are {children}")
 
+    for name, top in found.items():
+        for module in top.modules():
+            if (kind := bases.kind_of(module)) is not None:
+                raise ValueError(
+                    f"modules_to_save: {name} has a {kind}, whose weight is quantized and cannot be trained"
+                )
     inside = {module for top in found.values() for module in top.modules()}
     owner = {p: name for name, top in found.items() for p in top.parameters()}
     for p, name in owner.items():
@@ -239,6 +247,9 @@ def stacked_weights(module: nn.Module) -> dict[str, nn.Parameter]:
 def obstacle(module: nn.Module, slots: Mapping[nn.Module, list[tuple[nn.Module, str]]]) -> str | None:
     """Why `module`, which hangs in `slots`, cannot be adapted; None where it can."""
     kind = type(module).__name__
+    if bases.kind_of(module) is not None:
+        # It goes on to run its own forward pass and hooks.
+        return bases.obstacle_of(module) or _reader_of_weight(slots[module])
     if stacked := stacked_weights(module):
         shapes = ", ".join(f"{name} {list(p.shape)}" for name, p in stacked.items())
         return f"{kind} holds stacks of weights as 3-D parameters ({shapes}), which get no adapter here"
@@ -249,9 +260,8 @@ def obstacle(module: nn.Module, slots: Mapping[nn.Module, list[tuple[nn.Module, 
         return f"{kind} with a {str(weight.dtype).removeprefix('torch.')} weight (quantized)"
     if type(weight) is not nn.Parameter:
         return f"{kind} whose weight is no plain nn.Parameter (quantized, sharded or parametrized)"
-    for parent, attribute in slots[module]:
-        if _reads_weight_of(parent, attribute):
-            return f"{type(parent).__name__} reads this layer's weight itself, so an adapter would have no effect"
+    if reason := _reader_of_weight(slots[module]):
+        return reason
     own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     if own_forward or "forward" in module.__dict__:
         return f"{kind} with a forward pass of its own, which the adapted layer would not run"
@@ -259,6 +269,13 @@ def obstacle(module: nn.Module, slots: Mapping[nn.Module, list[tuple[nn.Module, 
         return f"{kind} with hooks, which the adapted layer would not run: register them after the adapters"
     if 0 in weight.shape:
         return f"{kind} with an empty weight"
+    return None
+
+
+def _reader_of_weight(slots: list[tuple[nn.Module, str]]) -> str | None:
+    for parent, attribute in slots:
+        if _reads_weight_of(parent, attribute):
+            return f"{type(parent).__name__} reads this layer's weight itself, so an adapter would have no effect"
     return None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..layer.linear import FusedALLoRALinear
+from ..layer.adapter import ALLoRALayer
 from .recording import Call, Recording, records
 
 
@@ -22,9 +22,9 @@ def adapted_layers(model: nn.Module) -> dict[nn.Module, str]:
                 f"layer {name!r} ({type(module).__name__}) keeps its adapters as PEFT does, and only FusedALLoRALinear's are "
                 "recorded: save the adapter, and load it into the base model with allora_kernels.load_adapter"
             )
-    layers = {module: name for name, module in model.named_modules() if isinstance(module, FusedALLoRALinear)}
+    layers = {module: name for name, module in model.named_modules() if isinstance(module, ALLoRALayer)}
     if not layers:
-        raise ValueError("the model has no FusedALLoRALinear: adapt it with apply_allora first")
+        raise ValueError("the model has no adapters: adapt it with apply_allora first")
     owners: dict[nn.Parameter, str] = {}
     for layer, name in layers.items():
         for parameter in (layer.lora_A, layer.lora_B):
@@ -54,7 +54,7 @@ def record(
     of a layer within one forward pass of `model` are of the same samples and add up.
 
     Args:
-        model: holds at least one FusedALLoRALinear; wrapped in DistributedDataParallel or not.
+        model: holds at least one adapted layer; wrapped in DistributedDataParallel or not.
         cu_seqlens: int32 ``[b + 1]``, read back once, here. ``recording.set_cu_seqlens`` gives the next micro-batch's.
         norms_only: keep the norms alone, no tensor with b but them. G and x of every layer stay until `clip_`, `clear` or
             the next record, so that `clip_` can sum again with weights.

@@ -1,0 +1,96 @@
+"""Quantized linear layers of other libraries that can carry an adapter: bitsandbytes' modules, and `nn.Linear` with one of
+torchao's weight-only tensors. Told by their names, so that neither library is imported here."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+_BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
+_TORCHAO = ("Float8Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor")
+# Of torchao's weights: what is set where the activations are quantized too, which autograd does not see through.
+_QUANTIZES_ACTIVATIONS = ("act_quant_kwargs", "activation_quantization")
+
+
+def _library(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
+
+
+def _bitsandbytes_class(module: nn.Module) -> type | None:
+    """The class of bitsandbytes whose forward pass `module` runs."""
+    for cls in type(module).__mro__:
+        if _library(cls) == "bitsandbytes" and cls.__name__ in _BITSANDBYTES:
+            return cls if type(module).forward is cls.forward else None
+    return None
+
+
+def _torchao_weight(module: nn.Module) -> Tensor | None:
+    """The weight of `module` where it is a plain nn.Linear with one of torchao's tensors."""
+    weight = module._parameters.get("weight")
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return weight if plain and weight is not None and _library(type(weight)) == "torchao" else None
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """What computes the products of `module`, as ``"bitsandbytes Linear4bit"``; None unless it is one of the layers above."""
+    if (cls := _bitsandbytes_class(module)) is not None:
+        return f"bitsandbytes {cls.__name__}"
+    if (weight := _torchao_weight(module)) is not None:
+        return f"torchao {type(weight).__name__}"
+    return None
+
+
+def obstacle_of(module: nn.Module) -> str | None:
+    """Why a layer that has a `kind_of` gives its input no gradient, or a wrong one; None where the gradient is right."""
+    weight = _torchao_weight(module)
+    if weight is None:
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            return (
+                f"{kind_of(module)} that an inference pass in eval mode has packed for this CPU, which has no backward pass: "
+                "load the model anew and adapt it before it is called"
+            )
+        return None
+    if type(weight).__name__ not in _TORCHAO:
+        return (
+            f"{kind_of(module)} weight, none of those known to give the layer's input a gradient: quantize with "
+            "torchao >= 0.18 and Int8WeightOnlyConfig, Float8WeightOnlyConfig or IntxWeightOnlyConfig(weight_dtype=torch.int4)"
+        )
+    if any(getattr(weight, attribute, None) is not None for attribute in _QUANTIZES_ACTIVATIONS):
+        return (
+            f"{kind_of(module)} weight that quantizes the activations too, so that the layer's input gets no gradient: use a "
+            "weight-only configuration"
+        )
+    return None
+
+
+def keep_backward(module: nn.Module) -> None:
+    """Keep a bitsandbytes Linear4bit from packing its weight for the CPU in eval mode: what it packs has no backward pass any
+    more, without a word, and coarser scales."""
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        module.support_avx512bf16_for_cpu = False
+
+
+def gives_own_tensors(module: nn.Module) -> bool:
+    """Whether nothing else holds the tensors that `module` returns, forward and backward, so that they can be written to: the
+    layers above, unless a hook might keep one."""
+    hooks = module._forward_hooks or module._backward_hooks or module._forward_pre_hooks or module._backward_pre_hooks
+    hooked = hooks or "forward" in module.__dict__ or nn.modules.module._has_any_global_hook()
+    return not hooked and kind_of(module) is not None and obstacle_of(module) is None
+
+
+def numel(parameter: Tensor) -> int:
+    """The number of weights in `parameter`, of which bitsandbytes packs several into an element."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
+
+
+def weight_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a floating-point weight, else float32."""
+    weight = getattr(module, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that `module` computes in where it says one (Linear4bit), else `weight_dtype`."""
+    stated = getattr(module, "compute_dtype", None)
+    return stated if isinstance(stated, torch.dtype) else weight_dtype(module)

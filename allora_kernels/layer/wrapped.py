@@ -1,0 +1,135 @@
+"""`WrappedALLoRALinear`: an adapter on a layer that computes its own products, as quantized ones do."""
+
+import torch
+from torch import Tensor, nn
+
+from . import backend as _backend
+from . import bases, switching
+from .adapter import ALLoRALayer
+from .added import add_adapter
+from .explanation import Explanation, explain_disabled, explain_wrapped
+from .functional import check_rule
+
+
+class WrappedALLoRALinear(ALLoRALayer):
+    """A frozen linear layer of another library with a trainable ALLoRA adapter: ``y = base_layer(x) + (x Aᵀ) Bᵀ``.
+
+    `base_layer` computes its output and the gradient of its input in its own way, say from a quantized weight; this library's
+    kernels add the adapter to both in place. `lora_A [r, in_features]` (Kaiming-uniform, a=√5) and `lora_B [out_features, r]`
+    (zero) are trained, so a new layer computes exactly what `base_layer` does.
+
+    Where `base_layer` is bitsandbytes' Linear4bit or Linear8bitLt, or an nn.Linear with a weight-only tensor of torchao, no
+    tensor of y's or x's size is made beside its own. What any other layer returns, or one with hooks, may be held elsewhere: it
+    is copied, once forward and once backward. `explain()` says which it is.
+
+    Args:
+        base_layer: any module that maps ``[..., in_features]`` to ``[..., out_features]`` linearly and has these two
+            attributes. It becomes a submodule; its parameters are frozen.
+        r, eta, norm: as in `FusedALLoRALinear`.
+        adapter_dtype: dtype of lora_A and lora_B; None for the weight's where that is a floating-point one, else float32.
+
+    Raises:
+        TypeError: `base_layer` is no module, has an adapter already or has no int in_features and out_features; r is no int or
+            eta no number.
+        ValueError: r, eta, norm or a feature count out of range; a quantized layer that gives its input no gradient.
+            `base_layer` is untouched then.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        r: int = 16,
+        eta: float = 2.0,
+        norm: str | None = "row",
+        *,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        check_rule(r, eta, norm)
+        _check_base(base_layer)
+        super().__init__()
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.base_layer = base_layer.requires_grad_(False)
+        bases.keep_backward(base_layer)
+        device = next((t.device for t in (*base_layer.parameters(), *base_layer.buffers())), None)
+        self._add_adapter(r, eta, norm, device, adapter_dtype or bases.weight_dtype(base_layer))
+        self.train(base_layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """`base_layer`'s weight, as it stores it."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`base_layer`'s bias, if it has one."""
+        return getattr(self.base_layer, "bias", None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not switching.state_of_call(self, self._enabled):
+            return self.base_layer(input)
+        sink = None if self._recording is None else self._recording.sink(self, input)
+        own = bases.gives_own_tensors(self.base_layer)
+        return add_adapter(self.base_layer, input, self.lora_A, self.lora_B, self.eta, self.norm, own, sink)
+
+    def merge(self) -> nn.Linear:
+        """Always raises: a sum rounded to the quantized weight's few bits would lose the adapter.
+
+        Raises:
+            ValueError: says what to do instead.
+        """
+        raise ValueError(self.why_it_cannot_merge)
+
+    @property
+    def why_it_cannot_merge(self) -> str:
+        """What `merge` says."""
+        return (
+            f"{self.base_kind} cannot hold W + BA, which its few bits would round away: save_adapter(model, folder), load the "
+            "model without quantization, load_adapter(model, folder) and merge_adapter(model) there"
+        )
+
+    def explain(self, rows: int = 2048, device: torch.device | None = None) -> Explanation:
+        """Which backend the adapter takes and why, and what runs each step for an input of `rows` rows in the dtype that
+        `base_layer` computes in, as far as it says, on `device` (None: where the layer is)."""
+        if not self.enabled:
+            return explain_disabled(self.base_kind)
+        return explain_wrapped(
+            rows,
+            self.out_features,
+            self.in_features,
+            self.r,
+            self.norm,
+            device or self.lora_A.device,
+            bases.compute_dtype(self.base_layer),
+            self.lora_A.dtype,
+            self.base_kind,
+            bases.gives_own_tensors(self.base_layer),
+        )
+
+    @property
+    def base_kind(self) -> str:
+        """What computes y and dX, in words."""
+        return bases.kind_of(self.base_layer) or type(self.base_layer).__name__
+
+    def extra_repr(self) -> str:
+        choice = _backend.choose(self.lora_A.device, self.lora_A.dtype)
+        note = f" ({choice.reason})" if choice.fallback else ""
+        off = "" if self.enabled else ", enabled=False"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, eta={self.eta}, "
+            f"norm={self.norm!r}, y and dx by {self.base_kind}, adapter backend={choice.name!r}{note}{off}"
+        )
+
+
+def _check_base(base: nn.Module) -> None:
+    if not isinstance(base, nn.Module):
+        raise TypeError(f"base_layer must be an nn.Module, got {type(base).__name__}")
+    if any(isinstance(module, ALLoRALayer) for module in base.modules()):
+        raise TypeError(f"base_layer {type(base).__name__} has an ALLoRA adapter already")
+    for name in ("in_features", "out_features"):
+        size = getattr(base, name, None)
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"base_layer {type(base).__name__} must have an int {name}, got {size!r}")
+        if size < 1:
+            raise ValueError(f"base_layer's {name} must be >= 1, got {size}")
+    if bases.kind_of(base) is not None and (reason := bases.obstacle_of(base)):
+        raise ValueError(f"base_layer: {reason}")

@@ -1,0 +1,68 @@
+"""Quantized linear layers as bitsandbytes and torchao make them, on the CPU or a GPU."""
+
+import pytest
+import torch
+from torch import nn
+
+
+def linear4bit(linear, compute_dtype=None, quant_type="nf4", double=True, storage=torch.uint8):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install '.[quantized]'")
+    n, k = linear.weight.shape
+    layer = bnb.nn.Linear4bit(k, n, linear.bias is not None, compute_dtype, double, quant_type, storage)
+    layer.load_state_dict(linear.state_dict())
+    return layer
+
+
+def linear8bit(linear, threshold=0.0, has_fp16_weights=False):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install '.[quantized]'")
+    n, k = linear.weight.shape
+    layer = bnb.nn.Linear8bitLt(k, n, linear.bias is not None, has_fp16_weights, threshold)
+    layer.load_state_dict(linear.state_dict())
+    return layer
+
+
+def torchao(linear, config, **kwargs):
+    quantization = pytest.importorskip(
+        "torchao.quantization", reason="torchao is not installed: pip install '.[quantized]'"
+    )
+    model = nn.Sequential(linear)
+    quantization.quantize_(model, getattr(quantization, config)(**kwargs))
+    return model[0]
+
+
+def intx4(linear):
+    quantization = pytest.importorskip(
+        "torchao.quantization", reason="torchao is not installed: pip install '.[quantized]'"
+    )
+    return torchao(linear, "IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=quantization.PerGroup(32))
+
+
+KINDS = {
+    "4bit nf4": linear4bit,
+    "4bit fp4": lambda linear: linear4bit(linear, None, "fp4", False),
+    "4bit in bf16": lambda linear: linear4bit(linear, torch.bfloat16),
+    "4bit stored as bf16": lambda linear: linear4bit(linear, torch.float32, storage=torch.bfloat16),
+    "8bit": linear8bit,
+    "8bit with outliers": lambda linear: linear8bit(linear, 6.0),
+    "8bit of fp16 weights": lambda linear: linear8bit(linear, 0.0, True),
+    "int8": lambda linear: torchao(linear, "Int8WeightOnlyConfig"),
+    "float8": lambda linear: torchao(linear, "Float8WeightOnlyConfig"),
+    "int4": intx4,
+}
+
+
+def quantized(kind, k, n, dtype=torch.float32, device="cpu"):
+    """A layer of one of KINDS with a bias, of random weights: the same at every call."""
+    torch.manual_seed(1)
+    return KINDS[kind](nn.Linear(k, n, dtype=dtype, device="cpu" if "bit" in kind else device)).to(device)
+
+
+@torch.no_grad()
+def dequantized(layer, dtype=torch.float32):
+    """What `layer` multiplies with, [N, K] in fp64: its product with the identity."""
+    device = next(layer.parameters()).device
+    bias, layer.bias = layer.bias, None
+    try:
+        return layer(torch.eye(layer.in_features, dtype=dtype, device=device)).double().mT
+    finally:
+        layer.bias = bias

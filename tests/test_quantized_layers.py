@@ -1,0 +1,242 @@
+"""Adapters on the quantized layers of bitsandbytes and torchao, against fp64 with the weight that the layer multiplies by."""
+
+import copy
+
+import pytest
+import torch
+from quantized import KINDS, dequantized, quantized, torchao
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from allora_kernels import FusedALLoRALinear, WrappedALLoRALinear, apply_allora, disable_adapters, per_sample, reference
+from allora_kernels.layer import bases
+from allora_kernels.testing import assert_close
+
+N, K, R = 96, 64, 5
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(params=["eager", "triton"])
+def backend(request, monkeypatch):
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return request.param
+
+
+def wrapped(kind, norm="row", dtype=torch.float32, adapter_dtype=torch.float32, device="cpu"):
+    layer = WrappedALLoRALinear(quantized(kind, K, N, dtype, device), R, 1.5, norm, adapter_dtype=adapter_dtype)
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+def results(f, x, a, b, g):
+    leaves = [t.detach().requires_grad_() for t in (x, a, b)]
+    y = f(*leaves)
+    return y, *torch.autograd.grad(y, leaves, g.to(y.dtype))
+
+
+def plain_results(layer, x, g):
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    return y, *torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), g)
+
+
+def check(layer, norm, dtype):
+    """y and all gradients are at most twice as far from fp64 as those of the layer with an eager adapter."""
+    base, a, b = layer.base_layer, layer.lora_A, layer.lora_B
+    weight, bias = dequantized(base, dtype), base.bias.double()
+    x = torch.randn(3, 7, K, device=a.device, dtype=dtype)
+    g = torch.randn(3, 7, N, device=a.device, dtype=dtype)
+    wide = torch.promote_types(dtype, a.dtype)
+
+    def lora(x, a, b):
+        return base(x) + (x.to(wide) @ a.to(wide).mT @ b.to(wide).mT).to(dtype)
+
+    def allora(x, a, b):
+        return reference.allora_linear(x, weight.to(x.dtype), bias.to(x.dtype), a, b, eta=1.5, norm=norm)
+
+    ours = plain_results(layer, x, g)
+    # The coefficient is on the adapter's gradients alone, and these do not depend on the frozen weight.
+    eager = *results(lora, x, a, b, g)[:2], *results(allora, x, a, b, g)[2:]
+    exact = results(allora, *(t.double() for t in (x, a, b, g)))
+    for name, *values in zip(("y", "dx", "da", "db"), ours, eager, exact):
+        assert_close(*values, name)
+
+
+# --- values and gradients -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", reference.NORMS)
+@pytest.mark.parametrize("kind", ["4bit nf4", "8bit", "int8"])
+def test_every_rule(backend, kind, norm):
+    check(wrapped(kind, norm), norm, torch.float32)
+
+
+@kinds
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+)
+def test_every_kind_of_layer(kind, dtypes):
+    check(wrapped(kind, "row", *dtypes), "row", dtypes[0])
+
+
+@kinds
+def test_it_is_written_to_in_place_and_says_so(kind):
+    layer = wrapped(kind)
+    kind_of = bases.kind_of(layer.base_layer)
+    assert kind_of.split()[0] in ("bitsandbytes", "torchao")
+    assert layer.explain().plan["y and dx"] == f"{kind_of}, its own product" and "in place" in str(layer.explain())
+    assert f"y and dx by {kind_of}" in repr(layer)
+
+
+@kinds
+def test_a_new_adapter_changes_nothing(kind):
+    base = quantized(kind, K, N)
+    layer, x = WrappedALLoRALinear(copy.deepcopy(base), R), torch.randn(7, K)
+    assert torch.equal(layer(x), base(x))
+    nn.init.normal_(layer.lora_B)
+    assert not torch.equal(layer(x), base(x))
+    with disable_adapters(layer):
+        assert torch.equal(layer(x), base(x))
+
+
+@kinds
+def test_what_would_read_the_quantized_weight_is_refused(kind):
+    base = quantized(kind, K, N)
+    with pytest.raises(TypeError, match="WrappedALLoRALinear"):
+        FusedALLoRALinear.from_linear(base)
+    model = nn.ModuleDict({"body": nn.Linear(K, K), "head": base})
+    with pytest.raises(
+        ValueError, match=r"modules_to_save: head has a .* whose weight is quantized and cannot be trained"
+    ):
+        apply_allora(model, modules_to_save=["head"])
+
+
+@kinds
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(kind, reentrant):
+    layer, x, g = wrapped(kind), torch.randn(2, 7, K), torch.randn(2, 7, N)
+    plain = plain_results(layer, x, g)
+    x.requires_grad_()
+    y = checkpoint(layer, x, use_reentrant=reentrant)
+    y.backward(g)
+    torch.testing.assert_close((y, x.grad, layer.lora_A.grad, layer.lora_B.grad), plain, rtol=0, atol=0)
+
+
+@kinds
+def test_autocast(kind):
+    layer, x, g = wrapped(kind), torch.randn(2, 7, K), torch.randn(2, 7, N)
+    exact = plain_results(layer, x, g)
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == layer.base_layer(x).dtype
+    found = y, *torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), g.to(y.dtype))
+    for ours, right in zip(found, exact):
+        assert (ours.float() - right).norm() < 0.02 * right.norm()
+
+
+@kinds
+def test_copies(kind):
+    layer, x, g = wrapped(kind), torch.randn(2, 7, K), torch.randn(2, 7, N)
+    plain = plain_results(layer, x, g)
+    torch.testing.assert_close(plain_results(copy.deepcopy(layer), x, g), plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["4bit nf4", "8bit", "int8"])
+def test_torch_compile_without_a_graph_break(kind):
+    layer, x, g = wrapped(kind), torch.randn(2, 7, K), torch.randn(2, 7, N)
+    plain = plain_results(layer, x, g)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x.requires_grad_()
+    y = compiled(x)
+    torch.testing.assert_close((y, *torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), g)), plain)
+
+
+@pytest.mark.parametrize("kind", ["4bit nf4", "8bit", "int8"])
+def test_per_sample_gradients_add_up(kind):
+    layer, x, g = wrapped(kind), torch.randn(6, 7, K), torch.randn(6, 7, N)
+    with per_sample.record(layer):
+        layer(x).backward(g)
+    for p in (layer.lora_A, layer.lora_B):
+        assert p.grad_sample.shape == (6, *p.shape)
+        torch.testing.assert_close(p.grad_sample.sum(0), p.grad)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@kinds
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+)
+def test_every_kind_of_layer_on_a_gpu(kind, dtypes):
+    if kind.startswith("8bit"):
+        pytest.skip("there these layers round x to 8 bits, so their weight alone does not tell what they compute")
+    layer = wrapped(kind, "row", *dtypes, device="cuda")
+    assert layer.explain().backend == "triton"
+    check(layer, "row", dtypes[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", reference.NORMS)
+@pytest.mark.parametrize("kind", ["8bit", "8bit with outliers"])
+def test_8bit_layers_on_a_gpu(kind, norm):
+    layer = wrapped(kind, norm, torch.float16, device="cuda")
+    x = torch.randn(3, 7, K, device="cuda", dtype=torch.float16)
+    g = torch.randn(3, 7, N, device="cuda", dtype=torch.float16)
+    a, b = layer.lora_A, layer.lora_B
+    frozen, frozen_dx = plain_results(WrappedALLoRALinear(copy.deepcopy(layer.base_layer), 1), x, g)[:2]
+    y, dx, da, db = plain_results(layer, x, g)
+    low_rank = x.float() @ a.mT @ b.mT
+    torch.testing.assert_close(y.float(), frozen.float() + low_rank, rtol=2e-3, atol=2e-2)
+    torch.testing.assert_close(dx.float(), frozen_dx.float() + g.float() @ b @ a, rtol=2e-3, atol=2e-2)
+    zero = torch.zeros(N, K, device="cuda")
+    _, _, *exact = results(
+        lambda x, a, b: reference.allora_linear(x, zero.to(x.dtype), None, a, b, eta=1.5, norm=norm),
+        *(t.double() for t in (x, a, b, g)),
+    )
+    for ours, right in zip((da, db), exact):
+        assert (ours.double() - right).norm() < 1e-3 * right.norm()
+
+
+# --- what would lose a gradient without a word ----------------------------------------------------------------------
+
+
+def test_evaluating_leaves_a_4bit_layer_its_backward_pass():
+    layer, x, g = wrapped("4bit nf4"), torch.randn(2, 7, K), torch.randn(2, 7, N)
+    plain = plain_results(layer, x, g)
+    with torch.no_grad():
+        layer.eval()(x)
+    torch.testing.assert_close(plain_results(layer.train(), x, g), plain, rtol=0, atol=0)
+
+
+def test_a_4bit_layer_that_is_packed_for_the_cpu_is_refused():
+    base = quantized("4bit nf4", K, N)
+    if not getattr(base, "support_avx512bf16_for_cpu", False):
+        pytest.skip("this CPU, or this bitsandbytes, packs nothing")
+    with torch.no_grad():
+        base.eval()(torch.randn(2, K))
+    with pytest.raises(ValueError, match="packed for this CPU"):
+        WrappedALLoRALinear(base)
+
+
+def test_a_layer_that_quantizes_its_input_too_is_refused():
+    base = torchao(nn.Linear(K, N), "Int8DynamicActivationInt8WeightConfig")
+    with pytest.raises(ValueError, match="torchao Int8Tensor weight that quantizes the activations too"):
+        WrappedALLoRALinear(base)
+
+
+def test_a_torchao_weight_without_a_backward_pass_is_left_alone():
+    torchao = pytest.importorskip("torchao", reason="torchao is not installed: pip install '.[quantized]'")
+    int4 = pytest.importorskip("torchao.prototype.quantization.int4", reason="this torchao packs no int4 on the CPU")
+    packed = nn.Sequential(nn.Linear(128, N))
+    torchao.quantization.quantize_(packed, int4.PrototypeInt4WeightOnlyConfig(group_size=32))
+    with pytest.raises(RuntimeError, match=r"derivative .* is not implemented"):
+        packed(torch.randn(2, 128, requires_grad=True)).sum().backward()
+    report = apply_allora(nn.ModuleDict({"packed": packed, "plain": nn.Linear(4, 4)}))
+    assert list(report.adapted) == ["plain"]
+    assert "none of those known to give the layer's input a gradient: quantize with" in report.skipped["packed.0"]
