@@ -6,7 +6,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 # Two workers fit the two cores CI has; each keeps to one thread.
 WORKERS ?= 2
 
-.PHONY: test test-device-ir test-oldest-peft demo demo-lm qlora mislabelled bench lint test-newest clean
+.PHONY: test test-device-ir test-oldest-peft demo demo-lm qlora mislabelled bench lint test-newest docs clean
 
 test: $(VENV)/.ready lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal
@@ -74,6 +74,15 @@ $(VENV)/.ready-demo-lm: $(VENV)/.ready requirements-demo-lm.txt
 	.venv-oldest-peft/bin/python -m pip install -q --no-deps peft==0.18.0
 	touch $@
 
+# The site, into site/; a warning is an error.
+docs: .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+
+.venv-docs/.ready: requirements-docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -q -r requirements-docs.txt
+	touch $@
+
 # No dependencies are looked for: ttsem declares a newer Python than it needs, and torch asks for a Triton of its own.
 .venv-device-ir/.ready: requirements-device-ir.txt
 	$(PYTHON) -m venv .venv-device-ir
@@ -81,4 +90,4 @@ $(VENV)/.ready-demo-lm: $(VENV)/.ready requirements-demo-lm.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest-peft .venv-device-ir build dist *.egg-info runs
+	rm -rf $(VENV) .venv-newest .venv-oldest-peft .venv-device-ir .venv-docs site build dist *.egg-info runs

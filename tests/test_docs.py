@@ -1,5 +1,6 @@
 """Every Python snippet of README and docs runs as printed and prints what the page says, and links lead somewhere."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -58,3 +59,28 @@ def test_each_row_of_the_matrix_names_a_test_that_exists():
         file, name = re.fullmatch(r"\[.+\]\((.+)\) `(\w+)`", test).groups()
         assert f"\ndef {name}(" in (page.parent / file).read_text(), f"{feature}: {file} has no {name}"
         assert ("/gpu/" in file) == (verdict == "on a GPU"), feature
+
+
+def message_patterns(page):
+    """The quoted messages, each as a pattern in which ``...`` is anything."""
+    for message in re.findall(r"^### `(.*)`$", page.read_text(), re.MULTILINE):
+        yield message, re.compile(".*".join(re.escape(part) for part in message.split("...")), re.DOTALL)
+
+
+def texts_of_messages():
+    """What the package raises or warns, with ``{}`` for what is filled in."""
+    for path in (ROOT / "allora_kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            call = node.exc if isinstance(node, ast.Raise) else node
+            warns = isinstance(call, ast.Call) and getattr(call.func, "attr", None) == "warn"
+            if isinstance(call, ast.Call) and call.args and (isinstance(node, ast.Raise) or warns):
+                text = call.args[0]
+                parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
+
+
+def test_every_message_of_troubleshooting_is_in_the_source():
+    quoted = list(message_patterns(ROOT / "docs" / "troubleshooting.md"))
+    texts = list(texts_of_messages())
+    assert quoted
+    assert not [message for message, pattern in quoted if not any(pattern.search(text) for text in texts)]
