@@ -12,3 +12,13 @@ with pytest.MonkeyPatch.context() as patch:
 @pytest.fixture(autouse=True)
 def _fresh_zones():
     red_zones._zones.clear()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_plans():
+    """What another test planned may have been planned for another amount of scratch."""
+    from csrc_triton.sweep_plan import plan_sweep
+
+    plan_sweep.cache_clear()
+    yield
+    plan_sweep.cache_clear()
