@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..reference import WEIGHT_NORMS
 from . import backend as _backend
 from . import batch_invariance
-from .functional import _autocasts, _compute_dtype, _no_autocast
+from .functional import adapter_gradients, autocasts, compute_dtype, no_autocast
 
 
 class _Handover:
@@ -58,7 +57,7 @@ class _Input(torch.autograd.Function):
             raise RuntimeError("the backward pass of the wrapped layer gave no gradient of its input")
         if low_rank is not None:
             backend, ds, lora_A = low_rank
-            with _no_autocast(dx.device.type):
+            with no_autocast(dx.device.type):
                 dx, rows = _rows_to_add_to(dx, own)
                 _backend.steps(backend).low_rank_add(rows, ds, lora_A.mT)
         return dx, None, None
@@ -75,7 +74,7 @@ class _Add(torch.autograd.Function):
         steps = _backend.steps(backend)
         y, rows = _rows_to_add_to(y.detach() if own else y, own)
         # `dtype` is chosen with autocast in view.
-        with _no_autocast(y.device.type):
+        with no_autocast(y.device.type):
             s = steps.down_project(x, lora_A, dtype)
             steps.low_rank_add(rows, s, lora_B)
         return y, s
@@ -95,7 +94,7 @@ class _Add(torch.autograd.Function):
     def backward(ctx, g, _):
         if g is None:
             return (None,) * 11
-        with _no_autocast(g.device.type):
+        with no_autocast(g.device.type):
             dx, da, db = _Add._gradients(ctx, g.reshape(-1, g.shape[-1]))
         return g if ctx.needs_input_grad[0] else None, dx, da, db, *(None,) * 7
 
@@ -105,21 +104,16 @@ class _Add(torch.autograd.Function):
         lora_A, lora_B, x, s = ctx.saved_tensors
         dtype, x_dtype, eta, norm, backend, sink, handover = ctx.settings
         steps, need_ds = _backend.steps(backend), needs_x or handover is not None
-        ds = da = db = dx = None
-        if needs_a or needs_b:
-            # Anew in each backward pass: torch has writes to a parameter that leave no trace for a cache to see.
-            c = steps.weight_coefficient(lora_A, lora_B, eta, norm) if norm in WEIGHT_NORMS else None
-            dtype_a, dtype_b = lora_A.dtype if needs_a else None, lora_B.dtype if needs_b else None
-            adapter_grads = steps.adapter_grads if sink is None else functools.partial(sink, backend)
-            ds, da, db = adapter_grads(g, x, s, lora_B, c, eta, norm, need_ds, dtype_a, dtype_b)
-        elif need_ds:
-            ds = steps.down_project(g, lora_B.mT, dtype)
+        step = steps.adapter_grads if sink is None else functools.partial(sink, backend)
+        needs = (need_ds, needs_a, needs_b)
+        ds, da, db = adapter_gradients(steps, step, g, x, s, lora_A, lora_B, dtype, eta, norm, needs)
+        dx = None
         if handover is not None:
             handover.left = (torch._C._current_graph_task_id(), backend, ds, lora_A)
         elif needs_x:
             dx = g.new_zeros(g.shape[0], lora_A.shape[1], dtype=x_dtype)
             steps.low_rank_add(dx, ds, lora_A.mT)
-        return dx, da if needs_a else None, db if needs_b else None
+        return dx, da, db
 
 
 def add_adapter(
@@ -162,12 +156,12 @@ def add_adapter(
             f"{type(layer).__name__} gave an output that does not require grad for an input that does, so the input's gradient "
             "would be lost: it has no backward pass in this mode, on this device or with these settings"
         )
-    dtype = torch.promote_types(_compute_dtype(x, lora_A, lora_B), y.dtype)
+    dtype = torch.promote_types(compute_dtype(x, lora_A, lora_B), y.dtype)
     choice = _backend.choose(x.device, dtype)
     if choice.fallback and not torch.compiler.is_compiling():
         _backend.warn_fallback(choice.reason)
     rows = x if transformed else x.detach()
-    if _autocasts(x) and y.dtype == torch.get_autocast_dtype(x.device.type):
+    if autocasts(x) and y.dtype == torch.get_autocast_dtype(x.device.type):
         # As in nn.Linear. A layer that keeps to a wider dtype of its own under autocast has an adapter that does, too.
         dtype = y.dtype
         rows = rows.to(dtype)

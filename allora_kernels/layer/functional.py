@@ -111,7 +111,7 @@ class _ALLoRALinear(torch.autograd.Function):
         if g is None:
             return (None,) * 10
         # The steps choose their dtypes themselves; a backward pass inside autocast must not change them.
-        with _no_autocast(g.device.type):
+        with no_autocast(g.device.type):
             dx, da, db = _ALLoRALinear._gradients(ctx, g)
         return dx, None, None, da, db, None, None, None, None, None
 
@@ -121,18 +121,25 @@ class _ALLoRALinear(torch.autograd.Function):
         weight, lora_A, lora_B, x, s = ctx.saved_tensors
         dtype, eta, norm, backend, sink = ctx.settings
         steps = _steps(backend)
-        dx = da = db = None
-        if needs_a or needs_b:
-            # Anew in each backward pass: torch has writes to a parameter that leave no trace for a cache to see.
-            c = steps.weight_coefficient(lora_A, lora_B, eta, norm) if norm in WEIGHT_NORMS else None
-            dtype_a, dtype_b = lora_A.dtype if needs_a else None, lora_B.dtype if needs_b else None
-            adapter_grads = steps.adapter_grads if sink is None else functools.partial(sink, backend)
-            ds, da, db = adapter_grads(g, x, s, lora_B, c, eta, norm, needs_x, dtype_a, dtype_b)
-        elif needs_x:
-            ds = steps.down_project(g, lora_B.mT, dtype)
-        if needs_x:
-            dx = steps.fused_linear(g, weight.mT, None, ds, lora_A.mT)
-        return dx, da if needs_a else None, db if needs_b else None
+        step = steps.adapter_grads if sink is None else functools.partial(sink, backend)
+        needs = (needs_x, needs_a, needs_b)
+        ds, da, db = adapter_gradients(steps, step, g, x, s, lora_A, lora_B, dtype, eta, norm, needs)
+        dx = steps.fused_linear(g, weight.mT, None, ds, lora_A.mT) if needs_x else None
+        return dx, da, db
+
+
+def adapter_gradients(
+    steps, adapter_grads, g, x, s, lora_A, lora_B, dtype, eta, norm, needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dS, dA, dB) as far as `needs` says, else None, by a backend's `steps` and its `adapter_grads` or what stands for it."""
+    need_ds, needs_a, needs_b = needs
+    if needs_a or needs_b:
+        # Anew in each backward pass: torch has writes to a parameter that leave no trace for a cache to see.
+        c = steps.weight_coefficient(lora_A, lora_B, eta, norm) if norm in WEIGHT_NORMS else None
+        dtypes = lora_A.dtype if needs_a else None, lora_B.dtype if needs_b else None
+        found = adapter_grads(g, x, s, lora_B, c, eta, norm, need_ds, *dtypes)
+        return tuple(t if needed else None for t, needed in zip(found, needs))
+    return steps.down_project(g, lora_B.mT, dtype) if need_ds else None, None, None
 
 
 def _steps(backend: str | ShardedSteps) -> ModuleType | ShardedSteps:
@@ -146,16 +153,18 @@ def _apply_function(*args) -> tuple[Tensor, Tensor]:
     return super(torch.autograd.Function, _ALLoRALinear).apply(*args)
 
 
-def _no_autocast(kind: str) -> contextlib.AbstractContextManager:
+def no_autocast(kind: str) -> contextlib.AbstractContextManager:
+    """Autocast off for this type of device, where it has any."""
     available = torch.amp.is_autocast_available(kind)
     return torch.autocast(kind, enabled=False) if available else contextlib.nullcontext()
 
 
-def _compute_dtype(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> torch.dtype:
+    """The dtype of the low-rank products, but for autocast."""
     return torch.promote_types(x.dtype, torch.promote_types(lora_A.dtype, lora_B.dtype))
 
 
-def _autocasts(x: Tensor) -> bool:
+def autocasts(x: Tensor) -> bool:
     """Whether torch.autocast would cast x for a linear layer: never a double, and not every device type has it."""
     kind = x.device.type
     return x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -171,8 +180,8 @@ def apply(x, weight, bias, lora_A, lora_B, eta, norm, backend=None, sink=None, s
             raise ValueError(f"scaling={scaling} cannot be recorded: the gradients that a record sees lack it")
         # Outside of the Function, so that autograd gives lora_A's gradient its factor; S, and with it dB, comes out scaled.
         lora_A = lora_A * scaling
-    widest = dtype = _compute_dtype(x, lora_A, lora_B)
-    if _autocasts(x):
+    widest = dtype = compute_dtype(x, lora_A, lora_B)
+    if autocasts(x):
         # The frozen product runs in autocast's dtype, as in nn.Linear. lora_A and lora_B stay as they are: kernels cast
         # the tiles they load, so no copy is made and their gradients leave the fp32 accumulators unrounded.
         dtype = torch.get_autocast_dtype(x.device.type)

@@ -48,12 +48,17 @@ class ModelExplanation:
         """(how many, their name with * for numbers, what they have in common)."""
         return [(count, name, layer) for (name, layer), count in grouped(self.layers).items()]
 
+    @property
+    def plans(self) -> list[tuple[tuple[str, str], ...]]:
+        """The different plans, in the order of the layers."""
+        return list(dict.fromkeys(layer.plan for layer in self.layers.values() if layer.plan))
+
     def __str__(self) -> str:
-        lines, plans = [self.summary], {}
+        lines, plans = [self.summary], self.plans
         for count, name, layer in self.grouped():
-            note = f" (plan {plans.setdefault(layer.plan, len(plans) + 1)})" if layer.plan else ""
+            note = f" (plan {plans.index(layer.plan) + 1})" if layer.plan else ""
             lines.append(f"  {count} x {name} {layer}{note}")
-        for plan, number in plans.items():
+        for number, plan in enumerate(plans, start=1):
             lines.append(f"plan {number}:")
             lines += [f"  {step}: {what}" for step, what in plan]
         return "\n".join(lines)

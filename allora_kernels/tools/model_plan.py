@@ -52,20 +52,16 @@ def explain_model(
     explanation = explain(model, rows, device)
     console.print(str(report), highlight=False, soft_wrap=True)
     console.print(_table(explanation, rows, device))
-    for number, plan in enumerate(_plans(explanation), start=1):
+    for number, plan in enumerate(explanation.plans, start=1):
         console.print(f"plan {number}:", highlight=False)
         for step, what in plan:
             console.print(f"  {step}: {what}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _plans(explanation: ModelExplanation) -> list[tuple]:
-    return list(dict.fromkeys(layer.plan for layer in explanation.layers.values() if layer.plan))
-
-
 def _table(explanation: ModelExplanation, rows: int, device: torch.device):
     from rich.table import Table
 
-    plans = _plans(explanation)
+    plans = explanation.plans
     table = Table(
         "layers", "name", "[N, K]", "r", "fused", "why", title=f"{explanation.summary} ({device}, {rows} rows)"
     )
