@@ -6,7 +6,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 # Two workers fit the two cores CI has; each keeps to one thread.
 WORKERS ?= 2
 
-.PHONY: test test-device-ir test-oldest-peft demo demo-lm qlora mislabelled bench lint test-newest docs clean
+.PHONY: test test-device-ir test-oldest-peft demo demo-lm qlora trl-sft trl-dpo mislabelled bench lint test-newest docs clean
 
 test: $(VENV)/.ready lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal
@@ -23,6 +23,9 @@ demo-lm: $(VENV)/.ready-demo-lm
 
 qlora: $(VENV)/.ready-demo-lm
 	$(RUN) examples/qlora.py --output runs/qlora $(ARGS)
+
+trl-sft trl-dpo: $(VENV)/.ready-demo-lm
+	$(RUN) examples/$(subst -,_,$@).py --output runs/$@ $(ARGS)
 
 mislabelled: $(VENV)/.ready-demo
 	$(RUN) examples/mislabelled.py --output runs/mislabelled $(ARGS)
