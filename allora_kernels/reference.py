@@ -44,7 +44,7 @@ def quadratic_norms(v: Tensor, q: Tensor) -> Tensor:
 
 def matrix_norm(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     """``‖BA‖_F []``, from ``tr((BᵀB)(A Aᵀ))``."""
-    return (gram(lora_B.mT) * gram(lora_A)).sum().clamp_min(0).sqrt()
+    return (gram(lora_B.mT) * gram(lora_A)).sum(dim=(-2, -1)).clamp_min(0).sqrt()
 
 
 def factor_norms(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,14 +72,14 @@ def coefficient(n: Tensor, eta: float) -> Tensor:
 
 def weight_coefficient(lora_A: Tensor, lora_B: Tensor, eta: float, norm: str) -> Tensor:
     """C of a weight-dependent rule, fp32 or better: ``"row"`` [N]; ``"matrix"`` [1]; ``"factor"`` [N + R], first the
-    coefficients of lora_B's rows, then those of lora_A's."""
+    coefficients of lora_B's rows, then those of lora_A's. Factors of groups, with E in front, give them with E in front."""
     if norm == "row":
         n = row_norms(lora_A, lora_B)
     elif norm == "matrix":
-        n = matrix_norm(lora_A, lora_B).reshape(1)
+        n = matrix_norm(lora_A, lora_B)[..., None]
     elif norm == "factor":
         norms_a, norms_b = factor_norms(lora_A, lora_B)
-        n = torch.cat([norms_b, norms_a])
+        n = torch.cat([norms_b, norms_a], dim=-1)
     else:
         raise AssertionError(f"norm={norm!r} has no weight-dependent coefficient")
     return coefficient(n, eta)

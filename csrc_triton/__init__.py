@@ -9,6 +9,9 @@ from .combine import combine
 from .down_project import down_project
 from .fused_linear import fused_linear
 from .fused_linear_persistent import describable
+from .grouped_adapter_grad import grouped_adapter_grads
+from .grouped_down_project import grouped_down_project
+from .grouped_fused_linear import grouped_fused_linear
 from .low_rank_add import low_rank_add
 from .norms import squared_norms
 from .row_norms import token_coefficient, weight_coefficient
@@ -24,6 +27,9 @@ __all__ = [
     "describable",
     "down_project",
     "fused_linear",
+    "grouped_adapter_grads",
+    "grouped_down_project",
+    "grouped_fused_linear",
     "low_rank_add",
     "plan_added_steps",
     "plan_steps",

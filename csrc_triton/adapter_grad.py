@@ -12,6 +12,8 @@ A rule of the coefficient C enters as what it multiplies:
     entry   C[m,i]: the tile of G itself, from the tile of S Bᵀ recomputed beside it
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,14 +27,15 @@ from .sweep_plan import SweepPlan, plan_sweep, sums_over_columns, total_segments
 
 
 def rules(s: Tensor, b: Tensor, c: Tensor | None, eta: float, norm: str | None, columns_of_x: int) -> tuple[Rule, Rule]:
-    """What C multiplies in the sweep over G and in that over x [M, columns_of_x], for c from `weight_coefficient`."""
-    N = b.shape[0]
+    """What C multiplies in the sweep over G and in that over x [M, columns_of_x], for c from `weight_coefficient`; b and c may
+    have groups in front."""
+    N = b.shape[-2]
     if norm == "row":
         return Rule("row", c, "columns"), Rule()
     if norm == "matrix":
-        return Rule(None, c.expand(N), "columns"), Rule(None, c.expand(columns_of_x), "columns")
+        return Rule(None, c.expand(*c.shape[:-1], N), "columns"), Rule(None, c.expand(*c.shape[:-1], columns_of_x), "columns")
     if norm == "factor":
-        return Rule(None, c[:N], "columns"), Rule(None, c[N:], "rank")
+        return Rule(None, c[..., :N], "columns"), Rule(None, c[..., N:], "rank")
     if norm == "token":
         rule = Rule(row_scale=token_coefficient(s, b, eta) if c is None else c)
         return rule, rule
@@ -92,17 +95,25 @@ def sweep_chunks(
 
 
 def project(
-    g: Tensor, b: Tensor, c: Tensor | None, norm: str | None, dtype: torch.dtype, need_ds: bool, need_da: bool
+    g: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    norm: str | None,
+    dtype: torch.dtype,
+    need_ds: bool,
+    need_da: bool,
+    down_project: Callable[[Tensor, Tensor, torch.dtype], Tensor] = down_project,
 ) -> tuple[Tensor, Tensor]:
-    """dS and u [M, R] by a pass of their own over g, which makes no partial sums; the same tensor where they are equal."""
+    """dS and u [M, R] by a pass of their own over g, which makes no partial sums; the same tensor where they are equal. b and c
+    have groups in front where `down_project` takes them."""
     if norm != "row":
         ds = down_project(g, b.mT, dtype)
         return ds, ds
-    factors = ([b.to(dtype)] if need_ds else []) + ([(c[:, None] * b).to(dtype)] if need_da else [])
-    both = down_project(g, torch.cat(factors, dim=1).mT, dtype)
+    factors = ([b.to(dtype)] if need_ds else []) + ([(c[..., None] * b).to(dtype)] if need_da else [])
+    both = down_project(g, torch.cat(factors, dim=-1).mT, dtype)
     if len(factors) == 1:
         return both, both
-    ds, u = both.split(b.shape[1], dim=1)
+    ds, u = both.split(b.shape[-1], dim=1)
     return ds.contiguous(), u
 
 

@@ -5,7 +5,11 @@ Nothing here forms the N x K product BA: ``‖(BA)[i,:]‖² = B[i,:] (A Aᵀ) B
 
 A Gram matrix stays in parts, one a run of columns; the kernel that needs it adds them, in order, as it loads them. So C is
 cheap enough to be computed in every backward pass: two launches, for "factor" one.
+
+Factors may have a dimension for groups in front, a [E, R, K] and b [E, N, R]: the same launches then give every group's.
 """
+
+import math
 
 import torch
 import triton
@@ -14,6 +18,7 @@ from torch import Tensor
 
 from . import configs
 from .configs import cdiv
+from .groups import group_strides
 from .launching import launch
 from .tiling import coefficient, dot, offsets, sqrt_of_square
 
@@ -29,19 +34,22 @@ def _gram_kernel(
     partial_ptr,
     L,
     R,
+    stride_fg,
     stride_fr,
     stride_fl,
     SPLIT_L,
+    PARTS,
     BLOCK_R: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """``partial[p] = F[:, part p] F[:, part p]ᵀ`` for F [R, L], partial [P, R, R], part p = SPLIT_L columns.
+    """``partial[g, p] = F_g[:, part p] F_g[:, part p]ᵀ`` for F [E, R, L], partial [E, P, R, R], part p = SPLIT_L columns.
 
     One program writes one [BLOCK_R, BLOCK_R] tile of one part; accumulates in fp32.
     """
     offs_i = offsets(tl.program_id(0) * BLOCK_R, BLOCK_R)
     offs_j = offsets(tl.program_id(1) * BLOCK_R, BLOCK_R)
-    part = tl.program_id(2)
+    part = tl.program_id(2) % PARTS
+    f_ptr += (tl.program_id(2) // PARTS).to(tl.int64) * stride_fg
     mask_i = offs_i < R
     mask_j = offs_j < R
     start = part * SPLIT_L
@@ -55,27 +63,29 @@ def _gram_kernel(
         rows = tl.load(rows_ptrs, mask=mask_i[:, None] & mask_l[None, :], other=0.0)  # [BLOCK_R, BLOCK_L]
         columns = tl.load(columns_ptrs, mask=mask_l[:, None] & mask_j[None, :], other=0.0)  # [BLOCK_L, BLOCK_R]
         acc = dot(rows, columns, acc, tl.float32, "ieee")
-    partial_ptrs = partial_ptr + part.to(tl.int64) * R * R + offs_i[:, None] * R + offs_j[None, :]
+    partial_ptrs = partial_ptr + tl.program_id(2).to(tl.int64) * R * R + offs_i[:, None] * R + offs_j[None, :]
     tl.store(partial_ptrs, acc, mask=mask_i[:, None] & mask_j[None, :])
 
 
 def gram_parts(factor: Tensor) -> Tensor:
-    """``F Fᵀ`` as the sum of parts [P, R, R] in fp32, for a factor [R, L] of any strides."""
-    R, L = factor.shape
+    """``F Fᵀ`` as the sum of parts [P, R, R] in fp32, for a factor [R, L] of any strides; [E, P, R, R] for one [E, R, L]."""
+    *groups, R, L = factor.shape
+    groups = math.prod(groups)
     tiles = cdiv(R, _BLOCK_R)
-    parts = configs.num_splits(tiles * tiles, L, 4 * _BLOCK_L, configs.arch_of(factor.device), waves=1)
+    parts = configs.num_splits(groups * tiles * tiles, L, 4 * _BLOCK_L, configs.arch_of(factor.device), waves=1)
     split_l = cdiv(cdiv(L, min(parts, _MAX_PARTS)), _BLOCK_L) * _BLOCK_L
     parts = cdiv(L, split_l)
-    partial = torch.empty(parts, R, R, device=factor.device, dtype=torch.float32)
+    partial = torch.empty(*factor.shape[:-2], parts, R, R, device=factor.device, dtype=torch.float32)
     launch(
         _gram_kernel,
-        (tiles, tiles, parts),
+        (tiles, tiles, groups * parts),
         factor,
         partial,
         L,
         R,
-        *factor.stride(),
+        *group_strides(factor),
         split_l,
+        parts,
         BLOCK_R=_BLOCK_R,
         BLOCK_L=_BLOCK_L,
         num_warps=4,
@@ -102,16 +112,22 @@ def _quadratic_coefficient_kernel(
     L,
     R,
     PARTS,
+    stride_vg,
     stride_vl,
     stride_vr,
     inv_eta_squared,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """``c[l] = C(√(v[l,:] Q v[l,:]ᵀ))`` for v [L, R], Q the sum of parts [PARTS, R, R] (fp32, contiguous), c [L] fp32.
+    """``c[g, l] = C(√(v_g[l,:] Q_g v_g[l,:]ᵀ))`` for v [E, L, R], Q_g the sum of parts [E, PARTS, R, R] (fp32, contiguous),
+    c [E, L] fp32.
 
     One program writes BLOCK_L coefficients; the quadratic form is clamped at 0, below which only rounding takes it.
     """
+    group = tl.program_id(1).to(tl.int64)
+    v_ptr += group * stride_vg
+    q_ptr += group * PARTS * R * R
+    c_ptr += group * L
     offs_l = offsets(tl.program_id(0) * BLOCK_L, BLOCK_L)
     mask_l = offs_l < L
     form = tl.zeros((BLOCK_L,), tl.float32)
@@ -136,21 +152,22 @@ def _quadratic_coefficient_kernel(
 
 
 def quadratic_coefficient(v: Tensor, q: Tensor, eta: float) -> Tensor:
-    """``C(√(v[l,:] Q v[l,:]ᵀ)) [L]`` in fp32 for v [L, R] of any strides and a Gram matrix in parts q [P, R, R]."""
-    L, R = v.shape
-    c = torch.empty(L, device=v.device, dtype=torch.float32)
+    """``C(√(v[l,:] Q v[l,:]ᵀ)) [L]`` in fp32 for v [L, R] of any strides and a Gram matrix in parts q [P, R, R]; [E, L] for v
+    [E, L, R] and q [E, P, R, R]."""
+    *groups, L, R = v.shape
+    c = torch.empty(v.shape[:-1], device=v.device, dtype=torch.float32)
     if L == 0:
         return c
     launch(
         _quadratic_coefficient_kernel,
-        (cdiv(L, _BLOCK_L),),
+        (cdiv(L, _BLOCK_L), math.prod(groups)),
         v,
         q,
         c,
         L,
         R,
-        q.shape[0],
-        *v.stride(),
+        q.shape[-3],
+        *group_strides(v),
         eta**-2,
         BLOCK_L=_BLOCK_L,
         # Wider tiles spill: an IEEE dot runs on the scalar units, out of registers.
@@ -172,14 +189,17 @@ def _matrix_coefficient_kernel(
     inv_eta_squared,
     BLOCK: tl.constexpr,
 ):
-    """``c = C(√(Σ (A Aᵀ) ⊙ (BᵀB)))`` for two Gram matrices of NUMEL elements in contiguous parts, c [1]; one program."""
+    """``c = C(√(Σ (A Aᵀ) ⊙ (BᵀB)))`` for two Gram matrices of NUMEL elements in contiguous parts; c [1], a program a group."""
+    group = tl.program_id(0).to(tl.int64)
+    gram_a_ptr += group * PARTS_A * NUMEL
+    gram_b_ptr += group * PARTS_B * NUMEL
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, NUMEL, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         mask = offs < NUMEL
         gram_a = _add_parts(gram_a_ptr, offs, mask, PARTS_A, NUMEL)
         total += gram_a * _add_parts(gram_b_ptr, offs, mask, PARTS_B, NUMEL)
-    tl.store(c_ptr, coefficient(sqrt_of_square(tl.sum(total, axis=0)), inv_eta_squared))
+    tl.store(c_ptr + group, coefficient(sqrt_of_square(tl.sum(total, axis=0)), inv_eta_squared))
 
 
 @triton.jit
@@ -207,8 +227,10 @@ def _factor_coefficient_kernel(
     N,
     K,
     R,
+    stride_ag,
     stride_ar,
     stride_ak,
+    stride_bg,
     stride_bn,
     stride_br,
     inv_eta_squared,
@@ -216,10 +238,14 @@ def _factor_coefficient_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``c = [C(‖B[n,:]‖), C(‖A[r,:]‖)]`` for A [R, K], B [N, R], c [N + R] fp32.
+    """``c_g = [C(‖B_g[n,:]‖), C(‖A_g[r,:]‖)]`` for A [E, R, K], B [E, N, R], c [E, N + R] fp32.
 
     One program writes the coefficients of BLOCK_N rows of B, or of one of A's few, long rows.
     """
+    group = tl.program_id(1).to(tl.int64)
+    a_ptr += group * stride_ag
+    b_ptr += group * stride_bg
+    c_ptr += group * (N + R)
     blocks = tl.cdiv(N, BLOCK_N)
     block = tl.program_id(0)
     if block < blocks:
@@ -229,20 +255,21 @@ def _factor_coefficient_kernel(
 
 
 def factor_coefficient(a: Tensor, b: Tensor, eta: float) -> Tensor:
-    """``[C(‖b[n,:]‖), C(‖a[r,:]‖)] [N + R]`` in fp32 for a [R, K] and b [N, R] of any strides."""
-    (R, K), N = a.shape, b.shape[0]
-    c = torch.empty(N + R, device=a.device, dtype=torch.float32)
+    """``[C(‖b[n,:]‖), C(‖a[r,:]‖)] [N + R]`` in fp32 for a [R, K] and b [N, R] of any strides; with groups [E, N + R]."""
+    *groups, R, K = a.shape
+    N = b.shape[-2]
+    c = torch.empty(*groups, N + R, device=a.device, dtype=torch.float32)
     launch(
         _factor_coefficient_kernel,
-        (cdiv(N, _BLOCK_L) + R,),
+        (cdiv(N, _BLOCK_L) + R, math.prod(groups)),
         a,
         b,
         c,
         N,
         K,
         R,
-        *a.stride(),
-        *b.stride(),
+        *group_strides(a),
+        *group_strides(b),
         eta**-2,
         BLOCK_N=_BLOCK_L,
         BLOCK_R=16,
@@ -255,14 +282,15 @@ def factor_coefficient(a: Tensor, b: Tensor, eta: float) -> Tensor:
 
 def weight_coefficient(a: Tensor, b: Tensor, eta: float, norm: str) -> Tensor:
     """C in fp32 of a weight-dependent rule, for a [R, K] and b [N, R] of any strides: ``"row"`` [N]; ``"matrix"`` [1];
-    ``"factor"`` [N + R], first the coefficients of b's rows, then those of a's."""
+    ``"factor"`` [N + R], first the coefficients of b's rows, then those of a's. For a [E, R, K] and b [E, N, R] with E in
+    front."""
     if norm == "row":
         return quadratic_coefficient(b, gram_parts(a), eta)
     if norm == "matrix":
         gram_a, gram_b = gram_parts(a), gram_parts(b.mT)
-        c, numel = torch.empty(1, device=a.device, dtype=torch.float32), a.shape[0] ** 2
-        parts = (gram_a.shape[0], gram_b.shape[0])
-        launch(_matrix_coefficient_kernel, (1,), gram_a, gram_b, c, numel, *parts, eta**-2, BLOCK=1024, num_warps=4)
+        c, numel = torch.empty(*a.shape[:-2], 1, device=a.device, dtype=torch.float32), a.shape[-2] ** 2
+        parts = (gram_a.shape[-3], gram_b.shape[-3])
+        launch(_matrix_coefficient_kernel, (c.numel(),), gram_a, gram_b, c, numel, *parts, eta**-2, BLOCK=1024, num_warps=4)
         return c
     assert norm == "factor", norm
     return factor_coefficient(a, b, eta)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import configs
 from .configs import cdiv
+from .groups import block_of, group_strides, group_tile
 from .launching import launch
 from .tiling import TRITON_DTYPE, dot, dot_precision, entry_coefficient, offsets
 
@@ -36,8 +37,10 @@ def _sweep_kernel(
     stride_vl,
     stride_um,
     stride_ur,
+    stride_fg,
     stride_fl,
     stride_fr,
+    stride_scale_g,
     stride_scale,
     stride_row_scale,
     stride_op,
@@ -53,12 +56,14 @@ def _sweep_kernel(
     SCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     HAS_PIECES: tl.constexpr,
+    GROUPS: tl.constexpr,
     OUTER: tl.constexpr,
     SQUARES: tl.constexpr,
     PROJECT: tl.constexpr,
     PROJECT_SCALED: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -67,13 +72,25 @@ def _sweep_kernel(
 
     One program owns PER_PROGRAM segments in a row, BLOCK_L columns of V and BLOCK_R of the rank: it writes their tiles
     of outer [P, L, R], or with SQUARES each tile's sum of squares [P, tiles] and the sum of them all; and its columns'
-    share of projected and scaled [L/BLOCK_L, M, R]. Every tile of V is loaded once; accumulates in fp32.
+    share of projected and scaled [L/BLOCK_L, M, R]. Every tile of V is loaded once; accumulates in fp32. With GROUPS each
+    segment is a piece of a group (`groups.group_tile`), which has its own F and scale.
     """
     pid_l = tl.program_id(0)
     offs_l = offsets(pid_l * BLOCK_L, BLOCK_L)
     offs_r = offsets(tl.program_id(2) * BLOCK_R, BLOCK_R)
     mask_l = offs_l < L
     mask_r = offs_r < R
+    if GROUPS > 0:
+        group, group_start, group_stop = group_tile(tl.program_id(1), pieces_ptr, M, SEGMENT_M, GROUPS, BLOCK_E)
+        if group_start >= group_stop:
+            return
+        # What belongs to no group is read as zeros, with the last group's factors.
+        in_group = group < GROUPS
+        group = tl.minimum(group, GROUPS - 1).to(tl.int64)
+        if PROJECT or PROJECT_SCALED or NORM == "entry":
+            f_ptr += group * stride_fg
+        if SCALE != "" or NORM == "row":
+            scale_ptr += group * stride_scale_g
     if PROJECT or PROJECT_SCALED:
         f_ptrs = f_ptr + offs_l[:, None] * stride_fl + offs_r[None, :] * stride_fr
         f = tl.load(f_ptrs, mask=mask_l[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_L, BLOCK_R]
@@ -89,7 +106,9 @@ def _sweep_kernel(
     for i in range(0, PER_PROGRAM):
         segment = first + i
         exists = segment < SEGMENTS
-        if HAS_PIECES:
+        if GROUPS > 0:
+            start, stop = group_start, tl.minimum(group_start + SEGMENT_M, group_stop)
+        elif HAS_PIECES:
             start = tl.load(pieces_ptr + segment, mask=exists, other=0)
             stop = tl.load(pieces_ptr + segment + 1, mask=exists, other=0)
         else:
@@ -101,7 +120,10 @@ def _sweep_kernel(
             offs_m = offsets(m, BLOCK_M)
             mask_m = offs_m < stop
             v_ptrs = v_ptr + offs_m[:, None] * stride_vm + offs_l[None, :] * stride_vl
-            v = tl.load(v_ptrs, mask=mask_m[:, None] & mask_l[None, :], other=0.0)  # [BLOCK_M, BLOCK_L]
+            mask_v = mask_m
+            if GROUPS > 0:
+                mask_v = mask_m & in_group
+            v = tl.load(v_ptrs, mask=mask_v[:, None] & mask_l[None, :], other=0.0)  # [BLOCK_M, BLOCK_L]
             v_scaled = v
             if NORM == "entry":
                 u_args, f_args = (u_ptr, stride_um, stride_ur), (f_ptr, stride_fl, stride_fr)
@@ -158,7 +180,8 @@ def _sweep_kernel(
 
 class Cut(NamedTuple):
     """The segments of one launch: `segments` of them, `per_program` to a program. Segment p starts at ``pieces[p]`` and
-    stops at ``pieces[p + 1]`` (int32), or lies in sample ``p // parts`` of `sample_rows` rows, `segment_rows` of it."""
+    stops at ``pieces[p + 1]`` (int32), or lies in sample ``p // parts`` of `sample_rows` rows, `segment_rows` of it. With
+    `ends` [E] (int32) segment p is the p-th piece of `segment_rows` rows of the groups that end there, if there are so many."""
 
     segments: int
     per_program: int
@@ -166,6 +189,7 @@ class Cut(NamedTuple):
     parts: int
     segment_rows: int
     pieces: Tensor | None = None
+    ends: Tensor | None = None
 
 
 class Rule(NamedTuple):
@@ -192,9 +216,11 @@ def sweep(
     scaled: Tensor | None = None,
 ) -> None:
     """One launch of the kernel on v [M, L] and u [M, R] of any strides: fills `outer` [P, L, R] (with `squares` a sum a
-    program), `squares` [P, tiles], and the shares `projected` and `scaled` [tiles of L, M, R], where they are given."""
+    program), `squares` [P, tiles], and the shares `projected` and `scaled` [tiles of L, M, R], where they are given. For a cut
+    into groups f is [E, L, R], and the rule's scale [E, L] or [E, R]."""
     (M, L), R = v.shape, u.shape[1]
     tiles_l, tiles_r = cdiv(L, config.BLOCK_N), cdiv(R, config.BLOCK_R)
+    groups = 0 if cut.ends is None else cut.ends.shape[0]
     launch(
         _sweep_kernel,
         (tiles_l, cdiv(cut.segments, cut.per_program), tiles_r),
@@ -203,7 +229,7 @@ def sweep(
         f,
         rule.scale,
         rule.row_scale,
-        cut.pieces,
+        cut.pieces if cut.ends is None else cut.ends,
         outer,
         squares,
         projected,
@@ -213,8 +239,8 @@ def sweep(
         R,
         *v.stride(),
         *u.stride(),
-        *((0, 0) if f is None else f.stride()),
-        0 if rule.scale is None else rule.scale.stride(0),
+        *group_strides(f),
+        *group_strides(rule.scale, 1),
         0 if rule.row_scale is None else rule.row_scale.stride(0),
         *((0, 0, 0) if outer is None else outer.stride()),
         cut.segments,
@@ -227,12 +253,14 @@ def sweep(
         SCALE=rule.axis,
         HAS_ROW_SCALE=rule.row_scale is not None,
         HAS_PIECES=cut.pieces is not None,
+        GROUPS=groups,
         OUTER=outer is not None,
         SQUARES=squares is not None,
         PROJECT=projected is not None,
         PROJECT_SCALED=scaled is not None,
         DTYPE=TRITON_DTYPE[u.dtype],
         PRECISION=dot_precision(u.dtype, v.dtype, u.dtype),
+        BLOCK_E=block_of(groups),
         BLOCK_M=config.BLOCK_M,
         BLOCK_L=config.BLOCK_N,
         BLOCK_R=config.BLOCK_R,

@@ -1,0 +1,122 @@
+"""The backward pass of adapters by group: the sweeps of `adapter_grad`, a segment being a piece of a group.
+
+Stage 1 reads each group's factor and coefficient, stage 2 adds the pieces of a group in order. A group without rows gets zeros.
+"""
+
+import torch
+from torch import Tensor
+
+from . import batch_invariance, configs
+from .adapter_grad import Sums, project, rules
+from .combine import combine, combine_groups
+from .configs import cdiv
+from .grouped_down_project import grouped_down_project
+from .groups import first_pieces, most_tiles
+from .row_norms import gram_parts
+from .sweep import Cut, Rule, empty_outer, sweep
+from .sweep_plan import SweepPlan, plan_sweep, sums_over_columns
+
+
+def _token_coefficient(s: Tensor, b: Tensor, ends: Tensor, eta: float) -> Tensor:
+    """C [M] in fp32 of the rule "token", for s [M, R] and b [E, N, R]."""
+    gram = gram_parts(b.mT).sum(dim=1)
+    square = (grouped_down_project(s, gram, ends, torch.float32) * s).sum(dim=1)
+    return 1 / torch.sqrt(square.clamp_min(0).sqrt() + eta**-2)
+
+
+def _cut(M: int, ends: Tensor, rows: int) -> Cut:
+    return Cut(most_tiles(M, ends.shape[0], rows), 1, 0, 1, rows, ends=ends)
+
+
+def _outer(
+    v: Tensor, u: Tensor, f: Tensor | None, rule: Rule, ends: Tensor, plan: SweepPlan, layout: str, dtype, **shares
+) -> Tensor:
+    """``scale ⊙ V~ᵀ U~`` of every group in `dtype`, [E, L, R] for `layout` "LR" or [E, R, L] for "RL"."""
+    (M, L), R = v.shape, u.shape[1]
+    cut = _cut(M, ends, plan.segment_rows)
+    result, outer = empty_outer(cut.segments, L, R, layout, v.device)
+    sweep(v, u, f, rule, cut, plan.config, outer, **shares)
+    return combine_groups(result, ends.shape[0], 0, first_pieces(ends, M, plan.segment_rows), dtype)
+
+
+def _shares(v: Tensor, R: int, sums: Sums, plan: SweepPlan) -> dict[str, Tensor]:
+    """Room for each block of v's columns to put its part of the `sums` that are due."""
+    shape = (cdiv(v.shape[1], plan.config.BLOCK_N), v.shape[0], R)
+    due = [name for name in ("projected", "scaled") if getattr(sums, name) is not None]
+    return {name: torch.empty(shape, device=v.device, dtype=torch.float32) for name in due}
+
+
+def _project_chunks(g: Tensor, s: Tensor, b: Tensor, rule: Rule, ends: Tensor, plan: SweepPlan, sums: Sums) -> None:
+    """Fills `sums`, some rows of g after the others."""
+    M = g.shape[0]
+    for start in range(0, M, plan.chunk_rows):
+        rows = slice(start, min(M, start + plan.chunk_rows))
+        count = rows.stop - start
+        shares = _shares(g[rows], s.shape[1], sums, plan)
+        cut = _cut(count, (ends - start).clamp(0, count), plan.segment_rows)
+        chunk_rule = rule if rule.row_scale is None else rule._replace(row_scale=rule.row_scale[rows])
+        sweep(g[rows], s[rows], b, chunk_rule, cut, plan.config, None, **shares)
+        for name, share in shares.items():
+            combine(share, s.dtype, out=getattr(sums, name)[rows])
+
+
+def grouped_adapter_grads(
+    g: Tensor,
+    x: Tensor | None,
+    s: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    ends: Tensor,
+    eta: float,
+    norm: str | None,
+    need_ds: bool,
+    dtype_a: torch.dtype | None,
+    dtype_b: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dS = g B_e [M, R]``, and for every group of rows its ``dA [E, R, K]`` and ``dB [E, N, R]``: `adapter_grads` of its rows.
+
+    g [M, N], x [M, K], s [M, R] and b [E, N, R] of any strides, c as from `weight_coefficient` of the groups' factors, ends [E]
+    (int32). What is not needed (`need_ds` False, a dtype None) comes back empty; x may be None without dA.
+    """
+    (M, N), (E, _, R) = g.shape, b.shape
+    need_da, need_db = dtype_a is not None, dtype_b is not None
+    ds, da, db = (s.new_empty(0) for _ in range(3))
+    if M == 0:
+        ds = s.new_empty(0, R) if need_ds else ds
+        da = s.new_zeros(E, R, x.shape[1], dtype=dtype_a) if need_da else da
+        db = s.new_zeros(E, N, R, dtype=dtype_b) if need_db else db
+        return ds, da, db
+    if need_ds and batch_invariance.enabled():
+        _, da, db = grouped_adapter_grads(g, x, s, b, c, ends, eta, norm, False, dtype_a, dtype_b)
+        return grouped_down_project(g, b.mT, ends, s.dtype), da, db
+
+    if norm == "token":
+        c = _token_coefficient(s, b, ends, eta)
+    rule_g, rule_x = rules(s, b, c, eta, norm, x.shape[1] if need_da else 0)
+    compute, arch = s.dtype, configs.arch_of(g.device)
+    sums_due = sums_over_columns(norm, need_ds, need_da)
+    plan = plan_sweep(M, N, R, norm, sums_due, need_db, g.dtype, compute, arch)
+    sums, f, shares = None, b if norm == "entry" else None, {}
+    chunked = plan.chunk_rows < M
+    if sums_due and norm != "entry" and (plan.separate or chunked):
+
+        def by_group(v: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
+            return grouped_down_project(v, a, ends, dtype)
+
+        projected, u = project(g, b, c, norm, compute, need_ds, need_da, by_group)
+        ds = projected if need_ds else ds
+    else:
+        sums = Sums(s, norm, need_ds, need_da)
+        ds, u = sums.ds, sums.u
+        if sums_due and (chunked or not need_db):
+            _project_chunks(g, s, b, rule_g, ends, plan, sums)
+        elif sums_due:
+            f, shares = b, _shares(g, R, sums, plan)
+    if need_db:
+        db = _outer(g, s, f, rule_g, ends, plan, "LR", dtype_b, **shares)
+        for name, share in shares.items():
+            combine(share, s.dtype, out=getattr(sums, name))
+    if need_da:
+        plan = plan_sweep(M, x.shape[1], R, None, 0, True, x.dtype, compute, arch)
+        da = _outer(x, u, None, rule_x, ends, plan, "RL", dtype_a)
+    return ds, da, db
