@@ -1,6 +1,7 @@
 """ALLoRA fine-tuning at almost the cost of the frozen layer: fused Triton kernels behind a drop-in `nn.Linear`."""
 
 from . import per_sample
+from .groups import grouped_linear
 from .layer.batch_invariance import use_batch_invariant
 from .layer.functional import allora_linear
 from .layer.linear import FusedALLoRALinear
@@ -23,6 +24,7 @@ __all__ = [
     "apply_allora",
     "disable_adapters",
     "explain",
+    "grouped_linear",
     "load_adapter",
     "merge_adapter",
     "per_sample",

@@ -230,6 +230,27 @@ def launches(
         f"sample_grads ragged {label}",
         lambda: csrc_triton.sample_grads(g, x, s, b, c["factor"], 2.0, "factor", True, True, True, ragged),
     )
+    yield from grouped_launches(x, g, w, bias, a, b, s, label)
+
+
+def grouped_launches(x, g, w, bias, a, b, s, label: str, groups: int = 8):
+    """(case, call) of every launcher for groups of rows, each with these sizes of its own."""
+    w, bias, a, b = (t.new_empty(groups, *t.shape) for t in (w, bias, a, b))
+    ends = torch.empty(groups, dtype=torch.int32)
+    (n, r), dtype = b.shape[1:], a.dtype
+    c = {norm: torch.empty(groups, n + r if norm == "factor" else n) for norm in ("row", "factor")}
+    yield f"grouped down_project {label}", lambda: csrc_triton.grouped_down_project(x, a, ends, s.dtype)
+    yield f"grouped y {label}", lambda: csrc_triton.grouped_fused_linear(x, w, bias, s, b, ends)
+    yield f"grouped dx {label}", lambda: csrc_triton.grouped_fused_linear(g, w.mT, None, s, a.mT, ends)
+    for norm in ("row", "matrix", "factor"):
+        yield f"grouped C {norm} {label}", lambda norm=norm: csrc_triton.weight_coefficient(a, b, 2.0, norm)
+    for norm in ("row", "factor", "token", "entry"):
+        yield (
+            f"grouped adapter_grads {norm} {label}",
+            lambda norm=norm: csrc_triton.grouped_adapter_grads(
+                g, x, s, b, c.get(norm), ends, 2.0, norm, True, dtype, dtype
+            ),
+        )
 
 
 def sources(archs, dtypes, ranks, shapes=((2048, 4096, 4096),)) -> list[tuple]:

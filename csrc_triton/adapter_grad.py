@@ -33,7 +33,9 @@ def rules(s: Tensor, b: Tensor, c: Tensor | None, eta: float, norm: str | None, 
     if norm == "row":
         return Rule("row", c, "columns"), Rule()
     if norm == "matrix":
-        return Rule(None, c.expand(*c.shape[:-1], N), "columns"), Rule(None, c.expand(*c.shape[:-1], columns_of_x), "columns")
+        return Rule(None, c.expand(*c.shape[:-1], N), "columns"), Rule(
+            None, c.expand(*c.shape[:-1], columns_of_x), "columns"
+        )
     if norm == "factor":
         return Rule(None, c[..., :N], "columns"), Rule(None, c[..., N:], "rank")
     if norm == "token":

@@ -176,6 +176,11 @@ _TABLES = {
     },
 }
 
+# Finding a tile's group takes registers, which the widest tile with split factors has not got.
+_TABLES["grouped_fused_linear"] = _TABLES["fused_linear"] | {
+    ("sm_90", "mixed"): _TABLES["fused_linear"]["sm_90", "mixed"][1:]
+}
+
 
 def cdiv(size: int, step: int) -> int:
     """``⌈size / step⌉``; `triton.cdiv`, which kernels may call too, takes a microsecond longer."""

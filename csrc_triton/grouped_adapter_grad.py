@@ -3,6 +3,8 @@
 Stage 1 reads each group's factor and coefficient, stage 2 adds the pieces of a group in order. A group without rows gets zeros.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,15 @@ def _token_coefficient(s: Tensor, b: Tensor, ends: Tensor, eta: float) -> Tensor
     gram = gram_parts(b.mT).sum(dim=1)
     square = (grouped_down_project(s, gram, ends, torch.float32) * s).sum(dim=1)
     return 1 / torch.sqrt(square.clamp_min(0).sqrt() + eta**-2)
+
+
+def _plan(
+    M: int, L: int, R: int, norm: str | None, sums: int, outer: bool, v: Tensor, compute: torch.dtype
+) -> SweepPlan:
+    """`plan_sweep`, with all registers and at most 256 columns: finding a group and its factors takes registers of its own."""
+    plan = plan_sweep(M, L, R, norm, sums, outer, v.dtype, compute, configs.arch_of(v.device))
+    config = dataclasses.replace(plan.config, all_registers=True, BLOCK_N=min(plan.config.BLOCK_N, 256))
+    return dataclasses.replace(plan, config=config)
 
 
 def _cut(M: int, ends: Tensor, rows: int) -> Cut:
@@ -73,10 +84,10 @@ def grouped_adapter_grads(
     dtype_a: torch.dtype | None,
     dtype_b: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``dS = g B_e [M, R]``, and for every group of rows its ``dA [E, R, K]`` and ``dB [E, N, R]``: `adapter_grads` of its rows.
+    """``dS = g B_e [M, R]``, and every group's ``dA [E, R, K]`` and ``dB [E, N, R]``: `adapter_grads` of its rows.
 
-    g [M, N], x [M, K], s [M, R] and b [E, N, R] of any strides, c as from `weight_coefficient` of the groups' factors, ends [E]
-    (int32). What is not needed (`need_ds` False, a dtype None) comes back empty; x may be None without dA.
+    g [M, N], x [M, K], s [M, R] and b [E, N, R] of any strides, c as from `weight_coefficient` of the groups' factors,
+    ends [E] (int32). What is not needed (`need_ds` False, a dtype None) comes back empty; x may be None without dA.
     """
     (M, N), (E, _, R) = g.shape, b.shape
     need_da, need_db = dtype_a is not None, dtype_b is not None
@@ -93,9 +104,9 @@ def grouped_adapter_grads(
     if norm == "token":
         c = _token_coefficient(s, b, ends, eta)
     rule_g, rule_x = rules(s, b, c, eta, norm, x.shape[1] if need_da else 0)
-    compute, arch = s.dtype, configs.arch_of(g.device)
+    compute = s.dtype
     sums_due = sums_over_columns(norm, need_ds, need_da)
-    plan = plan_sweep(M, N, R, norm, sums_due, need_db, g.dtype, compute, arch)
+    plan = _plan(M, N, R, norm, sums_due, need_db, g, compute)
     sums, f, shares = None, b if norm == "entry" else None, {}
     chunked = plan.chunk_rows < M
     if sums_due and norm != "entry" and (plan.separate or chunked):
@@ -117,6 +128,6 @@ def grouped_adapter_grads(
         for name, share in shares.items():
             combine(share, s.dtype, out=getattr(sums, name))
     if need_da:
-        plan = plan_sweep(M, x.shape[1], R, None, 0, True, x.dtype, compute, arch)
+        plan = _plan(M, x.shape[1], R, None, 0, True, x, compute)
         da = _outer(x, u, None, rule_x, ends, plan, "RL", dtype_a)
     return ds, da, db

@@ -67,7 +67,9 @@ def grouped_down_project(x: Tensor, a: Tensor, ends: Tensor, dtype: torch.dtype)
     s = torch.empty(M, R, device=x.device, dtype=dtype)
     if M == 0:
         return s
-    config = configs.pick_config("down_project", batch_invariance.planned_rows(M), 0, K, R, x.dtype, configs.arch_of(x.device), dtype)
+    config = configs.pick_config(
+        "down_project", batch_invariance.planned_rows(M), 0, K, R, x.dtype, configs.arch_of(x.device), dtype
+    )
     launch(
         _grouped_down_project_kernel,
         (most_tiles(M, E, config.BLOCK_M), cdiv(R, config.BLOCK_R)),

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from . import batch_invariance, configs
 from .configs import cdiv
-from .groups import block_of, group_tile, group_tiles, most_tiles
+from .groups import block_of, group_tile, most_tiles
 from .launching import launch
 from .tiling import TRITON_DTYPE, add_low_rank, dot, dot_precision, grouped_tile, narrow, offsets
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "TILES_M"])
 def _grouped_fused_linear_kernel(
     x_ptr,
     w_ptr,
@@ -39,6 +39,7 @@ def _grouped_fused_linear_kernel(
     stride_br,
     stride_ym,
     stride_yn,
+    TILES_M,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     LOW_RANK_DTYPE: tl.constexpr,
@@ -52,61 +53,58 @@ def _grouped_fused_linear_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
-    NUM_PROGRAMS: tl.constexpr,
 ):
     """``y[m] = x[m] W_eᵀ + bias_e + S[m] B_eᵀ`` for m in group e; zeros where m is in no group.
 
-    x [M, K], W [E, N, K], bias [E, N], S [M, R], B [E, N, R], y [M, N]. Program p writes the tiles p, p + NUM_PROGRAMS, ... of
-    y, none of which reaches into two groups; accumulates in fp32, rounds once.
+    x [M, K], W [E, N, K], bias [E, N], S [M, R], B [E, N, R], y [M, N]. One program writes one [BLOCK_M, BLOCK_N] tile of one
+    group, or none: TILES_M is the most tiles that M rows can have. Accumulates in fp32, rounds once.
     """
-    num_m, num_n = group_tiles(ends_ptr, M, BLOCK_M, GROUPS, BLOCK_E), tl.cdiv(N, BLOCK_N)
-    for tile in range(tl.program_id(0), num_m * num_n, NUM_PROGRAMS):
-        pid_m, pid_n = grouped_tile(tile, num_m, num_n, GROUP_M)
-        group, start, stop = group_tile(pid_m, ends_ptr, M, BLOCK_M, GROUPS, BLOCK_E)
-        real = group < GROUPS
-        e = group.to(tl.int64)
-        offs_m = offsets(start, BLOCK_M)
-        offs_n = offsets(pid_n * BLOCK_N, BLOCK_N)
-        mask_m = offs_m < stop
-        mask_n = offs_n < N
-        offs_k = offsets(0, BLOCK_K)
-        x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
-        w_ptrs = w_ptr + e * stride_we + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
-        step = tl.full((), BLOCK_K, tl.int64)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, tl.where(real, K, 0), BLOCK_K):
-            mask_x, mask_w = mask_m[:, None], mask_n[None, :]
-            if not EVEN_K:
-                mask_k = k + tl.arange(0, BLOCK_K) < K
-                mask_x, mask_w = mask_x & mask_k[None, :], mask_w & mask_k[:, None]
-            x = tl.load(x_ptrs, mask=mask_x, other=0.0)  # [BLOCK_M, BLOCK_K]
-            w = tl.load(w_ptrs, mask=mask_w, other=0.0)  # [BLOCK_K, BLOCK_N]
-            acc = dot(x, w, acc, DTYPE, PRECISION)
-            x_ptrs += step * stride_xk
-            w_ptrs += step * stride_wk
-        acc = add_low_rank(
-            acc,
-            (s_ptr, stride_sm, stride_sr),
-            (b_ptr + e * stride_be, stride_bn, stride_br),
-            offs_m,
-            offs_n,
-            mask_m & real,
-            mask_n & real,
-            R,
-            LOW_RANK_DTYPE,
-            LOW_RANK_PRECISION,
-            BLOCK_R,
-        )
-        if HAS_BIAS:
-            bias_ptrs = bias_ptr + e * stride_bias_e + offs_n * stride_bias
-            acc += tl.load(bias_ptrs, mask=mask_n & real, other=0.0).to(tl.float32)[None, :]
-        y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn
-        tl.store(y_ptrs, narrow(acc, DTYPE), mask=mask_m[:, None] & mask_n[None, :])
+    pid_m, pid_n = grouped_tile(tl.program_id(0), TILES_M, tl.cdiv(N, BLOCK_N), GROUP_M)
+    group, start, stop = group_tile(pid_m, ends_ptr, M, BLOCK_M, GROUPS, BLOCK_E)
+    if start >= stop:
+        return
+    real = group < GROUPS
+    e = group.to(tl.int64)
+    offs_m = offsets(start, BLOCK_M)
+    offs_n = offsets(pid_n * BLOCK_N, BLOCK_N)
+    mask_m = offs_m < stop
+    mask_n = offs_n < N
+    offs_k = offsets(0, BLOCK_K)
+    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    w_ptrs = w_ptr + e * stride_we + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
+    step = tl.full((), BLOCK_K, tl.int64)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, tl.where(real, K, 0), BLOCK_K):
+        mask_x, mask_w = mask_m[:, None], mask_n[None, :]
+        if not EVEN_K:
+            mask_k = k + tl.arange(0, BLOCK_K) < K
+            mask_x, mask_w = mask_x & mask_k[None, :], mask_w & mask_k[:, None]
+        x = tl.load(x_ptrs, mask=mask_x, other=0.0)  # [BLOCK_M, BLOCK_K]
+        w = tl.load(w_ptrs, mask=mask_w, other=0.0)  # [BLOCK_K, BLOCK_N]
+        acc = dot(x, w, acc, DTYPE, PRECISION)
+        x_ptrs += step * stride_xk
+        w_ptrs += step * stride_wk
+    acc = add_low_rank(
+        acc,
+        (s_ptr, stride_sm, stride_sr),
+        (b_ptr + e * stride_be, stride_bn, stride_br),
+        offs_m,
+        offs_n,
+        mask_m & real,
+        mask_n & real,
+        R,
+        LOW_RANK_DTYPE,
+        LOW_RANK_PRECISION,
+        BLOCK_R,
+    )
+    if HAS_BIAS:
+        bias_ptrs = bias_ptr + e * stride_bias_e + offs_n * stride_bias
+        acc += tl.load(bias_ptrs, mask=mask_n & real, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn
+    tl.store(y_ptrs, narrow(acc, DTYPE), mask=mask_m[:, None] & mask_n[None, :])
 
 
-def grouped_fused_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, ends: Tensor
-) -> Tensor:
+def grouped_fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """``y = x W_eᵀ + bias_e + S B_eᵀ [M, N]`` in x's dtype; ``(g, Wᵀ, None, ds, Aᵀ, ends)`` gives ``dX = g W_e + dS A_e``.
 
     x [M, K] and weight [E, N, K] share a dtype; s [M, R] sets the one of the low-rank product; b [E, N, R], bias [E, N], any
@@ -116,11 +114,13 @@ def grouped_fused_linear(
     y = torch.empty(M, N, device=x.device, dtype=x.dtype)
     if M == 0:
         return y
-    config = configs.pick_config("fused_linear", batch_invariance.planned_rows(M), N, K, R, x.dtype, configs.arch_of(x.device), s.dtype)
-    programs = configs.num_sms(x.device)
+    config = configs.pick_config(
+        "fused_linear", batch_invariance.planned_rows(M), N, K, R, x.dtype, configs.arch_of(x.device), s.dtype
+    )
+    tiles_m = most_tiles(M, E, config.BLOCK_M)
     launch(
         _grouped_fused_linear_kernel,
-        (min(programs, most_tiles(M, E, config.BLOCK_M) * cdiv(N, config.BLOCK_N)),),
+        (tiles_m * cdiv(N, config.BLOCK_N),),
         x,
         weight,
         bias,
@@ -138,6 +138,7 @@ def grouped_fused_linear(
         *s.stride(),
         *b.stride(),
         *y.stride(),
+        tiles_m,
         DTYPE=TRITON_DTYPE[x.dtype],
         PRECISION=dot_precision(x.dtype, x.dtype, x.dtype),
         LOW_RANK_DTYPE=TRITON_DTYPE[s.dtype],
@@ -151,7 +152,6 @@ def grouped_fused_linear(
         BLOCK_K=config.BLOCK_K,
         BLOCK_R=config.BLOCK_R,
         GROUP_M=config.GROUP_M,
-        NUM_PROGRAMS=programs,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

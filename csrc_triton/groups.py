@@ -1,7 +1,7 @@
 """Groups of rows, each with factors (and a weight) of its own: where a tile of rows lies is found on the device.
 
-`ends` [E] (int32) says where each group of rows ends; the next one starts there. Rows after the last end belong to no group: they
-get zeros, and give nothing to any sum.
+`ends` [E] (int32) says where each group of rows ends; the next one starts there. Rows after the last end belong to no group:
+they get zeros, and give nothing to any sum.
 """
 
 import torch
@@ -35,13 +35,6 @@ def group_tile(tile, ends_ptr, M, ROWS, GROUPS: tl.constexpr, BLOCK_E: tl.conste
     stop = tl.sum(tl.where(mine, ends, 0), axis=0)
     start = tl.sum(tl.where(mine, starts + (tile - after + tiles) * ROWS, 0), axis=0)
     return group, tl.minimum(start, stop), stop
-
-
-@triton.jit
-def group_tiles(ends_ptr, M, ROWS, GROUPS: tl.constexpr, BLOCK_E: tl.constexpr):
-    """How many tiles of ROWS rows there are, those of no group included."""
-    starts, ends = _bounds(ends_ptr, M, GROUPS, BLOCK_E)
-    return tl.sum((ends - starts + ROWS - 1) // ROWS, axis=0)
 
 
 @triton.jit(do_not_specialize=["M"])

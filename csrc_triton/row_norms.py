@@ -290,7 +290,9 @@ def weight_coefficient(a: Tensor, b: Tensor, eta: float, norm: str) -> Tensor:
         gram_a, gram_b = gram_parts(a), gram_parts(b.mT)
         c, numel = torch.empty(*a.shape[:-2], 1, device=a.device, dtype=torch.float32), a.shape[-2] ** 2
         parts = (gram_a.shape[-3], gram_b.shape[-3])
-        launch(_matrix_coefficient_kernel, (c.numel(),), gram_a, gram_b, c, numel, *parts, eta**-2, BLOCK=1024, num_warps=4)
+        launch(
+            _matrix_coefficient_kernel, (c.numel(),), gram_a, gram_b, c, numel, *parts, eta**-2, BLOCK=1024, num_warps=4
+        )
         return c
     assert norm == "factor", norm
     return factor_coefficient(a, b, eta)

@@ -1,9 +1,9 @@
 """Groups of rows with factors (and a weight) each, in plain torch: `reference`, group by group.
 
-Shapes: ``x [M, K]`` sorted by group, ``offsets [E]`` (where each group ends), ``weight [E, N, K]``, ``bias [E, N]``, ``lora_A
-[E, R, K]``, ``lora_B [E, N, R]``, ``s [M, R]``, ``g [M, N]``. Rows after the last end belong to no group and get zeros. `grouped_linear`
-leaves every derivative to autograd; the steps, which the eager backend runs, write them out, and each has a Triton kernel of
-the same name. All of them read `offsets` on the host.
+Shapes: ``x [M, K]`` sorted by group, ``offsets [E]`` (where each group ends), ``weight [E, N, K]``, ``bias [E, N]``,
+``lora_A [E, R, K]``, ``lora_B [E, N, R]``, ``s [M, R]``, ``g [M, N]``. Rows after the last end belong to no group and get
+zeros. `grouped_linear` leaves every derivative to autograd; the steps, which the eager backend runs, write them out, and each
+has a Triton kernel of the same name. All of them read `offsets` on the host.
 """
 
 import itertools
@@ -72,7 +72,9 @@ def grouped_adapter_grads(
     for e, rows in _groups(offsets):
         c_e = None if c is None else c[e]
         x_e = None if x is None else x[rows]
-        found.append(reference.adapter_grads(g[rows], x_e, s[rows], lora_B[e], c_e, eta, norm, need_ds, dtype_a, dtype_b))
+        found.append(
+            reference.adapter_grads(g[rows], x_e, s[rows], lora_B[e], c_e, eta, norm, need_ds, dtype_a, dtype_b)
+        )
     ds, da, db = zip(*found)
     empty = s.new_empty(0)
     return (

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from ..reference import NORMS, WEIGHT_NORMS
 from . import backend as _backend
 from . import batch_invariance
-from .sharding import ShardedSteps, Sharding, is_sharded
+from .sharding import Sharding, is_sharded
 
 MAX_RANK = 256
 ETA_RANGE = (1e-18, 1e18)
@@ -142,11 +142,12 @@ def adapter_gradients(
     return steps.down_project(g, lora_B.mT, dtype) if need_ds else None, None, None
 
 
-def _steps(backend: str | ShardedSteps) -> ModuleType | ShardedSteps:
-    return backend if isinstance(backend, ShardedSteps) else _backend.steps(backend)
+def _steps(backend: Any) -> Any:
+    """The steps of a layer: those of a backend by its name, or an object that has them (`ShardedSteps`, `GroupedSteps`)."""
+    return _backend.steps(backend) if isinstance(backend, str) else backend
 
 
-def _apply_function(*args) -> tuple[Tensor, Tensor]:
+def apply_function(*args) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _ALLoRALinear.apply(*args)
     # Outside of transforms `Function.apply` does nothing more than this, after 30 us of binding default arguments.
@@ -170,6 +171,37 @@ def autocasts(x: Tensor) -> bool:
     return x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
+def in_one_dtype(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype]:
+    """x, weight and bias in the dtype of the frozen product, and the dtype of the low-rank ones; ValueError if they differ."""
+    if autocasts(x):
+        # The frozen product runs in autocast's dtype, as in nn.Linear. lora_A and lora_B stay as they are: kernels cast
+        # the tiles they load, so no copy is made and their gradients leave the fp32 accumulators unrounded.
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), dtype
+    if x.dtype != weight.dtype:
+        raise ValueError(
+            f"x is {x.dtype} but weight is {weight.dtype}: cast x to the weight's dtype, or use torch.autocast"
+        )
+    if bias is not None and bias.dtype != weight.dtype:
+        raise ValueError(f"bias is {bias.dtype} but weight is {weight.dtype}: cast it, or use torch.autocast")
+    return x, weight, bias, compute_dtype(x, lora_A, lora_B)
+
+
+def choose_backend(x: Tensor, widest: torch.dtype, asked: str | None) -> str:
+    """The backend of a call on x, warning of a fallback; RuntimeError where batch invariance is on and it is eager torch."""
+    choice = _backend.choose(x.device, widest, asked)
+    if choice.name == "eager" and batch_invariance.enabled():
+        raise RuntimeError(
+            f"use_batch_invariant is on, but this call takes eager torch ({choice.reason}), which is not batch-invariant: "
+            "call use_batch_invariant(False), or give the kernels a tensor they can take"
+        )
+    if choice.fallback and not torch.compiler.is_compiling():
+        _backend.warn_fallback(choice.reason)
+    return choice.name
+
+
 def apply(x, weight, bias, lora_A, lora_B, eta, norm, backend=None, sink=None, scaling=1.0) -> Tensor:
     """`allora_linear`, and what takes the step `adapter_grads` over to see more of it."""
     _check_tensors(x, weight, bias, lora_A, lora_B)
@@ -180,36 +212,18 @@ def apply(x, weight, bias, lora_A, lora_B, eta, norm, backend=None, sink=None, s
             raise ValueError(f"scaling={scaling} cannot be recorded: the gradients that a record sees lack it")
         # Outside of the Function, so that autograd gives lora_A's gradient its factor; S, and with it dB, comes out scaled.
         lora_A = lora_A * scaling
-    widest = dtype = compute_dtype(x, lora_A, lora_B)
-    if autocasts(x):
-        # The frozen product runs in autocast's dtype, as in nn.Linear. lora_A and lora_B stay as they are: kernels cast
-        # the tiles they load, so no copy is made and their gradients leave the fp32 accumulators unrounded.
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    elif x.dtype != weight.dtype:
-        raise ValueError(
-            f"x is {x.dtype} but weight is {weight.dtype}: cast x to the weight's dtype, or use torch.autocast"
-        )
-    elif bias is not None and bias.dtype != weight.dtype:
-        raise ValueError(f"bias is {bias.dtype} but weight is {weight.dtype}: cast it, or use torch.autocast")
-    choice = _backend.choose(x.device, widest, backend)
-    if choice.name == "eager" and batch_invariance.enabled():
-        raise RuntimeError(
-            f"use_batch_invariant is on, but this call takes eager torch ({choice.reason}), which is not batch-invariant: "
-            "call use_batch_invariant(False), or give the kernels a tensor they can take"
-        )
-    if choice.fallback and not torch.compiler.is_compiling():
-        _backend.warn_fallback(choice.reason)
-    sharding, steps = None, choice.name
+    widest = compute_dtype(x, lora_A, lora_B)
+    x, weight, bias, dtype = in_one_dtype(x, weight, bias, lora_A, lora_B)
+    name = choose_backend(x, widest, backend)
+    sharding, steps = None, name
     if is_sharded(weight) or is_sharded(x):
         if sink is not None:
             raise ValueError("per_sample.record takes no gradients of DTensors: record before parallelize_module")
         sharding = Sharding(x, weight, bias, lora_A, lora_B)
         x, weight, bias, lora_A, lora_B = sharding.local(x, weight, bias, lora_A, lora_B)
-        steps = sharding.steps(choice.name)
+        steps = sharding.steps(name)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y, _ = _apply_function(rows, weight, bias, lora_A, lora_B, dtype, eta, norm, steps, sink)
+    y, _ = apply_function(rows, weight, bias, lora_A, lora_B, dtype, eta, norm, steps, sink)
     y = y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
     return y if sharding is None else sharding.whole(y)
 

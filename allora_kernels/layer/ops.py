@@ -16,7 +16,7 @@ from . import vmap_rules
 _library = torch.library.Library("allora", "DEF")
 
 
-def _define(schema: str, launcher: Callable, fake: Callable, vmap: Callable | None = None) -> torch._ops.OpOverload:
+def define(schema: str, launcher: Callable, fake: Callable, vmap: Callable | None = None) -> torch._ops.OpOverload:
     """The op of `schema`; `launcher` runs it on GPU tensors and, by Triton's interpreter, on CPU tensors. Without a rule of
     its own torch.func.vmap calls it for one sample after another."""
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -34,38 +34,39 @@ def _adapted_linear_fake(x, weight, bias, a, b, dtype):
     return x.new_empty(rows, weight.shape[0]), x.new_empty(rows, a.shape[0], dtype=dtype)
 
 
-adapted_linear: Callable[..., tuple[Tensor, Tensor]] = _define(
+adapted_linear: Callable[..., tuple[Tensor, Tensor]] = define(
     "adapted_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, ScalarType dtype) -> (Tensor, Tensor)",
     csrc_triton.adapted_linear,
     _adapted_linear_fake,
     vmap_rules.adapted_linear,
 )
 
-down_project: Callable[..., Tensor] = _define(
+down_project: Callable[..., Tensor] = define(
     "down_project(Tensor x, Tensor a, ScalarType dtype) -> Tensor",
     csrc_triton.down_project,
     lambda x, a, dtype: x.new_empty(x.shape[0], a.shape[0], dtype=dtype),
     vmap_rules.down_project,
 )
 
-fused_linear: Callable[..., Tensor] = _define(
+fused_linear: Callable[..., Tensor] = define(
     "fused_linear(Tensor x, Tensor weight, Tensor? bias, Tensor s, Tensor b) -> Tensor",
     csrc_triton.fused_linear,
     lambda x, weight, bias, s, b: x.new_empty(x.shape[0], weight.shape[0]),
     vmap_rules.fused_linear,
 )
 
-low_rank_add: Callable[..., None] = _define(
+low_rank_add: Callable[..., None] = define(
     "low_rank_add(Tensor(a!) y, Tensor s, Tensor b) -> ()", csrc_triton.low_rank_add, lambda y, s, b: None
 )
 
 
 def _weight_coefficient_fake(a, b, eta, norm):
-    size = {"row": b.shape[0], "matrix": 1, "factor": b.shape[0] + b.shape[1]}[norm]
-    return a.new_empty(size, dtype=torch.float32)
+    *groups, n, r = b.shape
+    size = {"row": n, "matrix": 1, "factor": n + r}[norm]
+    return a.new_empty(*groups, size, dtype=torch.float32)
 
 
-weight_coefficient: Callable[..., Tensor] = _define(
+weight_coefficient: Callable[..., Tensor] = define(
     "weight_coefficient(Tensor a, Tensor b, float eta, str norm) -> Tensor",
     csrc_triton.weight_coefficient,
     _weight_coefficient_fake,
@@ -79,7 +80,7 @@ def _adapter_grads_fake(g, x, s, b, c, eta, norm, need_ds, dtype_a, dtype_b):
     return ds, da, db
 
 
-adapter_grads: Callable[..., tuple[Tensor, Tensor, Tensor]] = _define(
+adapter_grads: Callable[..., tuple[Tensor, Tensor, Tensor]] = define(
     "adapter_grads(Tensor g, Tensor? x, Tensor s, Tensor b, Tensor? c, float eta, str? norm, bool need_ds,"
     " ScalarType? dtype_a, ScalarType? dtype_b) -> (Tensor, Tensor, Tensor)",
     csrc_triton.adapter_grads,

@@ -35,7 +35,7 @@ def _remember(buffer: Tensor, inside: Tensor) -> None:
 def _poisoned_empty(*size, dtype=None, device=None):
     shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
     like = torch.zeros(shape, dtype=dtype, device=device)
-    return in_red_zone(like).fill_(float("nan"))
+    return in_red_zone(like).fill_(_poison(like.dtype))
 
 
 @contextlib.contextmanager
