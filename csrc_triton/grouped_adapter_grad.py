@@ -32,6 +32,8 @@ def _plan(
     """`plan_sweep`, with all registers and at most 256 columns: finding a group and its factors takes registers of its own."""
     plan = plan_sweep(M, L, R, norm, sums, outer, v.dtype, compute, configs.arch_of(v.device))
     config = dataclasses.replace(plan.config, all_registers=True, BLOCK_N=min(plan.config.BLOCK_N, 256))
+    # The tile of S Bᵀ stands beside G's.
+    config = dataclasses.replace(config, num_warps=8) if norm == "entry" and config.num_stages == 1 else config
     return dataclasses.replace(plan, config=config)
 
 

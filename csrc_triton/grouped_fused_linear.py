@@ -115,7 +115,7 @@ def grouped_fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tens
     if M == 0:
         return y
     config = configs.pick_config(
-        "fused_linear", batch_invariance.planned_rows(M), N, K, R, x.dtype, configs.arch_of(x.device), s.dtype
+        "grouped_fused_linear", batch_invariance.planned_rows(M), N, K, R, x.dtype, configs.arch_of(x.device), s.dtype
     )
     tiles_m = most_tiles(M, E, config.BLOCK_M)
     launch(
@@ -154,5 +154,6 @@ def grouped_fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tens
         GROUP_M=config.GROUP_M,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **configs.all_registers(configs.arch_of(x.device)),
     )
     return y

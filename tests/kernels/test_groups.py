@@ -205,9 +205,9 @@ def test_a_row_has_the_same_bits_whatever_group_is_before_it(device):
 @given(
     lengths=st.lists(st.integers(0, 60), min_size=1, max_size=7),
     rest=st.integers(0, 40),
-    N=st.integers(1, 80),
-    K=st.integers(1, 80),
-    R=st.integers(1, 40),
+    N=st.integers(16, 80),
+    K=st.integers(16, 80),
+    R=st.integers(1, 16),
     norm=st.sampled_from(reference.NORMS),
     pair=st.sampled_from([(torch.float32, None), (torch.float16, None), (torch.bfloat16, torch.float32)]),
 )

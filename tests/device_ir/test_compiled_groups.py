@@ -1,0 +1,89 @@
+"""The launchers for groups of rows, with the configurations of every architecture: the values against fp64."""
+
+import pytest
+import torch
+from matrix import laid_out, over
+
+import csrc_triton
+from allora_kernels import reference
+from allora_kernels.groups import reference as grouped
+from allora_kernels.testing import assert_close, make_inputs
+from csrc_triton import configs
+
+ETA = 1.3
+# Rows of each group, and those that belong to none.
+CUTS = [((37, 0, 70, 1), 5), ((0, 0, 130, 0), 0), ((1,) * 9, 2), ((0, 0), 7), ((150,), 0)]
+
+
+def doubles(*tensors):
+    return tuple(t.double() if t is not None and t.is_floating_point() else t for t in tensors)
+
+
+def make(cut, shape, dtypes, layout):
+    """(x, weight, bias, lora_A, lora_B, g, offsets)"""
+    lengths, rest = cut
+    _, N, K, R = shape
+    layers = [make_inputs(1, N, K, R, *dtypes, seed=e) for e in range(len(lengths))]
+    x, *_, g = make_inputs(sum(lengths) + rest, N, K, R, *dtypes)
+    weight, bias, a, b = (torch.stack(t) for t in zip(*(layer[1:5] for layer in layers)))
+    weight, a, b = (torch.stack([laid_out(part, layout) for part in t]) for t in (weight, a, b))
+    if layout == "columns":
+        weight, a, b = (t.mT.contiguous().mT for t in (weight, a, b))
+    return laid_out(x, layout), weight, bias, a, b, laid_out(g, layout), torch.tensor(lengths).cumsum(0).int()
+
+
+def down_project_in_order(x, a, offsets, dtype):
+    """S as one multiply-add after another, which is how ttsem takes a dot."""
+    s, start = torch.zeros(x.shape[0], a.shape[1]), 0
+    for e, stop in enumerate(offsets.tolist()):
+        for column_x, column_a in zip(x[start:stop].float().mT, a[e].float().mT):
+            s[start:stop] = s[start:stop].addcmul(column_x[:, None], column_a)
+        start = stop
+    return s.to(dtype)
+
+
+@over("arch", "few_sms", "dtypes", "shape", "layout", cut=CUTS)
+def test_products(arch, few_sms, dtypes, shape, layout, cut):
+    x, weight, bias, a, b, g, offsets = make(cut, shape, dtypes, layout)
+    compute = torch.promote_types(*dtypes)
+    s = csrc_triton.grouped_down_project(x, a, offsets, compute)
+    exact = grouped.grouped_down_project(*doubles(x, a), offsets, torch.float64)
+    eager = down_project_in_order(x, a, offsets, compute)
+    assert_close(s, eager, exact, "s")
+    ds = grouped.grouped_down_project(g, b.mT, offsets, compute)
+    for name, args in (("y", (x, weight, bias, eager, b)), ("dx", (g, weight.mT, None, ds, a.mT))):
+        ours = csrc_triton.grouped_fused_linear(*args, offsets)
+        exact = grouped.grouped_fused_linear(*doubles(*args), offsets)
+        assert_close(ours, grouped.grouped_fused_linear(*args, offsets), exact, name)
+
+
+@over("arch", "few_sms", "dtypes", "norm", "shape", "layout", cut=CUTS, form=["planned", "chunked"])
+def test_gradients(arch, few_sms, dtypes, norm, shape, layout, cut, form, monkeypatch):
+    if form == "chunked":
+        monkeypatch.setattr(configs, "SCRATCH_BYTES", 32 * 4 * 3)
+    x, _, _, a, b, g, offsets = make(cut, shape, dtypes, layout)
+    s, c = grouped.grouped_down_project(x, a, offsets, torch.promote_types(*dtypes)), None
+    if norm in reference.WEIGHT_NORMS:
+        c = reference.weight_coefficient(a, b, ETA, norm)
+    args = (g, x, s, b, c, offsets)
+    ours = csrc_triton.grouped_adapter_grads(*args, ETA, norm, True, a.dtype, b.dtype)
+    eager = grouped.grouped_adapter_grads(*args, ETA, norm, True, a.dtype, b.dtype)
+    exact = grouped.grouped_adapter_grads(*doubles(*args), ETA, norm, True, torch.float64, torch.float64)
+    for name, *results in zip(("ds", "da", "db"), ours, eager, exact):
+        assert_close(*results, name)
+
+
+@over("arch", norm=list(reference.WEIGHT_NORMS), shape=[(1, 45, 67, 40), (1, 130, 700, 3)], groups=[1, 5])
+def test_coefficients(arch, norm, shape, groups):
+    _, _, _, a, b, _, _ = make(((0,) * groups, 1), shape, (torch.float32, torch.float32), "rows")
+    ours = csrc_triton.weight_coefficient(a, b, ETA, norm)
+    exact = reference.weight_coefficient(a.double(), b.double(), ETA, norm)
+    assert_close(ours, reference.weight_coefficient(a, b, ETA, norm), exact, "c")
+
+
+def test_an_offset_past_the_rows_is_a_fault_and_not_a_wrong_value():
+    x, _, _, a, *_ = make(((3, 4), 0), (1, 16, 16, 3), (torch.float32, torch.float32), "rows")
+    from ttsem.sanitize import KernelFault
+
+    with pytest.raises(KernelFault):
+        csrc_triton.grouped_down_project(x, a, torch.tensor([3, 9], dtype=torch.int32), torch.float32)
