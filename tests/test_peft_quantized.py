@@ -13,6 +13,7 @@ from foreign_layers import Foreign
 from packaging.version import Version
 from peft import LoraConfig, PeftModel
 from quantized import KINDS, dequantized, quantized, torchao
+from test_wrapped import BigTensors
 from tiny_models import randomised
 from torch import nn
 
@@ -170,6 +171,24 @@ def test_in_place_unless_a_hook_may_keep_it(kind):
     assert torch.equal(kept[0], layer.base_layer(x))
 
 
+@one_of_each
+def test_no_tensor_of_the_size_of_x_or_y_is_made_beside_the_bases_own(kind, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model = stock(kind, alpha=3 * R)
+    layer, (x, g) = layers(model)[0], batch()
+    x.requires_grad_()
+
+    def big_tensors(f):
+        with BigTensors(x.numel()) as mode:
+            f(x).backward(g)
+        return len(mode.seen)
+
+    plain = big_tensors(layer)
+    accelerate_lora(model)
+    assert big_tensors(layer) == big_tensors(layer.base_layer) < plain
+
+
 def test_other_bases_stay_pefts_and_say_why():
     model = stock("4bit nf4")
     layers(model)[0].base_layer = Foreign(torch.zeros(N, K), torch.zeros(N))
@@ -232,14 +251,16 @@ def test_targets_without_a_backward_pass_are_refused():
     )
     before = {name: (id(m), type(m)) for name, m in model.named_modules()}
     flags = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"'down' cannot be ALLoRA \(torchao Int8Tensor weight that quantizes the act"):
+    with pytest.raises(ValueError, match=r"cannot be ALLoRA \(torchao Int8Tensor weight that quantizes the act"):
         get_allora_model(model, lora())
     assert {name: (id(m), type(m)) for name, m in model.named_modules()} == before
     assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == flags
 
 
 def test_a_4bit_layer_keeps_its_backward_pass_and_a_packed_one_is_refused():
-    model = adapted("4bit nf4")
+    body = Body("4bit nf4")
+    body.up.support_avx512bf16_for_cpu = body.down.support_avx512bf16_for_cpu = True
+    model = randomised(get_allora_model(body, lora())).train()
     want = gradients(model)
     of(model.eval())
     torch.testing.assert_close(gradients(model.train()), want, rtol=0, atol=0)
@@ -249,7 +270,7 @@ def test_a_4bit_layer_keeps_its_backward_pass_and_a_packed_one_is_refused():
     assert not any(layer.base_layer.support_avx512bf16_for_cpu for layer in layers(accelerated))
     packed = Body("4bit nf4")
     packed.up.weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(ValueError, match="'up' cannot be ALLoRA .*packed for this CPU"):
+    with pytest.raises(ValueError, match=r"cannot be ALLoRA .*packed for this CPU"):
         get_allora_model(packed, lora())
 
 
@@ -257,7 +278,7 @@ def test_a_refusal_leaves_a_4bit_layer_free_to_pack():
     model = Body("4bit nf4")
     model.up.support_avx512bf16_for_cpu = True
     model.down.weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(ValueError, match="'down' cannot be ALLoRA"):
+    with pytest.raises(ValueError, match="cannot be ALLoRA"):
         get_allora_model(model, lora())
     assert model.up.support_avx512bf16_for_cpu
 
@@ -283,7 +304,7 @@ def test_a_call_that_is_not_fused_trains_no_adapter_with_a_rule(kind):
 def test_a_scaled_adapter_does_not_train(kind):
     model = adapted(kind)
     layers(model)[0].set_scale("default", 0.5)
-    with pytest.raises(RuntimeError, match="'default' is scaled by 0.5 while it is trained"):
+    with pytest.raises(RuntimeError, match=r"'default' is scaled by 0\.5 while it is trained"):
         model(batch()[0])
 
 
@@ -375,6 +396,14 @@ def test_results_are_pefts(kind, made, act, tmp_path):
         assert not layers(ours)[0].merged
         return torch.testing.assert_close(of(ours), of(theirs), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(act(ours, tmp_path / "ours"), act(theirs, tmp_path / "theirs"), rtol=1e-4, atol=1e-4)
+
+
+def test_a_merge_that_could_not_be_quantized_again_is_refused_and_changes_nothing():
+    model = adapted("int8")
+    want = gradients(model)
+    with pytest.raises(ValueError, match=r"cannot merge into a weight of torchao's.*TorchAoConfig"):
+        model.merge_adapter()
+    torch.testing.assert_close(gradients(model), want, rtol=0, atol=0)
 
 
 @one_of_each

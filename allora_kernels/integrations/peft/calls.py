@@ -1,4 +1,4 @@
-"""What a fused call takes of a LoRA layer, and how it is computed where the kernels read the base weight and where they do not."""
+"""What a fused call takes of a LoRA layer, and how it is computed: on a weight that the kernels read, and on a quantized base."""
 
 from typing import NamedTuple
 

@@ -14,6 +14,10 @@ class FusedTorchaoLoraLinear(FusedLoraLayer, TorchaoLoraLinear):
 
     base_kind = QuantizedBase
 
+    def __init__(self, *args: Any, get_apply_tensor_subclass: Any = None, **kwargs: Any) -> None:
+        # PEFT 0.18 has no default here.
+        super().__init__(*args, get_apply_tensor_subclass=get_apply_tensor_subclass, **kwargs)
+
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; ValueError unless PEFT was told how to quantize the sum again. PEFT 0.18 notices that half-way."""
         if self.get_apply_tensor_subclass is None:
