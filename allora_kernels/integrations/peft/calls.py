@@ -1,4 +1,4 @@
-"""What a fused call takes of a LoRA layer, and how it is computed: on a weight that the kernels read, and on a quantized base."""
+"""What a fused call takes of a LoRA layer, and how it is computed: on a weight the kernels read, and on a quantized base."""
 
 from typing import NamedTuple
 
