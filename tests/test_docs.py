@@ -27,7 +27,7 @@ def shown_output(page):
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments .'allora_eta'")
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
 def test_a_pages_snippets_run_one_after_the_other(page, tmp_path, monkeypatch, capsys):
-    if page.name == "quantized.md":
+    if any("bitsandbytes" in snippet or "BitsAndBytes" in snippet for snippet in snippets(page)):
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install '.[quantized]'")
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "snippet"}

@@ -1,4 +1,4 @@
-"""Adapters on quantized layers in two processes train what one process trains, or are refused before they train anything else."""
+"""Adapters on quantized layers in two processes train what one process trains, or are refused."""
 
 from functools import partial
 
@@ -133,13 +133,17 @@ def check_fsdp(kind, norm, leave_out, policy, folder):
 def check_fsdp_of_8bit(_):
     model = sharded(make_model("8bit"))
     for call in (model, model.eval()):
-        with pytest.raises(RuntimeError, match=r"Linear8bitLt whose weight is a Parameter without scales: .*ignored_params="):
+        with pytest.raises(
+            RuntimeError, match=r"Linear8bitLt whose weight is a Parameter without scales: .*ignored_params="
+        ):
             call(batch())
 
 
 def check_fsdp_that_casts_packed_weights(dtype, _):
     model = sharded(make_model("4bit stored as bf16"), MixedPrecisionPolicy(param_dtype=dtype))
-    with pytest.raises(RuntimeError, match=rf"packed weight was cast from torch.bfloat16 to {dtype}, .*param_dtype=torch.bf"):
+    with pytest.raises(
+        RuntimeError, match=rf"packed weight was cast from torch.bfloat16 to {dtype}, .*param_dtype=torch.bf"
+    ):
         model(batch())
 
 

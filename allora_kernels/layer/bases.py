@@ -79,8 +79,8 @@ def damage_of(module: nn.Module) -> str | None:
     if weight.dtype == storage:
         return None
     return (
-        f"{kind} whose packed weight was cast from {storage} to {weight.dtype}, which destroys it: never cast it; for FSDP2 take "
-        f"param_dtype={storage}, or {leave_out}"
+        f"{kind} whose packed weight was cast from {storage} to {weight.dtype}, which destroys it: never cast it; for FSDP2 "
+        f"take param_dtype={storage}, or {leave_out}"
     )
 
 
