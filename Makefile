@@ -38,10 +38,10 @@ test-newest: .venv-newest/.ready
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q -n $(WORKERS) --dist worksteal tests/kernels tests/test_offline_compile.py \
 	    tests/test_compile_report.py tests/test_launching.py tests/test_plans.py tests/test_configs.py tests/test_sweep_plan.py
 
-# The oldest PEFT that pyproject.toml allows, beside the pinned rest; CI runs the newest.
+# The oldest PEFT that pyproject.toml allows, beside the pinned rest; CI runs the newest. That PEFT imports names which torchao has no more.
 test-oldest-peft: .venv-oldest-peft/.ready
 	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-oldest-peft/bin/python -m pytest -q -n $(WORKERS) tests/test_peft.py tests/test_peft_parity.py \
-	    tests/kernels/test_peft_layers.py tests/test_checkpoint.py
+	    tests/test_peft_quantized.py tests/test_peft_qlora.py tests/kernels/test_peft_layers.py tests/test_checkpoint.py
 
 # The kernels as compiled for a GPU, executed on the CPU. FULL=1: every combination, where CI takes every pair.
 test-device-ir: .venv-device-ir/.ready
@@ -75,6 +75,7 @@ $(VENV)/.ready-demo-lm: $(VENV)/.ready requirements-demo-lm.txt
 	.venv-oldest-peft/bin/python -m pip install -q -c constraints.txt torch
 	.venv-oldest-peft/bin/python -m pip install -q -c constraints.txt -e '.[train,dev]'
 	.venv-oldest-peft/bin/python -m pip install -q --no-deps peft==0.18.0
+	.venv-oldest-peft/bin/python -m pip uninstall -q -y torchao
 	touch $@
 
 # The site, into site/; a warning is an error.

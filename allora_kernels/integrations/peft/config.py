@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import nn
 
 from ...layer.functional import check_rule
-from .layer import make_layer
+from .dispatch import make_layer
 
 _FROZEN = "the layer under the adapter is frozen"
 _OTHER_LAYER = "it makes another layer than W + BA"

@@ -14,7 +14,7 @@ from torch import nn
 from ...models.adapt import leave_fast_paths
 from ...models.selection import check_unadapted, module_slots, obstacle, some
 from .config import ALLoRAConfig
-from .layer import ALLoRALinear
+from .ruled import RuledLoraLayer
 
 
 class ALLoRAModel(LoraModel):
@@ -38,7 +38,7 @@ class ALLoRAModel(LoraModel):
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, *args, **kwargs)
         layer = getattr(parent, target_name)
         # PEFT 0.18 does not show a layer that is there already the config of its next adapter.
-        if isinstance(layer, ALLoRALinear) and isinstance(lora_config, ALLoRAConfig):
+        if isinstance(layer, RuledLoraLayer) and isinstance(lora_config, ALLoRAConfig):
             layer.set_rule(adapter_name, lora_config.allora_eta, lora_config.allora_norm)
 
 
@@ -56,7 +56,7 @@ def get_allora_model(
     """`peft.get_peft_model` for ALLoRA: adapters on `model`, in place, that run fused and train by the rule.
 
     Args:
-        model: the base model, any that PEFT takes.
+        model: the base model, any that PEFT takes, also with quantized layers of bitsandbytes or torchao.
         config: which layers, ranks and modules to save, as PEFT reads them; ``lora_alpha`` must equal ``r``. It is copied.
         eta, norm: the rule, as in `allora_kernels.allora_linear`.
         adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, revision: as in `peft.get_peft_model`.
@@ -66,8 +66,8 @@ def get_allora_model(
 
     Raises:
         ValueError: a setting that ALLoRA has no meaning for (dropout, a scaling, DoRA, ...), with the line to write; a
-            target that cannot be ALLoRA, such as an embedding, a quantized layer or one whose weight another module reads
-            itself; a model that has adapters; what PEFT refuses. The model is untouched then.
+            target that cannot be ALLoRA, such as an embedding, a quantized layer without a backward pass or one whose weight
+            another module reads itself; a model that has adapters; what PEFT refuses. The model is untouched then.
         TypeError: `config` is no LoraConfig; r is no int or eta no number.
     """
     declared = ALLoRAConfig.from_lora_config(config, eta, norm)
@@ -145,13 +145,13 @@ def _adopt(peft_model: PeftModel) -> PeftModel:
     """See to it that every later adapter is told its rule; ValueError where an adapter would be passed by."""
     slots = module_slots(peft_model)
     for name, layer in peft_model.named_modules():
-        if isinstance(layer, ALLoRALinear):
+        if isinstance(layer, RuledLoraLayer):
             reason = obstacle(layer.base_layer, {layer.base_layer: slots[layer]})
             if reason is not None:
                 raise ValueError(
                     f"{name}: {reason}: leave it out, with exclude_modules=[...] or narrower target_modules"
                 )
-    leave_fast_paths(peft_model, ALLoRALinear)
+    leave_fast_paths(peft_model, RuledLoraLayer)
     peft_model.base_model.__class__ = ALLoRAModel
     return peft_model
 
