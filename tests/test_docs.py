@@ -1,4 +1,5 @@
-"""Every Python snippet of README and docs runs as printed and prints what the page says, and links lead somewhere."""
+"""Every Python snippet of README and docs runs as printed and prints what the page says, and links lead somewhere. Those of
+hub.md run in tests/test_hub.py."""
 
 import ast
 import re
@@ -20,12 +21,15 @@ def snippets(page):
     return fenced(page, "python")
 
 
+RUN_HERE = [page for page in PAGES if snippets(page) and page.name != "hub.md"]
+
+
 def shown_output(page):
     return fenced(page, "")
 
 
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments .'allora_eta'")
-@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", RUN_HERE, ids=lambda page: page.name)
 def test_a_pages_snippets_run_one_after_the_other(page, tmp_path, monkeypatch, capsys):
     if page.name == "quantized.md":
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install '.[quantized]'")
