@@ -153,6 +153,82 @@ def check_accelerate(_):
     assert_same(found, train(make_model(), batch()))
 
 
+class Squares(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = make_model()
+
+    def forward(self, x, labels=None):
+        y = self.model(x)
+        return {"loss": y.square().mean(), "logits": y}
+
+
+def adapter_trainer(folder, rows, cls=None):
+    import transformers
+
+    from allora_kernels.training import AdapterTrainer
+
+    settings = dict(
+        per_device_train_batch_size=ROWS // WORLD, max_steps=1, learning_rate=0.1, optim="sgd", max_grad_norm=1e9,
+        train_sampling_strategy="sequential", use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    return (cls or AdapterTrainer)(
+        model=Squares(), args=transformers.TrainingArguments(str(folder / "trainer"), **settings), train_dataset=rows,
+        eval_dataset=rows, data_collator=transformers.default_data_collator,
+    )  # fmt: skip
+
+
+def check_a_trainer_that_evaluates_first(folder):
+    """One step of two processes on half a batch each is that of one on the whole batch."""
+    pytest.importorskip("transformers")
+    alone = make_model()
+    alone(batch()).square().mean().backward()
+    trainer = adapter_trainer(folder, [{"x": row} for row in batch()])
+    assert trainer.args.world_size == WORLD
+    trainer.evaluate()
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+    for ours, before in zip(trainer.model.model.parameters(), alone.parameters()):
+        step = 0.1 * before.grad if before.requires_grad else 0
+        torch.testing.assert_close(ours, before - step, rtol=1e-4, atol=1e-5)
+    trainer.evaluate()
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+
+
+def check_a_trainer_without_ddp_does_not_train(folder):
+    pytest.importorskip("transformers")
+    from allora_kernels.training import AdapterTrainer
+
+    class Forgets(AdapterTrainer):
+        def create_optimizer(self, model=None):
+            self.model._is_accelerate_prepared = True
+            return super().create_optimizer()
+
+    trainer = adapter_trainer(folder, [{"x": row} for row in batch()], Forgets)
+    with pytest.raises(RuntimeError, match="2 processes would each train a model of their own: it is a Squares"):
+        trainer.train()
+    assert_same(dict(trainer.model.model.named_parameters()), dict(make_model().named_parameters()), 0, 0)
+
+
+def check_what_counts_as_one_model(_):
+    pytest.importorskip("transformers")
+    from types import SimpleNamespace
+
+    from allora_kernels.training.parallel import RequireParallel
+
+    ddp, sharded = DistributedDataParallel(make_model()), make_model()
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (WORLD,)))
+    for model in (ddp, sharded, torch.compile(ddp, backend="eager")):
+        guard = RequireParallel(SimpleNamespace(model_wrapped=model))
+        guard.on_train_begin(SimpleNamespace(world_size=WORLD), None, None)
+    guard = RequireParallel(SimpleNamespace(model_wrapped=torch.compile(make_model(), backend="eager")))
+    guard.on_train_begin(SimpleNamespace(world_size=1), None, None)
+    with pytest.raises(RuntimeError, match="it is a Sequential"):
+        guard.on_train_begin(SimpleNamespace(world_size=WORLD), None, None)
+
+
 def in_environment(check, port, folder):
     """As a launcher leaves it: accelerate looks there for the group."""
     os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank()), "WORLD_SIZE": str(WORLD)}
@@ -176,10 +252,16 @@ CHECKS = {
     **{f"fsdp, {n}": partial(check_fsdp, n, MixedPrecisionPolicy(), torch.float32) for n in reference.NORMS},
     "fsdp, computing in bfloat16": partial(check_fsdp, "row", BF16, torch.float32),
     "fsdp, a bfloat16 base": partial(check_fsdp, "row", MixedPrecisionPolicy(), torch.bfloat16),
+    "one model": check_what_counts_as_one_model,
     "fsdp, both": partial(check_fsdp, "row", BF16, torch.bfloat16),
 }
 
 
 def test_two_processes_train_what_one_does(tmp_path):
-    checks = CHECKS | {"accelerate": partial(in_environment, check_accelerate, free_port())}
+    launched = {
+        "accelerate": check_accelerate,
+        "a trainer that evaluates first": check_a_trainer_that_evaluates_first,
+        "a trainer without ddp": check_a_trainer_without_ddp_does_not_train,
+    }
+    checks = CHECKS | {name: partial(in_environment, check, free_port()) for name, check in launched.items()}
     run_checks(WORLD, checks, tmp_path)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,14 +161,6 @@ def test_torchrun_takes_the_command_line(folder, tmp_path):
     assert done.stdout.count("layers adapted:") == done.stdout.count("adapter: ") == 1
     assert read(tmp_path / "run")[0]["processes"] == 2
     assert "destroy_process_group" not in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_model_that_is_not_wrapped_is_not_trained():
-    trainer = SimpleNamespace(model_wrapped=torch.nn.Linear(1, 1))
-    guard = progress.RequireParallel(trainer)
-    guard.on_train_begin(SimpleNamespace(world_size=1), None, None)
-    with pytest.raises(RuntimeError, match="by DistributedDataParallel in 2 processes, but the model is a Linear"):
-        guard.on_train_begin(SimpleNamespace(world_size=2), None, None)
 
 
 def test_one_process_is_stopped_by_a_second_ctrl_c_at_once():
