@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB, bert, gpt2, llama, logits, photograph, randomised
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -522,6 +523,54 @@ def test_weights_of_another_model_are_refused_and_change_nothing(saved, message,
         with pytest.raises(ValueError, match=message):
             load_allora_model(model, tmp_path, "another", is_trainable=True)
         assert photograph(model) == before and "another" not in getattr(model, "peft_config", {})
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("second", [False, True])
+def test_a_module_saved_whole_that_the_file_lacks_is_named(second, low_cpu_mem_usage, tmp_path):
+    adapted(bert(), target_modules=["query"], modules_to_save=["classifier", "pooler"]).save_pretrained(tmp_path)
+    change_tensors(tmp_path, lambda t: [t.pop(key) for key in list(t) if "pooler" in key])
+    model = adapted(bert(), target_modules=["key"]) if second else bert()
+    before = photograph(model)
+    names = r"base_model\.model\.bert\.pooler\.dense\.bias, base_model\.model\.bert\.pooler\.dense\.weight"
+    with pytest.raises(ValueError, match=f"does not fit the model: it has no {names}, of modules_to_save"):
+        load_allora_model(model, tmp_path, "new", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert photograph(model) == before
+
+
+def test_a_file_does_not_replace_frozen_weights(tmp_path):
+    adapted(bert(), target_modules=["query"], modules_to_save=["classifier"]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"modules_to_save": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    model = bert()
+    before = photograph(model)
+    with pytest.raises(ValueError, match=r"classifier\.bias, .*classifier\.weight would replace frozen weights"):
+        load_allora_model(model, tmp_path)
+    assert photograph(model) == before
+
+
+def test_embeddings_in_the_file_are_loaded_or_put_back(tmp_path):
+    """PEFT saves those of a vocabulary that was resized."""
+    base = llama()
+    base.resize_token_embeddings(VOCAB + 5)
+    model = adapted(base)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    fresh = llama()
+    fresh.resize_token_embeddings(VOCAB + 5)
+    nn.init.normal_(fresh.lm_head.weight)
+    loaded = load_allora_model(copy.deepcopy(fresh), tmp_path)
+    assert torch.equal(loaded.get_base_model().lm_head.weight, base.lm_head.weight)
+    change_tensors(tmp_path, lambda t: t.pop(next(key for key in t if "lora_B" in key)))
+    before = photograph(fresh)
+    with pytest.raises(ValueError, match=r"does not fit the model: it has no .*lora_B"):
+        load_allora_model(fresh, tmp_path)
+    assert photograph(fresh) == before
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
