@@ -2,7 +2,9 @@
 hub.md run in tests/test_hub.py."""
 
 import ast
+import importlib
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,23 @@ def test_each_row_of_the_matrix_names_a_test_that_exists():
         file, name = re.fullmatch(r"\[.+\]\((.+)\) `(\w+)`", test).groups()
         assert f"\ndef {name}(" in (page.parent / file).read_text(), f"{feature}: {file} has no {name}"
         assert ("/gpu/" in file) == (verdict == "on a GPU"), feature
+
+
+def test_the_reference_has_the_public_names_and_no_others():
+    """A section for each module that users import from: its `__all__`, each by the path where it is defined, or all of it."""
+    text = (ROOT / "docs" / "reference.md").read_text()
+    sections = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE))
+    found = {name: re.findall(r"^::: (\S+)$", body, re.MULTILINE) for name, body in sections.items()}
+    package = ROOT / "allora_kernels"
+    integrations = [p.stem for p in (package / "integrations").iterdir() if not p.stem.startswith("_")]
+    public = ["per_sample", "training", "reference", *(f"integrations.{name}" for name in integrations)]
+    expected = {}
+    for name in ("allora_kernels", *(f"allora_kernels.{name}" for name in public)):
+        module = importlib.import_module(name)
+        objects = [getattr(module, n) for n in getattr(module, "__all__", ())]
+        defined = [f"{o.__module__}.{o.__qualname__}" for o in objects if not isinstance(o, types.ModuleType)]
+        expected[name] = sorted(defined or [name])
+    assert {name: sorted(paths) for name, paths in found.items()} == expected
 
 
 def message_patterns(page):
