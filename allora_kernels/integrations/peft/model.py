@@ -58,8 +58,12 @@ def get_allora_model(
     Args:
         model: the base model, any that PEFT takes.
         config: which layers, ranks and modules to save, as PEFT reads them; ``lora_alpha`` must equal ``r``. It is copied.
-        eta, norm: the rule, as in `allora_kernels.allora_linear`.
-        adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, revision: as in `peft.get_peft_model`.
+        eta: η, as in `allora_kernels.allora_linear`.
+        norm: the rule, as there.
+        adapter_name: as in `peft.get_peft_model`.
+        autocast_adapter_dtype: as there.
+        low_cpu_mem_usage: as there.
+        revision: as there.
 
     Returns:
         The PeftModel; its ``peft_config`` holds an `ALLoRAConfig`.
@@ -99,7 +103,10 @@ def load_allora_model(
     Args:
         model: the base model; or a PeftModel of `get_allora_model`'s, which gets another adapter of this name.
         folder: what ``save_pretrained`` of such a model wrote, or `allora_kernels.save_adapter`; or a repository's name.
-        adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage: as in `PeftModel.from_pretrained`.
+        adapter_name: as in `PeftModel.from_pretrained`.
+        is_trainable: as there.
+        autocast_adapter_dtype: as there.
+        low_cpu_mem_usage: as there.
         hub: ``subfolder``, ``revision``, ``token``, ... for a repository.
 
     Returns:
