@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import warnings
+from dataclasses import fields
 
 import accelerate
 import peft
@@ -25,6 +26,7 @@ from allora_kernels.integrations.peft import (
     get_allora_model,
     load_allora_model,
 )
+from allora_kernels.integrations.peft import config as peft_config
 
 IDS = torch.arange(14).reshape(2, 7) * 5 % VOCAB
 QV = ("q_proj", "v_proj")
@@ -257,6 +259,32 @@ def test_bad_settings_are_refused_and_change_nothing(settings, error, message):
     assert photograph(model) == before
 
 
+OF_THIS_PEFT = {f.name for f in fields(LoraConfig)}
+
+
+@pytest.mark.parametrize("name", [name for name in peft_config._NEUTRAL if name in OF_THIS_PEFT])
+def test_each_setting_without_a_meaning_has_the_line_to_write(name):
+    config = ALLoRAConfig(r=4, lora_alpha=4, target_modules=list(QV))
+    setattr(config, name, "something")
+    model = llama()
+    before = photograph(model)
+    neutral = repr(peft_config._NEUTRAL[name][0])
+    with pytest.raises(ValueError, match=f"^{name}='something' has no meaning here, as .*: write {name}={neutral}$"):
+        peft.get_peft_model(model, config)
+    assert photograph(model) == before
+
+
+def test_a_variant_that_a_newer_peft_brings_is_refused(monkeypatch):
+    variants = [f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")]
+    if not variants:
+        pytest.skip("this PEFT does not say which of its settings are variants")
+    monkeypatch.delitem(peft_config._NEUTRAL, variants[0])
+    with pytest.raises(
+        ValueError, match=f"{variants[0]} has no meaning here, as it makes another layer.*: leave it out"
+    ):
+        get_allora_model(llama(), lora(**{variants[0]: True}))
+
+
 class Reads(nn.Module):
     def __init__(self):
         super().__init__()
@@ -289,6 +317,8 @@ def test_other_configs_and_models_are_refused():
         get_allora_model(llama(), peft.AdaLoraConfig(total_step=10))
     with pytest.raises(TypeError, match="got ALLoRAConfig"):
         get_allora_model(llama(), ALLoRAConfig())
+    with pytest.raises(TypeError, match="names the class of its layers itself"):
+        ALLoRAConfig()._register_custom_module({nn.Linear: nn.Linear})
     taken = lora()
     taken._register_custom_module({nn.Linear: nn.Linear})
     with pytest.raises(ValueError, match="custom modules of its own"):
