@@ -140,20 +140,25 @@ def test_two_processes_train_as_one_and_stop_and_resume_together(folder):
         finetune(settings(folder, batch_size=4, output=str(folder / "stopped"), resume=True))
 
 
-def test_torchrun_takes_the_command_line(folder, tmp_path):
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "--"],
+    # Without a GPU it starts these processes on the CPU.
+    "accelerate launch": [
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
+        "--dynamo_backend=no", "--main_process_port=0", "-m",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_takes_the_command_line(folder, tmp_path, launcher):
+    if launcher != "torchrun" and torch.cuda.is_available() and torch.cuda.device_count() < 2:
+        pytest.skip("accelerate would start two processes on one GPU")
     config = settings(folder, batch_size=4, max_steps=2, output=str(tmp_path / "run"))
     options = [
         f"--{name.replace('_', '-')}={getattr(config, name)}" for name in ("model", "data", "output", "max_steps", "r")
     ]
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "--",
-        "allora_kernels.tools.cli",
-    ]
+    launch = ["-m", *LAUNCHERS[launcher], "allora_kernels.tools.cli"]
     done = subprocess.run(
         [sys.executable, *launch, "finetune", *options], capture_output=True, text=True, cwd=ROOT, timeout=120
     )

@@ -4,6 +4,7 @@ import difflib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ pytest.importorskip("transformers")
 
 from tiny_training import make_model
 
+ROOT = Path(__file__).parents[1]
 TRAINS = """\
 import torch
 from peft import LoraConfig, TaskType
@@ -63,11 +65,14 @@ assert not any(name.startswith(("allora", "csrc_triton")) for name in sys.module
 """
 
 
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+
+
 def run(script, folder):
     (folder / "script.py").write_text(script)
     done = subprocess.run(
         [sys.executable, "script.py"], cwd=folder, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env=os.environ | ENVIRONMENT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
