@@ -1,4 +1,4 @@
-"""DistributedDataParallel, FSDP2 and accelerate in two processes train what one process trains."""
+"""DistributedDataParallel, FSDP2 and accelerate in several processes train what one process trains."""
 
 import os
 import socket
@@ -38,7 +38,7 @@ def make_model(norm="row", dtype=torch.float32):
 def batch(rank=None):
     """The whole batch, or the part of one process."""
     x = torch.randn(ROWS, K, generator=torch.Generator().manual_seed(1))
-    return x if rank is None else x.chunk(WORLD)[rank]
+    return x if rank is None else x.chunk(dist.get_world_size())[rank]
 
 
 def train(model, x, steps=2, backward=lambda loss: loss.backward(), prepare=lambda optimizer: optimizer):
@@ -125,15 +125,19 @@ def check_what_ddp_sends(_):
     assert sum(sent) == 4 * (R * (K + HIDDEN) + R * (HIDDEN + N))
 
 
-def check_fsdp(norm, policy, base, _):
+def check_fsdp(backend, norm, policy, base, _):
     exact = policy.param_dtype is None and base == torch.float32
     steps = 2 if exact else 1
-    expected = train(make_model(norm, base), batch().to(base), steps)
-    mesh = init_device_mesh("cpu", (WORLD,))
-    model = make_model(norm, base)
-    for module in (model[0], model[2], model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-    found = train(model, batch(dist.get_rank()).to(base), steps)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "0")
+        expected = train(make_model(norm, base), batch().to(base), steps)
+        patch.setenv("TRITON_INTERPRET", str(int(backend == "triton")))
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        model = make_model(norm, base)
+        assert model[0].explain().backend == backend
+        for module in (model[0], model[2], model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        found = train(model, batch(dist.get_rank()).to(base), steps)
     if exact:
         return assert_same(found, expected)
     # AdamW's first step is a sign; the gradients say how near the two are.
@@ -242,19 +246,28 @@ def free_port():
         return s.getsockname()[1]
 
 
+KERNELS = ("row", "entry") if TRITON_INSTALLED else ()
+EXACT = MixedPrecisionPolicy()
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 CHECKS = {
     **{f"ddp, eager, {n}": partial(check_ddp, "eager", n) for n in reference.NORMS},
-    **{f"ddp, triton, {n}": partial(check_ddp, "triton", n) for n in ("row", "entry") if TRITON_INSTALLED},
+    **{f"ddp, triton, {n}": partial(check_ddp, "triton", n) for n in KERNELS},
     **{f"ddp, reentrant={r}": partial(check_ddp_with_checkpointing, r) for r in (False, True)},
     "accumulation": check_accumulation_without_synchronization,
     "bytes": check_what_ddp_sends,
-    **{f"fsdp, {n}": partial(check_fsdp, n, MixedPrecisionPolicy(), torch.float32) for n in reference.NORMS},
-    "fsdp, computing in bfloat16": partial(check_fsdp, "row", BF16, torch.float32),
-    "fsdp, a bfloat16 base": partial(check_fsdp, "row", MixedPrecisionPolicy(), torch.bfloat16),
+    **{f"fsdp, eager, {n}": partial(check_fsdp, "eager", n, EXACT, torch.float32) for n in reference.NORMS},
+    **{f"fsdp, triton, {n}": partial(check_fsdp, "triton", n, EXACT, torch.float32) for n in KERNELS},
+    "fsdp, computing in bfloat16": partial(check_fsdp, "eager", "row", BF16, torch.float32),
+    "fsdp, a bfloat16 base": partial(check_fsdp, "eager", "row", EXACT, torch.bfloat16),
     "one model": check_what_counts_as_one_model,
-    "fsdp, both": partial(check_fsdp, "row", BF16, torch.bfloat16),
+    "fsdp, both": partial(check_fsdp, "eager", "row", BF16, torch.bfloat16),
 }
+
+
+def test_four_processes_train_what_one_does(tmp_path):
+    checks = {name: check for name, check in CHECKS.items() if name.endswith(", row")}
+    assert len(checks) == (4 if TRITON_INSTALLED else 2)
+    run_checks(4, checks, tmp_path)
 
 
 def test_two_processes_train_what_one_does(tmp_path):
