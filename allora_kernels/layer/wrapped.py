@@ -25,7 +25,9 @@ class WrappedALLoRALinear(ALLoRALayer):
     Args:
         base_layer: any module that maps ``[..., in_features]`` to ``[..., out_features]`` linearly and has these two
             attributes. It becomes a submodule; its parameters are frozen.
-        r, eta, norm: as in `FusedALLoRALinear`.
+        r: rank, as in `FusedALLoRALinear`.
+        eta: η, as there.
+        norm: the rule, as there.
         adapter_dtype: dtype of lora_A and lora_B; None for the weight's where that is a floating-point one, else float32.
 
     Raises:
