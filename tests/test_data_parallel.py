@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -22,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 WORLD, ROWS, K, HIDDEN, N, R = 2, 8, 12, 20, 9, 3
 
@@ -147,6 +149,27 @@ def check_fsdp(backend, norm, policy, base, _):
             assert (found[name] - t).norm() < 0.1 * t.norm(), name
 
 
+def check_what_fsdp_sends(_):
+    """As docs/distributed.md has it; sizes that two processes share evenly, and biases come to the weights."""
+    k, n, r = 12, 20, 4
+    model = nn.Sequential(nn.Linear(k, n), nn.Linear(n, k))
+    apply_allora(model, r=r)
+    for module in (*model, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (WORLD,)))
+    sent = Counter()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "c10d":
+                sent[func._opname] += max(t.numel() for t in args if isinstance(t, torch.Tensor))
+            return func(*args, **(kwargs or {}))
+
+    with Counting():
+        model(torch.ones(4, k)).sum().backward()
+    adapters = 2 * r * (n + k)
+    assert sent == {"_reduce_scatter_base_": adapters, "_allgather_base_": 2 * (2 * n * k + n + k + adapters)}, sent
+
+
 def check_accelerate(_):
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True)
@@ -255,6 +278,7 @@ CHECKS = {
     **{f"ddp, reentrant={r}": partial(check_ddp_with_checkpointing, r) for r in (False, True)},
     "accumulation": check_accumulation_without_synchronization,
     "bytes": check_what_ddp_sends,
+    "bytes, fsdp": check_what_fsdp_sends,
     **{f"fsdp, eager, {n}": partial(check_fsdp, "eager", n, EXACT, torch.float32) for n in reference.NORMS},
     **{f"fsdp, triton, {n}": partial(check_fsdp, "triton", n, EXACT, torch.float32) for n in KERNELS},
     "fsdp, computing in bfloat16": partial(check_fsdp, "eager", "row", BF16, torch.float32),
