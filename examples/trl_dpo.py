@@ -35,7 +35,7 @@ def preferences(texts: list[str]) -> Dataset:
 
 
 def finetune(
-    base: Path, output: Path, train: list[str], held_out: list[str], steps: int, learning_rate: float = 2e-4
+    base: Path, output: Path, train: list[str], held_out: list[str], steps: int, learning_rate: float = 1e-3
 ) -> tuple[float, float]:
     """Train adapters on the texts `train` and save them in ``output/adapter``; the DPO loss on `held_out` before and after."""
     set_seed(0)

@@ -13,6 +13,7 @@ from ..models.loading import load_adapter
 from ..models.saving import save_adapter
 from ..models.selection import unwrap
 from ..models.sharded import is_sharded
+from .parallel import RequireParallel, prepare_anew
 
 
 class AdapterCheckpoints:
@@ -20,7 +21,8 @@ class AdapterCheckpoints:
 
     Checkpoints, and what `save_model` writes, then hold the adapters and modules saved whole of a model from `apply_allora`, in
     PEFT's format, with the tokenizer, the optimizer and the rest of what Trainer keeps, but not the base model.
-    ``resume_from_checkpoint`` and ``load_best_model_at_end`` read them.
+    ``resume_from_checkpoint`` and ``load_best_model_at_end`` read them. `evaluate` may come before `train` in several
+    processes too.
 
     Raises:
         ValueError: the model has no adapters; or accelerate's FSDP or DeepSpeed plugin is on: they write checkpoints of their
@@ -51,6 +53,16 @@ class AdapterCheckpoints:
                 f"{name} has an adapter, and TRL computes its loss from the frozen weight of that layer, past the adapter, "
                 "which would not be trained: leave the head out of target_modules"
             )
+
+    def train(self, *args, **kwargs):
+        """As in Trainer; RuntimeError before the first step where several processes would each train a model of their own."""
+        prepare_anew(self)
+        guard = RequireParallel(self)
+        self.add_callback(guard)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.remove_callback(guard)
 
     def save_adapters(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
         """The adapters alone, from the process that writes, or all where they are sharded."""
