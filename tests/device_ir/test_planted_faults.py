@@ -55,6 +55,18 @@ def coefficient(norm):
     module("row_norms").weight_coefficient(torch.randn(40, 700), torch.randn(130, 40), 2.0, norm)
 
 
+def grouped():
+    x, weight, bias, a, b, _ = make_inputs(70, 136, 64, 16, F16)
+    weight, bias, a, b = (torch.stack([t, t]) for t in (weight, bias, a, b))
+    ends = torch.tensor([33, 70], dtype=torch.int32)
+    s = module("grouped_down_project").grouped_down_project(x, a, ends, F16)
+    module("grouped_fused_linear").grouped_fused_linear(x, weight, bias, s, b, ends)
+
+
+def first_pieces():
+    module("groups").first_pieces(torch.tensor([3, 9, 9], dtype=torch.int32), 12, 2)
+
+
 class Planted(NamedTuple):
     """In `module` the text `old` becomes `new` (or each of several); `run` then launches `kernel`: a fault of `kind` is due."""
 
@@ -97,6 +109,17 @@ FAULTS = [
          "[0, start_n], narrow(left", lambda: products("persistent", M=300, N=520)),
     read("_fused_linear_persistent_kernel", "fused_linear_persistent", "mask=mask_n, other=0.0",
          "mask=mask_n | True", lambda: products("persistent")),
+    race("_grouped_down_project_kernel", "grouped_down_project", "s_ptr + offs_m[:, None] * R",
+         "s_ptr + (offs_m - start)[:, None] * R", grouped),
+    write("_grouped_down_project_kernel", "grouped_down_project", "mask=mask_m[:, None] & mask_r[None, :])\n\n\ndef",
+          "mask=mask_r[None, :])\n\n\ndef", grouped),
+    race("_grouped_fused_linear_kernel", "grouped_fused_linear", "y_ptr + offs_m[:, None]", "y_ptr + (offs_m - start)[:, None]",
+         grouped),
+    write("_grouped_fused_linear_kernel", "grouped_fused_linear", "narrow(acc, DTYPE), mask=mask_m[:, None] & mask_n[None, :])",
+          "narrow(acc, DTYPE), mask=mask_n[None, :])", grouped),
+    race("_first_pieces_kernel", "groups", ("_kernel, (1,)", "axis=0) - tiles, mask"),
+         ("_kernel, (2,)", "axis=0) - tiles + tl.program_id(0), mask"), first_pieces),
+    write("_first_pieces_kernel", "groups", "mask=offs_e <= GROUPS)\n\n\ndef", "mask=offs_e <= GROUPS + 4)\n\n\ndef", first_pieces),
     race("_low_rank_add_kernel", "low_rank_add", "pid_n * BLOCK_N, BLOCK_N", "pid_n * (BLOCK_N - 8), BLOCK_N",
          low_rank_add),
     write("_low_rank_add_kernel", "low_rank_add", "narrow(acc, DTYPE), mask=mask)", "narrow(acc, DTYPE))",
@@ -105,15 +128,15 @@ FAULTS = [
          lambda: module("norms").squared_norms(torch.randn(3, 5000))),
     read("_squared_norms_kernel", "norms", "mask=offs < NUMEL, other=0.0", "mask=offs < NUMEL + 1",
          lambda: module("norms").squared_norms(torch.randn(3, 5000))),
-    race("_gram_kernel", "row_norms", "part.to(tl.int64) * R * R +", "", lambda: coefficient("row")),
+    race("_gram_kernel", "row_norms", "tl.program_id(2).to(tl.int64) * R * R +", "", lambda: coefficient("row")),
     write("_gram_kernel", "row_norms", "acc, mask=mask_i[:, None] & mask_j[None, :])", "acc, mask=mask_j[None, :])",
           lambda: coefficient("row")),
     race("_quadratic_coefficient_kernel", "row_norms", "tl.store(c_ptr + offs_l, c, mask=mask_l)",
          "tl.store(c_ptr + offs_l % 64, c, mask=mask_l)", lambda: coefficient("row")),
     write("_quadratic_coefficient_kernel", "row_norms", "tl.store(c_ptr + offs_l, c, mask=mask_l)",
           "tl.store(c_ptr + offs_l, c)", lambda: coefficient("row")),
-    race("_matrix_coefficient_kernel", "row_norms", ("_matrix_coefficient_kernel, (1,)", "tl.store(c_ptr, coefficient("),
-         ("_matrix_coefficient_kernel, (2,)", "tl.store(c_ptr, tl.program_id(0) + coefficient("),
+    race("_matrix_coefficient_kernel", "row_norms", ("(c.numel(),)", "tl.int64)\n    gram_a_ptr", "c_ptr + group, "),
+         ("(2,)", "tl.int64) * 0\n    gram_a_ptr", "c_ptr, tl.program_id(0) + "),
          lambda: coefficient("matrix")),
     read("_matrix_coefficient_kernel", "row_norms", "mask = offs < NUMEL", "mask = offs < NUMEL + 8",
          lambda: coefficient("matrix")),
