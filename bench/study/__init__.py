@@ -1,1 +1,1 @@
-"""``python -m bench.study``: does ALLoRA help, and when? Methods side by side on real models and data, learning rates tuned alike."""
+"""``python -m bench.study``: does ALLoRA help, and when? Methods side by side, each with its own tuned learning rate."""

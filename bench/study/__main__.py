@@ -23,11 +23,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser("python -m bench.study", description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a small part, for 20 minutes on two cores")
-    parser.add_argument("--report", action="store_true", help="write the page and its plots from what is there, run nothing")
+    parser.add_argument(
+        "--report", action="store_true", help="write the page and its plots from what is there, run nothing"
+    )
     parser.add_argument("--only", nargs="+", metavar="BLOCK", help="blocks of the plan to run (--list shows them)")
     parser.add_argument("--list", action="store_true", help="show the blocks, and how much of each is there")
-    parser.add_argument("--results", type=Path, help="folder of the JSON lines (bench/results/study; quick: runs/study-quick)")
-    parser.add_argument("--page", type=Path, help="the page to write; plots go beside it (docs/study.md; quick: in --results)")
+    parser.add_argument(
+        "--results", type=Path, help="folder of the JSON lines (bench/results/study; quick: runs/study-quick)"
+    )
+    parser.add_argument(
+        "--page", type=Path, help="the page to write; plots go beside it (docs/study.md; quick: in --results)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="cells at a time (default 2)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each (default 1)")
     parser.add_argument("--minutes", type=float, help="begin no cell after this long")

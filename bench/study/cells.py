@@ -10,6 +10,7 @@ from typing import Any
 
 from .methods import METHODS, OPTIMIZERS, RATES, Method
 from .tasks import TASKS, Task
+from .training import LOOP
 
 TUNING_SEEDS = (0,)
 """Seeds of the runs a learning rate is chosen by; not among those that are judged."""
@@ -50,6 +51,7 @@ class Group:
         return {
             "kind": "train",
             "phase": phase,
+            "loop": LOOP,
             "task": self.task.settings(),
             "method": self.method.settings(),
             "optimizer": {"name": self.optimizer, **OPTIMIZERS[self.optimizer]},

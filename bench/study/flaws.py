@@ -15,6 +15,7 @@ from typing import Any
 from .cells import OPTIMIZERS, Record, Settings, identity
 from .methods import ALLORA, LORA, LORA_2_DROPOUT, LORA_DROPOUT, METHODS, Method
 from .tasks import TASKS
+from .training import LOOP
 
 TASK = "election-tweets"
 RATES = {"adamw": 1e-3, "sgd": 0.1}
@@ -28,6 +29,7 @@ SHOWN = 64
 def _settings(kind: str, method: Method, optimizer: str, steps: int, seed: int, **more: Any) -> Settings:
     return {
         "kind": kind,
+        "loop": LOOP,
         "task": TASKS[TASK].settings(),
         "method": method.settings(),
         "optimizer": {"name": optimizer, **OPTIMIZERS[optimizer]},

@@ -19,4 +19,6 @@ def installed(package: str, *path: str) -> Path:
     for folder in spec.submodule_search_locations or ():
         if (found := Path(folder).joinpath(*path)).exists():
             return found
-    raise FileNotFoundError(f"the installed {package} has no {'/'.join(path)}: {REQUIREMENTS} names the version that has")
+    raise FileNotFoundError(
+        f"the installed {package} has no {'/'.join(path)}: {REQUIREMENTS} names the version that has"
+    )

@@ -3,19 +3,16 @@
 from dataclasses import dataclass, field
 
 from . import flaws
+from . import methods as m
 from .cells import Group, Record, Settings, choose_rate
-from .methods import (
-    ALLORA, ALLORA_RULES, ALLORA_SIDES, DORA, FROZEN, FULL, HEAD, LORA, LORA_2, LORA_2_DROPOUT, LORA_DROPOUT, LORA_PLUS,
-    METHODS,
-)  # fmt: skip
 from .store import Store
 from .tasks import TASKS
 
 ENCODER_TASKS = ("election-tweets", "rotten-tomatoes", "reuters-r52", "newsgroups")
 FEW_TASKS = ("election-tweets", "reuters-r52")
 DECODER_TASKS = ("shakespeare", "rotten-prompt")
-ALLORA_1 = METHODS["ALLoRA row η²=1"]
-COMPARED = (LORA, ALLORA, DORA, LORA_PLUS)
+ALLORA_1 = m.METHODS["ALLoRA row η²=1"]
+COMPARED = (m.LORA, m.ALLORA, m.DORA, m.LORA_PLUS)
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,6 @@ class Block:
     groups: tuple[Group, ...] = ()
     runs: tuple[Settings, ...] = field(default=())
     """Cells that stand for themselves: those of the three flaws."""
-
 
 
 def _groups(tasks, methods, optimizers=("adamw",), steps=(100,), samples=(None,)) -> tuple[Group, ...]:
@@ -44,15 +40,15 @@ def _groups(tasks, methods, optimizers=("adamw",), steps=(100,), samples=(None,)
 def full() -> list[Block]:
     """The whole study."""
     return [
-        Block("main", "100 steps, AdamW", _groups(ENCODER_TASKS, (*COMPARED, HEAD, LORA_2, ALLORA_1, FULL))),
-        Block("sgd", "100 steps, SGD with momentum", _groups(ENCODER_TASKS, (*COMPARED, LORA_2, ALLORA_1), ("sgd",))),
+        Block("main", "100 steps, AdamW", _groups(ENCODER_TASKS, (*COMPARED, m.HEAD, m.LORA_2, ALLORA_1, m.FULL))),
+        Block("sgd", "100 steps, SGD with momentum", _groups(ENCODER_TASKS, (*COMPARED, m.LORA_2, ALLORA_1), ("sgd",))),
         Block("flaws", "The three flaws", runs=tuple(flaws.cells())),
-        Block("short", "25 steps, AdamW", _groups(ENCODER_TASKS, (*COMPARED, HEAD), steps=(25,))),
-        Block("samples", "32 and 256 samples, AdamW", _groups(FEW_TASKS, (*COMPARED, HEAD), samples=(32, 256))),
-        Block("dropout", "Dropout in LoRA, AdamW", _groups(ENCODER_TASKS, (LORA_DROPOUT, LORA_2_DROPOUT))),
-        Block("sides", "Where the coefficient is applied", _groups(FEW_TASKS, ALLORA_SIDES, ("adamw", "sgd"))),
-        Block("rules", "Rules and η²", _groups(FEW_TASKS, ALLORA_RULES, ("adamw", "sgd"))),
-        Block("decoder", "The decoder, 25 steps, AdamW", _groups(DECODER_TASKS, (FROZEN, *COMPARED), steps=(25,))),
+        Block("short", "25 steps, AdamW", _groups(ENCODER_TASKS, (*COMPARED, m.HEAD), steps=(25,))),
+        Block("samples", "32 and 256 samples, AdamW", _groups(FEW_TASKS, (*COMPARED, m.HEAD), samples=(32, 256))),
+        Block("dropout", "Dropout in LoRA, AdamW", _groups(ENCODER_TASKS, (m.LORA_DROPOUT, m.LORA_2_DROPOUT))),
+        Block("sides", "Where the coefficient is applied", _groups(FEW_TASKS, m.ALLORA_SIDES, ("adamw", "sgd"))),
+        Block("rules", "Rules and η²", _groups(FEW_TASKS, m.ALLORA_RULES, ("adamw", "sgd"))),
+        Block("decoder", "The decoder, 25 steps, AdamW", _groups(DECODER_TASKS, (m.FROZEN, *COMPARED), steps=(25,))),
         Block("long", "400 steps, AdamW", _groups(FEW_TASKS, COMPARED, steps=(400,))),
     ]
 
@@ -60,7 +56,7 @@ def full() -> list[Block]:
 def quick() -> list[Block]:
     """A small part of it, with the same settings, for 20 minutes."""
     return [
-        Block("short", "25 steps, AdamW", _groups(("election-tweets",), (*COMPARED, HEAD), steps=(25,))),
+        Block("short", "25 steps, AdamW", _groups(("election-tweets",), (*COMPARED, m.HEAD), steps=(25,))),
         Block("flaws", "The three flaws", runs=tuple(flaws.quick_cells())),
     ]
 

@@ -46,7 +46,9 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference
     mean = mean_interval(differences)
     if mean.half == 0:
         return Difference(mean, 1.0 if mean.value == 0 else 0.0)
-    return Difference(mean, float(stats.ttest_rel([ours[s] for s in sorted(ours)], [theirs[s] for s in sorted(ours)]).pvalue))
+    return Difference(
+        mean, float(stats.ttest_rel([ours[s] for s in sorted(ours)], [theirs[s] for s in sorted(ours)]).pvalue)
+    )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

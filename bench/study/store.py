@@ -76,7 +76,9 @@ class Store:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"another run is writing to {self.folder}: let it end, or name another --results") from None
+                raise ValueError(
+                    f"another run is writing to {self.folder}: let it end, or name another --results"
+                ) from None
             yield
 
 

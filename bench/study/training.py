@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 EVALUATION_BATCH = 50
+LOOP = {"schedule": "linear", "warmup_fraction": 0.05, "max_grad_norm": 0.0}
+"""Of every run. The norm of the whole gradient would tie an adapter's step to the head's, so it is not clipped."""
 MEASURES = ("loss_mean", "accuracy", "macro_f1", "perplexity")
 
 
@@ -44,9 +46,9 @@ def make_trainer(
         output=output,
         batch_size=task.batch_size,
         max_steps=steps,
-        warmup_steps=max(1, steps // 20),
-        # The norm of the whole gradient would tie an adapter's step to the head's.
-        max_grad_norm=0.0,
+        schedule=LOOP["schedule"],
+        warmup_steps=max(1, round(LOOP["warmup_fraction"] * steps)),
+        max_grad_norm=LOOP["max_grad_norm"],
         seed=seed,
     )
     tokenizer = load_tokenizer(task.model)
