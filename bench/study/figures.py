@@ -10,7 +10,7 @@ from .statistics import Ranking, cliques, running_mean_spread
 
 COLORS = {
     "LoRA": "#e0904a",
-    "LoRA dropout 0.1": "#b5651d",
+    "LoRA dropout 0.1": "#d1495b",
     "LoRA α/r=2 dropout 0.1": "#7a3e00",
     "DoRA": "#66a182",
     "LoRA+": "#8d6aa8",

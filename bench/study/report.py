@@ -54,6 +54,7 @@ def text(store: Store, blocks: list[Block], page: Path) -> str:
     said: list[str] = []
     state = sections.state(numbered, blocks, store)
     tables: dict[Budget, int] = {}
+    rule_tables: dict[Budget, list[int]] = {}
     body = [
         _compared(numbered, comparisons),
         *(_budget(numbered, results, budget, comparisons[budget], tables) for budget in budgets(results)),
@@ -64,7 +65,8 @@ def text(store: Store, blocks: list[Block], page: Path) -> str:
         said += sections.overall(title, pairs, OTHERS, [tables[budget] for budget in here])
     body += [
         _ranked(numbered, results, said),
-        *(part(numbered, results, said) for part in (sections.rules, sections.sides)),
+        sections.rules(numbered, results, rule_tables, said),
+        sections.sides(numbered, results),
         *(part(numbered, flaw_report.records_of(kind, blocks, store), said) for kind, part in _FLAWS.items()),
     ]
     head = [
@@ -72,7 +74,7 @@ def text(store: Store, blocks: list[Block], page: Path) -> str:
         f"This page is written by `{COMMAND} --report` from the records of the runs; do not edit it.",
         "## In short",
         "\n".join(f"- {sentence}" for sentence in said) or "No group of cells is complete yet.",
-        sections.choice(results, comparisons),
+        sections.choice(results, comparisons, tables, rule_tables),
         sections.INTRODUCTION,
         state,
     ]

@@ -121,7 +121,7 @@ def overall(
 ) -> list[str]:
     """For each other method, in how many cases under `optimizer` ALLoRA is better, worse, or not told apart, and which."""
     said = []
-    where = f"Table{'s' if len(tables) > 1 else ''} {', '.join(map(str, tables))}"
+    where = table_names(tables)
     for other in others:
         cases = [(budget, c) for budget, c in found if c.other == other]
         if not cases:
@@ -139,7 +139,12 @@ def overall(
     return said
 
 
-def choice(results: Results, comparisons: dict[Budget, list[Comparison]]) -> str:
+def choice(
+    results: Results,
+    comparisons: dict[Budget, list[Comparison]],
+    tables: dict[Budget, int],
+    rule_tables: dict[Budget, list[int]],
+) -> str:
     """What to choose for which budget, by mean test metric and by the tests."""
     names, lines = [method.name for method in plan.COMPARED], []
     for budget in budgets(results):
@@ -158,15 +163,16 @@ def choice(results: Results, comparisons: dict[Budget, list[Comparison]]) -> str
             better, worse = (sum(c.verdict == v for c in apart) for v in (1, -1))
             lines.append(
                 f"- {budget}: {best}. Of {len(comparisons[budget])} comparisons of {ALLORA.name} with another method {better} "
-                f"came out for it, {worse} against it, and {len(comparisons[budget]) - len(apart)} were not told apart."
+                f"came out for it, {worse} against it, and {len(comparisons[budget]) - len(apart)} were not told apart "
+                f"(Table {tables[budget]})."
             )
     if not lines:
         return ""
-    rules = _best_rules(results)
+    rules = _best_rules(results, rule_tables)
     return "\n\n".join(["## What to choose", "\n".join([*lines, *rules])])
 
 
-def _best_rules(results: Results) -> list[str]:
+def _best_rules(results: Results, tables: dict[Budget, list[int]]) -> list[str]:
     lines = []
     for budget in budgets(results):
         tasks = _rule_tasks(results, budget)
@@ -179,14 +185,19 @@ def _best_rules(results: Results) -> list[str]:
         lines.append(
             f"- Which rule and η², {budget}: {best} has the best mean accuracy ({100 * means[best]:.1f}), {worst} the lowest "
             f"({100 * means[worst]:.1f}), {ALLORA.name} {100 * means[ALLORA.name]:.1f}; of the comparisons with the other "
-            f"rules {sum(c.verdict == -1 for c in apart)} came out against it and {sum(c.verdict == 1 for c in apart)} for it. "
-            "(The best of fifteen by test accuracy is partly the luckiest.)"
+            f"rules {sum(c.verdict == -1 for c in apart)} came out against it and {sum(c.verdict == 1 for c in apart)} for it "
+            f"({table_names(tables[budget])}). The best of fifteen by test accuracy is partly the luckiest."
         )
     return lines
 
 
 def _mean(result: Result) -> float:
     return mean_interval(list(result.test.values())).value
+
+
+def table_names(tables: Sequence[int]) -> str:
+    """For a sentence."""
+    return f"Table{'s' if len(tables) > 1 else ''} {', '.join(map(str, tables))}"
 
 
 # --- the ablations --------------------------------------------------------------------------------------------------
@@ -201,7 +212,7 @@ def _rule_tasks(results: Results, budget: Budget) -> list[str]:
     ]
 
 
-def rules(numbered, results: Results, said: list[str]) -> str:
+def rules(numbered, results: Results, tables: dict[Budget, list[int]], said: list[str]) -> str:
     """A table an optimizer and task: rules by η²."""
     parts = []
     for budget in budgets(results):
@@ -213,6 +224,7 @@ def rules(numbered, results: Results, said: list[str]) -> str:
             ]
             caption = f"{TASKS[task].title}, {budget}: the rules, weight-dependent and output-dependent, by η²"
             parts.append(numbered.table(caption, ["rule", *(f"η² = {eta:g}" for eta in ETAS_SQUARED)], rows))
+            tables.setdefault(budget, []).append(numbered.tables)
             weight, output = (
                 [_mean(results[budget, task, f"ALLoRA {n} η²={e:g}"]) for n in norms for e in ETAS_SQUARED]
                 for norms in (NORMS[:3], NORMS[3:])
@@ -224,7 +236,7 @@ def rules(numbered, results: Results, said: list[str]) -> str:
     return "\n\n".join(["## Which rule", *parts]) if parts else ""
 
 
-def sides(numbered, results: Results, said: list[str]) -> str:
+def sides(numbered, results: Results) -> str:
     """Where the coefficient is applied."""
     names = [LORA.name, *(m.name for m in ALLORA_SIDES), ALLORA.name]
     rows = []

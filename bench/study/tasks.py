@@ -134,16 +134,16 @@ def _encode(task: Task, rows: data.Rows) -> "Dataset":
     end = tokenizer("\nThis film is", add_special_tokens=False)["input_ids"]
     for text, label in rows:
         start = tokenizer("Review: " + text)["input_ids"][: task.max_length - len(end) - 1]
-        ids = [*start, *end, word_id(label)]
+        ids = [*start, *end, word_id(task, label)]
         columns["input_ids"].append(ids)
         columns["attention_mask"].append([1] * len(ids))
         columns["labels"].append([-100] * (len(ids) - 1) + ids[-1:])
     return Dataset.from_dict(columns)
 
 
-def word_id(label: str) -> int:
+def word_id(task: Task, label: str) -> int:
     """The token that stands for a label of the prompt."""
-    (token,) = load_tokenizer(DECODER)(WORDS[label], add_special_tokens=False)["input_ids"]
+    (token,) = load_tokenizer(task.model)(WORDS[label], add_special_tokens=False)["input_ids"]
     return token
 
 

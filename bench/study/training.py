@@ -173,7 +173,7 @@ def _next_words(task: Task):
     import torch
     from torch import nn
 
-    words = torch.tensor([word_id(label) for label in label_names(task)])
+    words = torch.tensor([word_id(task, label) for label in label_names(task)])
 
     def judged(logits, labels):
         logits = (logits[0] if isinstance(logits, tuple) else logits).float()
