@@ -1,4 +1,4 @@
-"""The study's cells: each is counted once, a learning rate is chosen by validation, and the test part is for what was chosen."""
+"""The study's cells: each is counted once, validation chooses a learning rate, and the test part is for what was chosen."""
 
 import fcntl
 import json
@@ -223,7 +223,7 @@ def test_a_record_is_counted_once(group, tmp_path):
         store.add(record)
     assert len(store.file.read_text().splitlines()) == 1
     (tmp_path / "more.jsonl").write_text(store.file.read_text())
-    with pytest.raises(ValueError, match="more.jsonl, line 1: cell .* is there twice"):
+    with pytest.raises(ValueError, match=r"more\.jsonl, line 1: cell .* is there twice"):
         Store(tmp_path)
 
 
@@ -232,7 +232,7 @@ def test_lines_that_are_no_records_are_named(group, tmp_path):
     store.add(fake_record(group.tuning()[0]))
     good = store.file.read_text()
     store.file.write_text(good + good[:40])
-    with pytest.raises(ValueError, match="cells.jsonl, line 2 is not a cell"):
+    with pytest.raises(ValueError, match=r"cells\.jsonl, line 2 is not a cell"):
         Store(tmp_path)
     store.file.write_text(good.replace('"seed": 0', '"seed": 7'))
     with pytest.raises(ValueError, match="line 1: the settings do not give the id"):

@@ -123,11 +123,15 @@ def trained(task, method, rate=0.02, steps=40, samples=None, seed=0, callbacks=(
         return training.train(trainer), training.measure(trainer, tasks.training_parts(task)[1])
 
 
-def test_training_learns_and_repeats(task):
-    went, found = trained(task, methods.ALLORA)
-    assert went["loss"][1] < went["loss"][0] - 0.1 and not went["diverged"] and found["accuracy"] > 0.8
-    again, found_again = trained(task, methods.ALLORA)
+def test_training_learns(task):
+    went, found = trained(task, methods.ALLORA, steps=120)
+    assert went["loss"][1] < went["loss"][0] - 0.4 and not went["diverged"] and found["accuracy"] > 0.8
+
+
+def test_training_repeats(task):
+    (went, found), (again, found_again) = (trained(task, methods.LORA_DROPOUT, steps=12) for _ in range(2))
     assert again["loss"] == went["loss"] and found_again == found
+    assert trained(task, methods.LORA_DROPOUT, steps=12, seed=1)[0]["loss"] != went["loss"]
 
 
 def test_a_run_that_diverges_says_so(task):

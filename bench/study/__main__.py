@@ -32,7 +32,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--results", type=Path, help="folder of the JSON lines (bench/results/study; quick: runs/study-quick)"
     )
     parser.add_argument(
-        "--page", type=Path, help="the page to write; plots go beside it (docs/study.md; quick: in --results)"
+        "--page", type=Path, help="the page to write, plots beside it (docs/study.md; quick: in --results)"
     )
     parser.add_argument("--workers", type=int, default=2, help="cells at a time (default 2)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each (default 1)")
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
     """Run and report; 0 if all cells of the plan that was asked for are there, else 3; 2 for a user's mistake."""
     options = parse(arguments)
     console = console or Console()
-    from . import plan, report, runner
+    from . import plan, readme, report, runner
     from .store import Store
 
     blocks = plan.quick() if options.quick else plan.full()
@@ -72,6 +72,8 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
         if not options.report:
             complete = runner.run(chosen, store, options.workers, options.threads, options.minutes, console)
         report.write(store, blocks, options.page)
+        if options.page == PAGE:
+            readme.write(store, blocks, ROOT / "README.md")
     except (ValueError, FileNotFoundError) as error:
         console.print(str(error), markup=False)
         return 2

@@ -59,7 +59,7 @@ TASKS = {
         Task("election-tweets", "Election tweets", "classification", **_ENCODER_TASK),
         Task("reuters-r52", "Reuters R52", "classification", **_ENCODER_TASK),
         Task("newsgroups", "20 Newsgroups", "classification", **_ENCODER_TASK),
-        Task("shakespeare", "Shakespeare, decoder", "causal-lm", DECODER, 64, 4, 32, 64),
+        Task("shakespeare", "Shakespeare, decoder", "causal-lm", DECODER, 64, 2, 24, 48),
         Task("rotten-prompt", "Rotten Tomatoes as a prompt, decoder", "prompt", DECODER, 48, 4, 100, 200),
     )
 }

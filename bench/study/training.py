@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import Trainer
 
-EVALUATION_BATCH = 50
+EVALUATION_BATCH = {"classification": 50, "prompt": 10, "causal-lm": 10}
+"""Rows at a time where nothing is trained, by kind of task: no part of a result, but a decoder's logits are large."""
 LOOP = {"schedule": "linear", "warmup_fraction": 0.05, "max_grad_norm": 0.0}
 """Of every run. The norm of the whole gradient would tie an adapter's step to the head's, so it is not clipped."""
 MEASURES = ("loss_mean", "accuracy", "macro_f1", "perplexity")
@@ -55,7 +56,7 @@ def make_trainer(
     trainer = transformers.Trainer(
         model=model,
         args=run.training_arguments(
-            config, save_strategy="no", label_names=["labels"], per_device_eval_batch_size=EVALUATION_BATCH
+            config, save_strategy="no", label_names=["labels"], per_device_eval_batch_size=EVALUATION_BATCH[task.kind]
         ),
         train_dataset=training_rows(task, samples, seed),
         data_collator=_collator(task, tokenizer),
