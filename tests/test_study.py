@@ -3,6 +3,7 @@
 import fcntl
 import json
 import math
+import time
 
 import pytest
 from rich.console import Console
@@ -24,12 +25,12 @@ def group(tmp_path, monkeypatch):
     return Group(task, methods.LORA, "adamw", 3)
 
 
-def run_here(blocks, store, monkeypatch, execute=runner.run_any, **limits):
+def run_here(blocks, store, monkeypatch, execute=runner.run_any, workers=1, **limits):
     """The runner with its worker in this thread."""
     from concurrent.futures import ThreadPoolExecutor
 
     monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda workers, *a, **k: ThreadPoolExecutor(workers))
-    return runner.run(blocks, store, 1, 1, console=QUIET, execute=execute, **limits)
+    return runner.run(blocks, store, workers, 1, console=QUIET, execute=execute, **limits)
 
 
 def tuned(group, accuracies, losses=None):
@@ -159,6 +160,19 @@ def test_a_run_does_each_cell_once_and_the_next_nothing(group, tmp_path, monkeyp
     assert store.file.read_bytes() == before
     log = (tmp_path / "results" / "cells.log").read_text()
     assert log.count("begin") == log.count("end ") == 5 and "test accuracy" in log
+
+
+def test_several_workers_do_each_cell_once(group, tmp_path, monkeypatch):
+    store, begun = Store(tmp_path / "results"), []
+
+    def slow(settings, records):
+        begun.append(identity(settings))
+        time.sleep(0.02 * settings["seed"])
+        return fake_record(settings)
+
+    blocks = [plan.Block("one", "One", (group, group)), plan.Block("two", "Two", (group,))]
+    assert run_here(blocks, store, monkeypatch, slow, workers=3)
+    assert len(begun) == len(set(begun)) == 5 and len(store.records) == 5
 
 
 def test_a_run_that_is_stopped_goes_on_where_it_was(group, tmp_path, monkeypatch):
@@ -321,7 +335,7 @@ def said(arguments, tmp_path):
 
 def test_an_unknown_block_is_named(tmp_path):
     code, text = said(["--only", "everything", "--results", str(tmp_path)], tmp_path)
-    assert code == 2 and "no block is called everything; there are main, sgd" in text
+    assert code == 2 and "no block is called everything; there are short, main" in text
 
 
 def test_a_broken_file_of_results_is_a_line_and_not_a_traceback(tmp_path):
