@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bench.markdown import table
 
-from . import figures, flaw_report, plan, sections
+from . import advice, figures, flaw_report, plan, sections
 from .cells import SEEDS
 from .methods import ALLORA
 from .plan import Block
@@ -74,7 +74,7 @@ def text(store: Store, blocks: list[Block], page: Path) -> str:
         f"This page is written by `{COMMAND} --report` from the records of the runs; do not edit it.",
         "## In short",
         "\n".join(f"- {sentence}" for sentence in said) or "No group of cells is complete yet.",
-        sections.choice(results, comparisons, tables, rule_tables),
+        advice.choice(results, comparisons, tables, rule_tables),
         sections.INTRODUCTION,
         state,
     ]

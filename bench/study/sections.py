@@ -6,7 +6,7 @@ from . import figures, flaw_report, plan
 from .cells import SEEDS, TUNING_SEEDS
 from .methods import ALLORA, ALLORA_RULES, ALLORA_SIDES, ETAS_SQUARED, LORA, NORMS, OPTIMIZERS, RANK, RATES
 from .plan import Block
-from .results import Budget, Comparison, Result, Results, budgets, compare, methods_of, tasks_of
+from .results import Budget, Comparison, Result, Results, budgets, methods_of, tasks_of
 from .statistics import mean_interval, running_mean_spread
 from .store import Store
 from .tasks import TASKS
@@ -139,59 +139,7 @@ def overall(
     return said
 
 
-def choice(
-    results: Results,
-    comparisons: dict[Budget, list[Comparison]],
-    tables: dict[Budget, int],
-    rule_tables: dict[Budget, list[int]],
-) -> str:
-    """What to choose for which budget, by mean test metric and by the tests."""
-    names, lines = [method.name for method in plan.COMPARED], []
-    for budget in budgets(results):
-        wins: dict[str, list[str]] = {}
-        for task in tasks_of(results, budget):
-            here = {n: results[budget, task, n] for n in names if (budget, task, n) in results}
-            here = {n: r for n, r in here.items() if r.usable}
-            if len(here) == len(names):
-                best = max(
-                    here, key=lambda n: here[n].group.task.sign * mean_interval(list(here[n].test.values())).value
-                )
-                wins.setdefault(best, []).append(TASKS[task].title)
-        if wins:
-            best = "; ".join(f"{name} has the best mean on {', '.join(tasks)}" for name, tasks in wins.items())
-            apart = [c for c in comparisons[budget] if c.verdict]
-            better, worse = (sum(c.verdict == v for c in apart) for v in (1, -1))
-            lines.append(
-                f"- {budget}: {best}. Of {len(comparisons[budget])} comparisons of {ALLORA.name} with another method {better} "
-                f"came out for it, {worse} against it, and {len(comparisons[budget]) - len(apart)} were not told apart "
-                f"(Table {tables[budget]})."
-            )
-    if not lines:
-        return ""
-    rules = _best_rules(results, rule_tables)
-    return "\n\n".join(["## What to choose", "\n".join([*lines, *rules])])
-
-
-def _best_rules(results: Results, tables: dict[Budget, list[int]]) -> list[str]:
-    lines = []
-    for budget in budgets(results):
-        tasks = _rule_tasks(results, budget)
-        if not tasks:
-            continue
-        names = [m.name for m in ALLORA_RULES]
-        means = {n: sum(_mean(results[budget, t, n]) for t in tasks) / len(tasks) for n in names}
-        best, worst = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
-        apart = [c for c in compare(results, budget, ALLORA, [n for n in names if n != ALLORA.name]) if c.verdict]
-        lines.append(
-            f"- Which rule and η², {budget}: {best} has the best mean accuracy ({100 * means[best]:.1f}), {worst} the lowest "
-            f"({100 * means[worst]:.1f}), {ALLORA.name} {100 * means[ALLORA.name]:.1f}; of the comparisons with the other "
-            f"rules {sum(c.verdict == -1 for c in apart)} came out against it and {sum(c.verdict == 1 for c in apart)} for it "
-            f"({table_names(tables[budget])}). The best of fifteen by test accuracy is partly the luckiest."
-        )
-    return lines
-
-
-def _mean(result: Result) -> float:
+def mean_of(result: Result) -> float:
     return mean_interval(list(result.test.values())).value
 
 
@@ -203,7 +151,7 @@ def table_names(tables: Sequence[int]) -> str:
 # --- the ablations --------------------------------------------------------------------------------------------------
 
 
-def _rule_tasks(results: Results, budget: Budget) -> list[str]:
+def rule_tasks(results: Results, budget: Budget) -> list[str]:
     """The tasks on which every rule has a usable result."""
     return [
         task
@@ -216,7 +164,7 @@ def rules(numbered, results: Results, tables: dict[Budget, list[int]], said: lis
     """A table an optimizer and task: rules by η²."""
     parts = []
     for budget in budgets(results):
-        for task in _rule_tasks(results, budget):
+        for task in rule_tasks(results, budget):
             rows = [
                 [f"`{norm}` ({'weight' if norm in NORMS[:3] else 'output'})"]
                 + [cell(results[budget, task, f"ALLoRA {norm} η²={eta:g}"]) for eta in ETAS_SQUARED]
@@ -226,7 +174,7 @@ def rules(numbered, results: Results, tables: dict[Budget, list[int]], said: lis
             parts.append(numbered.table(caption, ["rule", *(f"η² = {eta:g}" for eta in ETAS_SQUARED)], rows))
             tables.setdefault(budget, []).append(numbered.tables)
             weight, output = (
-                [_mean(results[budget, task, f"ALLoRA {n} η²={e:g}"]) for n in norms for e in ETAS_SQUARED]
+                [mean_of(results[budget, task, f"ALLoRA {n} η²={e:g}"]) for n in norms for e in ETAS_SQUARED]
                 for norms in (NORMS[:3], NORMS[3:])
             )
             said.append(
