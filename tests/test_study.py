@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+import textwrap
 import time
 
 import pytest
@@ -219,6 +223,28 @@ def test_a_run_in_worker_processes(group, tmp_path):
     blocks = [plan.Block("some", "Some", runs=tuple(plan.quick()[1].runs[:2]))]
     assert runner.run(blocks, store, 2, 1, console=QUIET, execute=fake_in_worker)
     assert len(store.records) == 2
+
+
+@pytest.mark.slow
+def test_a_worker_ends_with_the_run_that_started_it():
+    code = """
+    import os, sys, time
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    from bench.study.runner import prepare_worker
+    pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=prepare_worker, initargs=(1,))
+    print(pool.submit(os.getpid).result(), flush=True)
+    os.kill(os.getpid(), 9)
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=command.ROOT, stdout=subprocess.PIPE, timeout=120
+    )
+    worker, deadline = int(ended.stdout), time.monotonic() + 20
+    # stdout is at its end only when the worker, which has it too, is gone.
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.kill(worker, 0)
+            time.sleep(0.2)
 
 
 def fake_in_worker(settings, records):
