@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -61,7 +62,14 @@ def test_any_changed_setting_is_another_cell(group):
         Group(group.task, methods.LORA, "adamw", 4).settings("tune", 1e-3, 0),
         Group(group.task, methods.LORA, "adamw", 3, 32).settings("tune", 1e-3, 0),
         settings | {"loop": {**settings["loop"], "schedule": "cosine"}},
-        settings | {"task": {**settings["task"], "max_length": 8}},
+        *(
+            Group(replace(group.task, **changed), methods.LORA, "adamw", 3).settings("tune", 1e-3, 0)
+            for changed in ({"max_length": 8}, {"batch_size": 4}, {"validation": 8}, {"test": 8}, {"model": "other"})
+        ),
+        *(
+            Group(group.task, replace(methods.LORA, **changed), "adamw", 3).settings("tune", 1e-3, 0)
+            for changed in ({"alpha": 2.0}, {"dropout": 0.1}, {"norm": "row"}, {"eta_squared": 4}, {"side": "A"})
+        ),
     ]
     assert len({identity(s) for s in [settings, *others]}) == 1 + len(others)
 

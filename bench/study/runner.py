@@ -1,5 +1,6 @@
 """Runs cells in worker processes; this process alone writes them down."""
 
+import logging
 import os
 import signal
 import threading
@@ -32,6 +33,8 @@ def prepare_worker(threads: int) -> None:
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.filterwarnings("ignore")
+    # What torch, torchao and PEFT tell about one another would break up the progress bar in each worker.
+    logging.disable(logging.WARNING)
     import torch
     import transformers
 
