@@ -108,6 +108,8 @@ def test_rates_that_diverged_are_not_chosen(group):
     records = tuned(group, [0.6, 0.9, 0.7])
     records[1]["diverged"] = True
     assert choose_rate(group, records) == 3e-2
+    records[2]["validation"]["loss_mean"] = None
+    assert choose_rate(group, records) == 1e-3
     records[2]["validation"]["loss_mean"] = math.nan
     assert choose_rate(group, records) == 1e-3
     records[0]["diverged"] = True

@@ -101,10 +101,16 @@ def choose_rate(group: Group, tuned: Sequence[Record]) -> float | None:
     scores = {}
     for rate in group.rates:
         records = [found[identity(group.settings("tune", rate, seed))] for seed in TUNING_SEEDS]
-        if not any(r["diverged"] or not math.isfinite(r["validation"]["loss_mean"]) for r in records):
+        if all(map(_has_a_score, records)):
             metric = sum(group.task.sign * r["validation"][group.task.metric] for r in records)
             scores[rate] = (metric, -sum(r["validation"]["loss_mean"] for r in records))
     return max(scores, key=scores.__getitem__) if scores else None
+
+
+def _has_a_score(record: Record) -> bool:
+    # What is no number was written down as None.
+    loss = record["validation"]["loss_mean"]
+    return not record["diverged"] and loss is not None and math.isfinite(loss)
 
 
 def check_may_test(settings: Settings, tuned: Sequence[Record]) -> None:

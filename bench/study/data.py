@@ -3,7 +3,6 @@
 import bz2
 import csv
 import random
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,7 +79,6 @@ def _tab(file: Path) -> Rows:
 
 def _texts(train: Rows, test: Rows) -> Texts:
     """Each text once, and what is in the test not in training; both in random order."""
-    csv.field_size_limit(sys.maxsize)
     tested = dict(test)
     trained = {text: label for text, label in train if text not in tested}
     # A class that is nowhere to learn from cannot be asked for.
