@@ -46,7 +46,7 @@ def summary(store: Store, blocks: list[Block]) -> str:
     mean = f"{sum(points) / len(points):+.1f} points of accuracy"
     return (
         f"`{ALLORA.name}` against PEFT's methods, each at its own best learning rate of one grid, {len(SEEDS)} seeds, in "
-        f"{len(plain)} cases of task, optimizer and length of training: against LoRA it is {_tally(plain)} (on average {mean})."
+        f"{len(plain)} case{'s' if len(plain) > 1 else ''} of task, optimizer and length of training: against LoRA it is {_tally(plain)} (on average {mean})."
         f"{rest} Tables, the three flaws and the limits are on [the study's page](docs/study.md); {state}.\n\n"
         "![ALLoRA minus LoRA, DoRA and LoRA+: points of accuracy](docs/study-differences.png)"
     )

@@ -90,7 +90,10 @@ def _compared(numbered: Numbered, comparisons) -> str:
         return ""
     caption = f"{ALLORA.name} minus each other method: accuracy on the test part, {len(SEEDS)} seeds"
     return "## Against LoRA, DoRA and LoRA+\n\n" + numbered.figure(
-        figures.differences(shown, TITLES, ALLORA.name), "differences", caption, "--only main sgd short samples long"
+        figures.differences(shown, TITLES, ALLORA.name),
+        "differences",
+        caption,
+        "--only short main sgd samples decoder long",
     )
 
 
@@ -129,7 +132,7 @@ def _ranked(numbered: Numbered, results, said: list[str]) -> str:
     caption = (
         "Mean ranks over tasks and budgets; a bar joins what Nemenyi's critical difference (5%) does not tell apart"
     )
-    drawn = numbered.figure(figures.ranks(found), "ranks", caption, "--only main sgd short samples long decoder")
+    drawn = numbered.figure(figures.ranks(found), "ranks", caption, "--only short main sgd samples decoder long")
     for title, here in found.items():
         best = min(here.ranks, key=here.ranks.__getitem__)
         order = ", ".join(f"{name} {here.ranks[name]:.2f}" for name in sorted(here.ranks, key=here.ranks.__getitem__))

@@ -134,7 +134,7 @@ def overall(
         points = [100 * c.difference.mean.value for _, c in cases if c.sign == 1]
         mean = f"; on average {sum(points) / len(points):+.1f} points of accuracy" if points else ""
         said.append(
-            f"{optimizer}: {ALLORA.name} against {other}, {len(cases)} cases: {', '.join(parts)}{mean} ({where})."
+            f"{optimizer}: {ALLORA.name} against {other}, {len(cases)} case{'s' if len(cases) > 1 else ''}: {', '.join(parts)}{mean} ({where})."
         )
     return said
 
