@@ -44,10 +44,11 @@ def summary(store: Store, blocks: list[Block]) -> str:
     missing = sum(total - done for done, total in (plan.counts(block, store) for block in blocks))
     state = f"{missing} cells of the grid are still missing" if missing else "the grid is complete"
     mean = f"{sum(points) / len(points):+.1f} points of accuracy"
+    cases = f"{len(plain)} case{'s' if len(plain) > 1 else ''}"
     return (
-        f"`{ALLORA.name}` against PEFT's methods, each at its own best learning rate of one grid, {len(SEEDS)} seeds, in "
-        f"{len(plain)} case{'s' if len(plain) > 1 else ''} of task, optimizer and length of training: against LoRA it is {_tally(plain)} (on average {mean})."
-        f"{rest} Tables, the three flaws and the limits are on [the study's page](docs/study.md); {state}.\n\n"
+        f"`{ALLORA.name}` against PEFT's methods, each at its own best learning rate of one grid, {len(SEEDS)} seeds, in {cases} "
+        f"of task, optimizer and length of training: against LoRA it is {_tally(plain)} (on average {mean}).{rest} "
+        f"Tables, the three flaws and the limits are on [the study's page](docs/study.md); {state}.\n\n"
         "![ALLoRA minus LoRA, DoRA and LoRA+: points of accuracy](docs/study-differences.png)"
     )
 

@@ -133,9 +133,8 @@ def overall(
         parts.append(f"not told apart in {sum(c.verdict == 0 for _, c in cases)}")
         points = [100 * c.difference.mean.value for _, c in cases if c.sign == 1]
         mean = f"; on average {sum(points) / len(points):+.1f} points of accuracy" if points else ""
-        said.append(
-            f"{optimizer}: {ALLORA.name} against {other}, {len(cases)} case{'s' if len(cases) > 1 else ''}: {', '.join(parts)}{mean} ({where})."
-        )
+        count = f"{len(cases)} case{'s' if len(cases) > 1 else ''}"
+        said.append(f"{optimizer}: {ALLORA.name} against {other}, {count}: {', '.join(parts)}{mean} ({where}).")
     return said
 
 
