@@ -84,6 +84,12 @@ def _next_of(group: Group, store: Store) -> list[tuple[Settings, list[Record]]]:
     return [(settings, tuned) for settings in finals if settings not in store]
 
 
+def whole(blocks: list[Block]) -> Block:
+    """All blocks as one, in which a group that several of them have is once."""
+    groups = dict.fromkeys(group for block in blocks for group in block.groups)
+    return Block("all", "", tuple(groups), tuple(settings for block in blocks for settings in block.runs))
+
+
 def counts(block: Block, store: Store) -> tuple[int, int]:
     """(cells that are there, cells of the block). A group whose every learning rate diverged has no more to run."""
     done = total = 0

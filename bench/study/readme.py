@@ -41,13 +41,13 @@ def summary(store: Store, blocks: list[Block]) -> str:
         f"against {name} {_tally(against[name])}" for name in others if name != LORA.name and against[name]
     )
     rest = f" {rest[0].upper()}{rest[1:]}." if rest else ""
-    missing = sum(total - done for done, total in (plan.counts(block, store) for block in blocks))
-    state = f"{missing} cells of the grid are still missing" if missing else "the grid is complete"
+    done, total = plan.counts(plan.whole(blocks), store)
+    state = "the grid is complete" if done == total else f"{done} of the grid's {total} cells are there"
     mean = f"{sum(points) / len(points):+.1f} points of accuracy"
     cases = f"{len(plain)} case{'s' if len(plain) > 1 else ''}"
     return (
-        f"`{ALLORA.name}` against PEFT's methods, each at its own best learning rate of one grid, {len(SEEDS)} seeds, in {cases} "
-        f"of task, optimizer and length of training: against LoRA it is {_tally(plain)} (on average {mean}).{rest} "
+        f"`{ALLORA.name}` against PEFT's methods, each at its own best learning rate of one grid, {len(SEEDS)} seeds, in "
+        f"{cases} of task, optimizer and length of training: against LoRA it is {_tally(plain)} (on average {mean}).{rest} "
         f"Tables, the three flaws and the limits are on [the study's page](docs/study.md); {state}.\n\n"
         "![ALLoRA minus LoRA, DoRA and LoRA+: points of accuracy](docs/study-differences.png)"
     )

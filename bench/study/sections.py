@@ -56,6 +56,7 @@ differ on other models, and a difference here may not hold there."""
 def state(numbered, blocks: list[Block], store: Store) -> str:
     """How much of the study is there, and where its numbers come from."""
     counted = [(block, *plan.counts(block, store)) for block in blocks]
+    there, of = plan.counts(plan.whole(blocks), store)
     rows = [[f"`{b.name}`", b.title, done, total, "" if done == total else total - done] for b, done, total in counted]
     missing = [f"`{b.name}`" for b, done, total in counted if done < total]
     sentence = (
@@ -71,7 +72,7 @@ def state(numbered, blocks: list[Block], store: Store) -> str:
         + numbered.table(
             "Cells by block, in the order in which they run", ["block", "what", "there", "of", "missing"], rows
         )
-        + f"\n\n{sentence} Blocks share cells. {len(store.records)} cells took {seconds / 3600:.1f} hours of a process.{where}"
+        + f"\n\n{sentence} Blocks share cells: {there} of {of} are there. The records took {seconds / 3600:.1f} hours of a process.{where}"
     )
 
 
