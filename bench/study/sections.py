@@ -72,7 +72,8 @@ def state(numbered, blocks: list[Block], store: Store) -> str:
         + numbered.table(
             "Cells by block, in the order in which they run", ["block", "what", "there", "of", "missing"], rows
         )
-        + f"\n\n{sentence} Blocks share cells: {there} of {of} are there. The records took {seconds / 3600:.1f} hours of a process.{where}"
+        + f"\n\n{sentence} Blocks share cells: {there} of {of} are there. "
+        + f"The records took {seconds / 3600:.1f} hours of a process.{where}"
     )
 
 
