@@ -6,7 +6,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 # Two workers fit the two cores CI has; each keeps to one thread.
 WORKERS ?= 2
 
-.PHONY: test test-device-ir test-oldest-peft demo demo-lm qlora mislabelled study bench lint test-newest docs clean
+.PHONY: test test-device-ir test-hub test-oldest-peft demo demo-lm qlora trl-sft trl-dpo mislabelled study bench lint test-newest docs clean
 
 test: $(VENV)/.ready lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal
@@ -24,6 +24,9 @@ demo-lm: $(VENV)/.ready-demo-lm
 qlora: $(VENV)/.ready-demo-lm
 	$(RUN) examples/qlora.py --output runs/qlora $(ARGS)
 
+trl-sft trl-dpo: $(VENV)/.ready-demo-lm
+	$(RUN) examples/$(subst -,_,$@).py --output runs/$@ $(ARGS)
+
 mislabelled: $(VENV)/.ready-demo
 	$(RUN) examples/mislabelled.py --output runs/mislabelled $(ARGS)
 
@@ -39,10 +42,18 @@ test-newest: .venv-newest/.ready
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q -n $(WORKERS) --dist worksteal tests/kernels tests/test_offline_compile.py \
 	    tests/test_compile_report.py tests/test_launching.py tests/test_plans.py tests/test_configs.py tests/test_sweep_plan.py
 
-# The oldest PEFT that pyproject.toml allows, beside the pinned rest; CI runs the newest.
+# The oldest PEFT that pyproject.toml allows, beside the pinned rest; CI runs the newest. That PEFT imports names which torchao has no more.
 test-oldest-peft: .venv-oldest-peft/.ready
 	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-oldest-peft/bin/python -m pytest -q -n $(WORKERS) tests/test_peft.py tests/test_peft_parity.py \
-	    tests/kernels/test_peft_layers.py tests/test_checkpoint.py
+	    tests/test_peft_quantized.py tests/test_peft_qlora.py tests/kernels/test_peft_layers.py tests/test_checkpoint.py
+
+# The package for the kernels hub by the hub's own loader, which stands apart: transformers changes its ways where it finds it.
+test-hub: $(VENV)/hub/.ready
+	PYTHONPATH=$(abspath $(VENV)/hub) OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/test_hub.py
+
+$(VENV)/hub/.ready: $(VENV)/.ready requirements-hub.txt
+	$(PIP) install -q --no-deps --upgrade --target $(VENV)/hub -r requirements-hub.txt
+	touch $@
 
 # The kernels as compiled for a GPU, executed on the CPU. FULL=1: every combination, where CI takes every pair.
 test-device-ir: .venv-device-ir/.ready
@@ -80,6 +91,7 @@ $(VENV)/.ready-study: $(VENV)/.ready requirements-study.txt
 	.venv-oldest-peft/bin/python -m pip install -q -c constraints.txt torch
 	.venv-oldest-peft/bin/python -m pip install -q -c constraints.txt -e '.[train,dev]'
 	.venv-oldest-peft/bin/python -m pip install -q --no-deps peft==0.18.0
+	.venv-oldest-peft/bin/python -m pip uninstall -q -y torchao
 	touch $@
 
 # The site, into site/; a warning is an error.

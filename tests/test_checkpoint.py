@@ -414,6 +414,42 @@ def test_a_module_saved_whole_must_fit(tmp_path):
     assert photograph(model) == before
 
 
+HEAD = {"modules_to_save": ["lm_head"]}
+ALONE = "lm_head is in modules_to_save of the {} only"
+LACKS, ASTRAY = (
+    r"no tensor lm_head\.weight, which is in modules_to_save",
+    r"a tensor lm_head\.weight, which belongs to no",
+)
+
+
+@pytest.mark.parametrize(
+    "model_saves, file, message",
+    [
+        (None, "lacks the tensor", [LACKS]),
+        ({}, "lacks the tensor", [ALONE.format("file"), LACKS]),
+        (HEAD, "lacks the tensor", [LACKS]),
+        ({}, "is whole", [ALONE.format("file")]),
+        (None, "does not declare it", [ASTRAY]),
+        ({}, "does not declare it", [ASTRAY]),
+        (HEAD, "does not declare it", [ALONE.format("model")]),
+    ],
+)
+def test_what_the_config_saves_whole_is_in_the_file_and_no_more(model_saves, file, message, tmp_path):
+    targets = {"target_modules": ["q_proj", "v_proj"]}
+    save_adapter(adapted(llama(), **targets, **HEAD), tmp_path)
+    if file == "lacks the tensor":
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        del tensors[f"{PREFIX}lm_head.weight"]
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+    elif file == "does not declare it":
+        edit_config(tmp_path, modules_to_save=None)
+    model = llama() if model_saves is None else adapted(llama(), **targets, **model_saves)
+    before = photograph(model)
+    with pytest.raises(ValueError, match="; .*".join(message)):
+        load_adapter(model, tmp_path)
+    assert photograph(model) == before
+
+
 def test_layers_that_cannot_be_adapted_are_named(tmp_path):
     small_llama_adapter(tmp_path)
     model = llama()

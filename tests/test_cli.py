@@ -1,6 +1,8 @@
 """The command line: what it prints, its exit codes, and that bad input writes nothing."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ typer_testing = pytest.importorskip("typer.testing")
 
 from tiny_training import make_model, sentences, write_csv  # noqa: E402
 
-from allora_kernels import load_adapter, reference  # noqa: E402
+from allora_kernels import apply_allora, load_adapter, reference, save_adapter  # noqa: E402
 from allora_kernels.tools import cli, doctor  # noqa: E402
 from allora_kernels.training import run as finetune_module  # noqa: E402
 
@@ -38,6 +40,9 @@ def folder(tmp_path_factory):
     transformers.BertModel(small).save_pretrained(words)
     masked = transformers.BertForMaskedLM.from_pretrained(root / "bert")
     masked.save_pretrained(make_model(root / "masked", "Bert"))
+    words = Path(make_model(root / "padless", "Bert"), "tokenizer_config.json")
+    settings = json.loads(words.read_text())
+    words.write_text(json.dumps({k: v for k, v in settings.items() if k not in ("pad_token", "eos_token")}))
     torn = Path(make_model(root / "torn", "Bert"), "model.safetensors")
     torn.write_bytes(torn.read_bytes()[:1000])
     return root
@@ -111,6 +116,24 @@ def test_merge_gives_an_ordinary_model_with_the_same_logits(folder, tmp_path, na
     assert sorted(p.name for p in tmp_path.iterdir()) == ["merged", "run"]
 
 
+def test_merge_takes_what_peft_saved(folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = transformers.LlamaForCausalLM.from_pretrained(folder / "llama")
+    config = peft.LoraConfig(
+        r=2, lora_alpha=6, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    model = peft.get_peft_model(base, config)
+    model.save_pretrained(tmp_path / "adapter")
+    result = allora("merge", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged")
+    assert result.exit_code == 0, result.output
+    merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        plain = transformers.LlamaForCausalLM.from_pretrained(folder / "llama").eval()(ids).logits
+        assert torch.allclose(merged(ids).logits, model.eval()(ids).logits, atol=1e-5)
+        assert not torch.allclose(merged(ids).logits, plain, atol=1e-2)
+
+
 def test_bench_measures_a_layer_here():
     result = allora("bench", "--rows", 4, "--rows", 6, "--out-features", 24, "--in-features", 16, "--dtype", "float32")
     assert result.exit_code == 0, result.output
@@ -127,14 +150,21 @@ def test_bench_measures_a_layer_here():
     "arguments, words",
     [
         (["--dtype", "int8"], "dtype must be one of bfloat16, float16, float32, got 'int8'"),
+        (["--adapter-dtype", "int8"], "dtype must be one of bfloat16, float16, float32, got 'int8'"),
         (["--rows", "0"], "--rows must be at least 1, got 0"),
+        (["--rows", "4", "--rows", "-1"], "--rows must be at least 1, got -1"),
+        (["--out-features", "0"], "--out-features must be at least 1, got 0"),
+        (["--in-features", "0"], "--in-features must be at least 1, got 0"),
         (["--r", "500"], "r must be between 1 and 256, got 500"),
         (["--rows", "4", "--tune"], "backend='triton' cannot run here: cpu tensors"),
     ],
 )
-def test_bench_says_what_is_wrong(arguments, words):
+def test_bench_says_what_is_wrong(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     result = allora("bench", *arguments)
-    assert result.exit_code == 2 and words in result.stderr
+    assert result.exit_code == 2 and words in result.stderr and result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_doctor_passes_on_this_machine():
@@ -238,6 +268,7 @@ def test_settings_from_a_file_and_what_the_command_line_says_counts_more(folder,
         ({"model": "{folder}/bert", "task": "causal-lm"}, "the checkpoint lacks 6 of the model's weights, first cls."),
         ({"model": "{folder}/masked", "task": "causal-lm"}, "it is a masked language model"),
         ({"model": "{folder}/torn"}, "torn cannot be loaded for classification"),
+        ({"model": "{folder}/padless"}, "its tokenizer has neither a padding nor an end token"),
         ({"data": "{folder}/missing.csv"}, "no such data file"),
         ({"data": "{folder}/empty.csv"}, "its first line must name the columns"),
         ({"data": "{folder}/unlabelled.csv"}, "has no column 'label'; it has ['text']"),
@@ -290,6 +321,30 @@ def test_an_output_folder_that_is_read_only(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune_module.os, "access", lambda path, mode: False)
     result = finetune(folder, tmp_path / "run")
     assert result.exit_code == 2 and "read-only" in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_what_the_system_refuses_is_said(folder, tmp_path, monkeypatch):
+    read, make = Path.read_text, os.makedirs
+
+    def broken_disk(path, encoding=None, **options):
+        if path.name == "data.csv":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path, encoding=encoding, **options)
+
+    def full_disk(path, *arguments, **options):
+        if Path(path) == tmp_path / "run":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return make(path, *arguments, **options)
+
+    for target, method, function, code, words in (
+        (Path, "read_text", broken_disk, 2, "data.csv cannot be read: Input/output error"),
+        (os, "makedirs", full_disk, 1, "No space left on device"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, method, function)
+            result = finetune(folder, tmp_path / "run")
+        assert result.exit_code == code and words in result.stderr, result.output
+        assert result.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_an_output_folder_with_a_run_is_not_written_over(folder, tmp_path):
@@ -369,6 +424,43 @@ def test_merge_refuses_what_does_not_work(folder, tmp_path, options, message):
     settings |= {k: v.format(folder=folder) for k, v in options.items()}
     result = allora("merge", *(word for k, v in settings.items() for word in (f"--{k}", v)))
     assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.output
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+ADAPTER = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["query"], "task_type": "SEQ_CLS"}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "adapter_config.json is not valid JSON"),
+        ([], "must hold a JSON object, got list"),
+        (ADAPTER | {"peft_type": "IA3"}, "peft_type must be 'LORA', got 'IA3'"),
+        (ADAPTER | {"task_type": None}, "task_type must be one of "),
+        (ADAPTER | {"task_type": "SEQ_2_SEQ_LM"}, "got 'SEQ_2_SEQ_LM'"),
+        (ADAPTER, "names no base model: name it with --model"),
+        (ADAPTER | {"base_model_name_or_path": "{folder}/bert"}, "['classifier'] would be at random values"),
+    ],
+)
+def test_merge_refuses_an_adapter_that_says_too_little(folder, tmp_path, config, message):
+    model = transformers.BertForSequenceClassification.from_pretrained(folder / "bert")
+    apply_allora(model, r=2, target_modules=["query"])
+    save_adapter(model, tmp_path / "adapter")
+    text = config if isinstance(config, str) else json.dumps(config).replace("{folder}", str(folder))
+    (tmp_path / "adapter" / "adapter_config.json").write_text(text)
+    result = allora("merge", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged")
+    assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.output
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_merge_that_cannot_be_written_leaves_nothing(folder, tmp_path, monkeypatch):
+    def full_disk(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert finetune(folder, tmp_path / "run").exit_code == 0
+    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", full_disk)
+    result = allora("merge", "--adapter", tmp_path / "run" / "adapter", "--output", tmp_path / "merged")
+    assert result.exit_code == 1 and "No space left on device" in result.stderr and result.stderr.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 

@@ -1,7 +1,8 @@
-"""DistributedDataParallel, FSDP2 and accelerate in two processes train what one process trains."""
+"""DistributedDataParallel, FSDP2 and accelerate in several processes train what one process trains."""
 
 import os
 import socket
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -22,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 WORLD, ROWS, K, HIDDEN, N, R = 2, 8, 12, 20, 9, 3
 
@@ -38,7 +40,7 @@ def make_model(norm="row", dtype=torch.float32):
 def batch(rank=None):
     """The whole batch, or the part of one process."""
     x = torch.randn(ROWS, K, generator=torch.Generator().manual_seed(1))
-    return x if rank is None else x.chunk(WORLD)[rank]
+    return x if rank is None else x.chunk(dist.get_world_size())[rank]
 
 
 def train(model, x, steps=2, backward=lambda loss: loss.backward(), prepare=lambda optimizer: optimizer):
@@ -125,15 +127,19 @@ def check_what_ddp_sends(_):
     assert sum(sent) == 4 * (R * (K + HIDDEN) + R * (HIDDEN + N))
 
 
-def check_fsdp(norm, policy, base, _):
+def check_fsdp(backend, norm, policy, base, _):
     exact = policy.param_dtype is None and base == torch.float32
     steps = 2 if exact else 1
-    expected = train(make_model(norm, base), batch().to(base), steps)
-    mesh = init_device_mesh("cpu", (WORLD,))
-    model = make_model(norm, base)
-    for module in (model[0], model[2], model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-    found = train(model, batch(dist.get_rank()).to(base), steps)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "0")
+        expected = train(make_model(norm, base), batch().to(base), steps)
+        patch.setenv("TRITON_INTERPRET", str(int(backend == "triton")))
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        model = make_model(norm, base)
+        assert model[0].explain().backend == backend
+        for module in (model[0], model[2], model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        found = train(model, batch(dist.get_rank()).to(base), steps)
     if exact:
         return assert_same(found, expected)
     # AdamW's first step is a sign; the gradients say how near the two are.
@@ -141,6 +147,27 @@ def check_fsdp(norm, policy, base, _):
         assert found[name].dtype == t.dtype == torch.float32
         if name.startswith("d"):
             assert (found[name] - t).norm() < 0.1 * t.norm(), name
+
+
+def check_what_fsdp_sends(_):
+    """As docs/distributed.md has it; sizes that two processes share evenly, and biases come to the weights."""
+    k, n, r = 12, 20, 4
+    model = nn.Sequential(nn.Linear(k, n), nn.Linear(n, k))
+    apply_allora(model, r=r)
+    for module in (*model, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (WORLD,)))
+    sent = Counter()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "c10d":
+                sent[func._opname] += max(t.numel() for t in args if isinstance(t, torch.Tensor))
+            return func(*args, **(kwargs or {}))
+
+    with Counting():
+        model(torch.ones(4, k)).sum().backward()
+    adapters = 2 * r * (n + k)
+    assert sent == {"_reduce_scatter_base_": adapters, "_allgather_base_": 2 * (2 * n * k + n + k + adapters)}, sent
 
 
 def check_accelerate(_):
@@ -151,6 +178,82 @@ def check_accelerate(_):
     assert isinstance(model, DistributedDataParallel)
     found = train(model, batch(dist.get_rank()), backward=accelerator.backward, prepare=accelerator.prepare)
     assert_same(found, train(make_model(), batch()))
+
+
+class Squares(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = make_model()
+
+    def forward(self, x, labels=None):
+        y = self.model(x)
+        return {"loss": y.square().mean(), "logits": y}
+
+
+def adapter_trainer(folder, rows, cls=None):
+    import transformers
+
+    from allora_kernels.training import AdapterTrainer
+
+    settings = dict(
+        per_device_train_batch_size=ROWS // WORLD, max_steps=1, learning_rate=0.1, optim="sgd", max_grad_norm=1e9,
+        train_sampling_strategy="sequential", use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    return (cls or AdapterTrainer)(
+        model=Squares(), args=transformers.TrainingArguments(str(folder / "trainer"), **settings), train_dataset=rows,
+        eval_dataset=rows, data_collator=transformers.default_data_collator,
+    )  # fmt: skip
+
+
+def check_a_trainer_that_evaluates_first(folder):
+    """One step of two processes on half a batch each is that of one on the whole batch."""
+    pytest.importorskip("transformers")
+    alone = make_model()
+    alone(batch()).square().mean().backward()
+    trainer = adapter_trainer(folder, [{"x": row} for row in batch()])
+    assert trainer.args.world_size == WORLD
+    trainer.evaluate()
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+    for ours, before in zip(trainer.model.model.parameters(), alone.parameters()):
+        step = 0.1 * before.grad if before.requires_grad else 0
+        torch.testing.assert_close(ours, before - step, rtol=1e-4, atol=1e-5)
+    trainer.evaluate()
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+
+
+def check_a_trainer_without_ddp_does_not_train(folder):
+    pytest.importorskip("transformers")
+    from allora_kernels.training import AdapterTrainer
+
+    class Forgets(AdapterTrainer):
+        def create_optimizer(self, model=None):
+            self.model._is_accelerate_prepared = True
+            return super().create_optimizer()
+
+    trainer = adapter_trainer(folder, [{"x": row} for row in batch()], Forgets)
+    with pytest.raises(RuntimeError, match="2 processes would each train a model of their own: it is a Squares"):
+        trainer.train()
+    assert_same(dict(trainer.model.model.named_parameters()), dict(make_model().named_parameters()), 0, 0)
+
+
+def check_what_counts_as_one_model(_):
+    pytest.importorskip("transformers")
+    from types import SimpleNamespace
+
+    from allora_kernels.training.parallel import RequireParallel
+
+    ddp, sharded = DistributedDataParallel(make_model()), make_model()
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (WORLD,)))
+    for model in (ddp, sharded, torch.compile(ddp, backend="eager")):
+        guard = RequireParallel(SimpleNamespace(model_wrapped=model))
+        guard.on_train_begin(SimpleNamespace(world_size=WORLD), None, None)
+    guard = RequireParallel(SimpleNamespace(model_wrapped=torch.compile(make_model(), backend="eager")))
+    guard.on_train_begin(SimpleNamespace(world_size=1), None, None)
+    with pytest.raises(RuntimeError, match="it is a Sequential"):
+        guard.on_train_begin(SimpleNamespace(world_size=WORLD), None, None)
 
 
 def in_environment(check, port, folder):
@@ -166,20 +269,36 @@ def free_port():
         return s.getsockname()[1]
 
 
+KERNELS = ("row", "entry") if TRITON_INSTALLED else ()
+EXACT = MixedPrecisionPolicy()
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 CHECKS = {
     **{f"ddp, eager, {n}": partial(check_ddp, "eager", n) for n in reference.NORMS},
-    **{f"ddp, triton, {n}": partial(check_ddp, "triton", n) for n in ("row", "entry") if TRITON_INSTALLED},
+    **{f"ddp, triton, {n}": partial(check_ddp, "triton", n) for n in KERNELS},
     **{f"ddp, reentrant={r}": partial(check_ddp_with_checkpointing, r) for r in (False, True)},
     "accumulation": check_accumulation_without_synchronization,
     "bytes": check_what_ddp_sends,
-    **{f"fsdp, {n}": partial(check_fsdp, n, MixedPrecisionPolicy(), torch.float32) for n in reference.NORMS},
-    "fsdp, computing in bfloat16": partial(check_fsdp, "row", BF16, torch.float32),
-    "fsdp, a bfloat16 base": partial(check_fsdp, "row", MixedPrecisionPolicy(), torch.bfloat16),
-    "fsdp, both": partial(check_fsdp, "row", BF16, torch.bfloat16),
+    "bytes, fsdp": check_what_fsdp_sends,
+    **{f"fsdp, eager, {n}": partial(check_fsdp, "eager", n, EXACT, torch.float32) for n in reference.NORMS},
+    **{f"fsdp, triton, {n}": partial(check_fsdp, "triton", n, EXACT, torch.float32) for n in KERNELS},
+    "fsdp, computing in bfloat16": partial(check_fsdp, "eager", "row", BF16, torch.float32),
+    "fsdp, a bfloat16 base": partial(check_fsdp, "eager", "row", EXACT, torch.bfloat16),
+    "one model": check_what_counts_as_one_model,
+    "fsdp, both": partial(check_fsdp, "eager", "row", BF16, torch.bfloat16),
 }
 
 
+def test_four_processes_train_what_one_does(tmp_path):
+    checks = {name: check for name, check in CHECKS.items() if name.endswith(", row")}
+    assert len(checks) == (4 if TRITON_INSTALLED else 2)
+    run_checks(4, checks, tmp_path)
+
+
 def test_two_processes_train_what_one_does(tmp_path):
-    checks = CHECKS | {"accelerate": partial(in_environment, check_accelerate, free_port())}
+    launched = {
+        "accelerate": check_accelerate,
+        "a trainer that evaluates first": check_a_trainer_that_evaluates_first,
+        "a trainer without ddp": check_a_trainer_without_ddp_does_not_train,
+    }
+    checks = CHECKS | {name: partial(in_environment, check, free_port()) for name, check in launched.items()}
     run_checks(WORLD, checks, tmp_path)

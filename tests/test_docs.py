@@ -1,13 +1,17 @@
-"""Every Python snippet of README and docs runs as printed and prints what the page says, and links lead somewhere."""
+"""Every Python snippet of README and docs runs as printed and prints what the page says, and links lead somewhere. Those of
+hub.md run in tests/test_hub.py."""
 
 import ast
+import importlib
 import re
+import types
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NEEDS = {"bitsandbytes": ("bitsandbytes", "BitsAndBytes"), "trl": ("from trl",)}
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -20,15 +24,19 @@ def snippets(page):
     return fenced(page, "python")
 
 
+RUN_HERE = [page for page in PAGES if snippets(page) and page.name != "hub.md"]
+
+
 def shown_output(page):
     return fenced(page, "")
 
 
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments .'allora_eta'")
-@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", RUN_HERE, ids=lambda page: page.name)
 def test_a_pages_snippets_run_one_after_the_other(page, tmp_path, monkeypatch, capsys):
-    if page.name == "quantized.md":
-        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install '.[quantized]'")
+    for package, words in NEEDS.items():
+        if any(word in snippet for word in words for snippet in snippets(page)):
+            pytest.importorskip(package, reason=f"{package} is not installed")
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "snippet"}
     for number, snippet in enumerate(snippets(page)):
@@ -59,6 +67,23 @@ def test_each_row_of_the_matrix_names_a_test_that_exists():
         file, name = re.fullmatch(r"\[.+\]\((.+)\) `(\w+)`", test).groups()
         assert f"\ndef {name}(" in (page.parent / file).read_text(), f"{feature}: {file} has no {name}"
         assert ("/gpu/" in file) == (verdict == "on a GPU"), feature
+
+
+def test_the_reference_has_the_public_names_and_no_others():
+    """A section for each module that users import from: its `__all__`, each by the path where it is defined, or all of it."""
+    text = (ROOT / "docs" / "reference.md").read_text()
+    sections = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE))
+    found = {name: re.findall(r"^::: (\S+)$", body, re.MULTILINE) for name, body in sections.items()}
+    package = ROOT / "allora_kernels"
+    integrations = [p.stem for p in (package / "integrations").iterdir() if not p.stem.startswith("_")]
+    public = ["per_sample", "training", "reference", *(f"integrations.{name}" for name in integrations)]
+    expected = {}
+    for name in ("allora_kernels", *(f"allora_kernels.{name}" for name in public)):
+        module = importlib.import_module(name)
+        objects = [getattr(module, n) for n in getattr(module, "__all__", ())]
+        defined = [f"{o.__module__}.{o.__qualname__}" for o in objects if not isinstance(o, types.ModuleType)]
+        expected[name] = sorted(defined or [name])
+    assert {name: sorted(paths) for name, paths in found.items()} == expected
 
 
 def message_patterns(page):

@@ -106,7 +106,10 @@ def test_from_the_command_line_no_weight_is_read(tmp_path):
     assert done.exit_code == 0, done.stderr
     for words in ("2 layers adapted", "0 of 2 adapted layers fused", "self_attn.q_proj", "lm_head"):
         assert words in done.stdout, done.stdout
+    (tmp_path / "unknown").mkdir()
+    (tmp_path / "unknown" / "config.json").write_text('{"model_type": "nonesuch"}')
     for wrong, words in (
+        ([str(tmp_path / "unknown")], "unknown cannot be explained: "),
         ([str(tmp_path / "nowhere")], "no such model folder"),
         ([str(tmp_path), "--target-modules", "w_proj"], "leaves no layer to adapt"),
         ([str(tmp_path), "--dtype", "int8"], "dtype must be one of"),

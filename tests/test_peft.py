@@ -4,12 +4,14 @@ import copy
 import json
 import pickle
 import warnings
+from dataclasses import fields
 
 import accelerate
 import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB, bert, gpt2, llama, logits, photograph, randomised
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -24,6 +26,7 @@ from allora_kernels.integrations.peft import (
     get_allora_model,
     load_allora_model,
 )
+from allora_kernels.integrations.peft import config as peft_config
 
 IDS = torch.arange(14).reshape(2, 7) * 5 % VOCAB
 QV = ("q_proj", "v_proj")
@@ -256,6 +259,32 @@ def test_bad_settings_are_refused_and_change_nothing(settings, error, message):
     assert photograph(model) == before
 
 
+OF_THIS_PEFT = {f.name for f in fields(LoraConfig)}
+
+
+@pytest.mark.parametrize("name", [name for name in peft_config._NEUTRAL if name in OF_THIS_PEFT])
+def test_each_setting_without_a_meaning_has_the_line_to_write(name):
+    config = ALLoRAConfig(r=4, lora_alpha=4, target_modules=list(QV))
+    setattr(config, name, "something")
+    model = llama()
+    before = photograph(model)
+    neutral = repr(peft_config._NEUTRAL[name][0])
+    with pytest.raises(ValueError, match=f"^{name}='something' has no meaning here, as .*: write {name}={neutral}$"):
+        peft.get_peft_model(model, config)
+    assert photograph(model) == before
+
+
+def test_a_variant_that_a_newer_peft_brings_is_refused(monkeypatch):
+    variants = [f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")]
+    if not variants:
+        pytest.skip("this PEFT does not say which of its settings are variants")
+    monkeypatch.delitem(peft_config._NEUTRAL, variants[0])
+    with pytest.raises(
+        ValueError, match=f"{variants[0]} has no meaning here, as it makes another layer.*: leave it out"
+    ):
+        get_allora_model(llama(), lora(**{variants[0]: True}))
+
+
 class Reads(nn.Module):
     def __init__(self):
         super().__init__()
@@ -288,6 +317,8 @@ def test_other_configs_and_models_are_refused():
         get_allora_model(llama(), peft.AdaLoraConfig(total_step=10))
     with pytest.raises(TypeError, match="got ALLoRAConfig"):
         get_allora_model(llama(), ALLoRAConfig())
+    with pytest.raises(TypeError, match="names the class of its layers itself"):
+        ALLoRAConfig()._register_custom_module({nn.Linear: nn.Linear})
     taken = lora()
     taken._register_custom_module({nn.Linear: nn.Linear})
     with pytest.raises(ValueError, match="custom modules of its own"):
@@ -297,6 +328,9 @@ def test_other_configs_and_models_are_refused():
     with pytest.raises(ValueError, match="already has PEFT adapters"):
         get_allora_model(model, lora())
     assert photograph(model) == before
+    others = peft.get_peft_model(llama(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match="has adapters of another kind: merge_and_unload"):
+        peft.get_peft_model(others.base_model.model, ALLoRAConfig(r=4, lora_alpha=4, target_modules=list(QV)))
     own = llama()
     apply_allora(own, r=2)
     with pytest.raises(ValueError, match="already has adapters"):
@@ -522,6 +556,54 @@ def test_weights_of_another_model_are_refused_and_change_nothing(saved, message,
         with pytest.raises(ValueError, match=message):
             load_allora_model(model, tmp_path, "another", is_trainable=True)
         assert photograph(model) == before and "another" not in getattr(model, "peft_config", {})
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("second", [False, True])
+def test_a_module_saved_whole_that_the_file_lacks_is_named(second, low_cpu_mem_usage, tmp_path):
+    adapted(bert(), target_modules=["query"], modules_to_save=["classifier", "pooler"]).save_pretrained(tmp_path)
+    change_tensors(tmp_path, lambda t: [t.pop(key) for key in list(t) if "pooler" in key])
+    model = adapted(bert(), target_modules=["key"]) if second else bert()
+    before = photograph(model)
+    names = r"base_model\.model\.bert\.pooler\.dense\.bias, base_model\.model\.bert\.pooler\.dense\.weight"
+    with pytest.raises(ValueError, match=f"does not fit the model: it has no {names}, of modules_to_save"):
+        load_allora_model(model, tmp_path, "new", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert photograph(model) == before
+
+
+def test_a_file_does_not_replace_frozen_weights(tmp_path):
+    adapted(bert(), target_modules=["query"], modules_to_save=["classifier"]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"modules_to_save": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    model = bert()
+    before = photograph(model)
+    with pytest.raises(ValueError, match=r"classifier\.bias, .*classifier\.weight would replace frozen weights"):
+        load_allora_model(model, tmp_path)
+    assert photograph(model) == before
+
+
+def test_embeddings_in_the_file_are_loaded_or_put_back(tmp_path):
+    """PEFT saves those of a vocabulary that was resized."""
+    base = llama()
+    base.resize_token_embeddings(VOCAB + 5)
+    model = adapted(base)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    fresh = llama()
+    fresh.resize_token_embeddings(VOCAB + 5)
+    nn.init.normal_(fresh.lm_head.weight)
+    loaded = load_allora_model(copy.deepcopy(fresh), tmp_path)
+    assert torch.equal(loaded.get_base_model().lm_head.weight, base.lm_head.weight)
+    change_tensors(tmp_path, lambda t: t.pop(next(key for key in t if "lora_B" in key)))
+    before = photograph(fresh)
+    with pytest.raises(ValueError, match=r"does not fit the model: it has no .*lora_B"):
+        load_allora_model(fresh, tmp_path)
+    assert photograph(fresh) == before
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

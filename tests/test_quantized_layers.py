@@ -1,6 +1,7 @@
 """Adapters on the quantized layers of bitsandbytes and torchao, against fp64 with the weight that the layer multiplies by."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -144,6 +145,46 @@ def test_copies(kind):
     torch.testing.assert_close(plain_results(copy.deepcopy(layer), x, g), plain, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "bit" in kind])
+def test_pickles(kind):
+    layer, x, g = wrapped(kind), torch.randn(2, 7, K), torch.randn(2, 7, N)
+    plain = plain_results(layer, x, g)
+    torch.testing.assert_close(plain_results(pickle.loads(pickle.dumps(layer)), x, g), plain, rtol=0, atol=0)
+
+
+def test_a_weight_of_torchao_is_not_pickled():
+    with pytest.raises((RuntimeError, AttributeError)):
+        pickle.dumps(wrapped("int8"))
+
+
+@kinds
+@pytest.mark.parametrize("norm", ["row", "token"])
+def test_accumulated_micro_batches_are_one_batch(kind, norm):
+    layer, x, g = wrapped(kind, norm), torch.randn(6, K), torch.randn(6, N)
+    _, _, *whole = plain_results(layer, x, g)
+    for rows, dy in zip(x.split(2), g.split(2)):
+        layer(rows).backward(dy)
+    torch.testing.assert_close([layer.lora_A.grad, layer.lora_B.grad], whole, rtol=1e-4, atol=1e-4)
+
+
+@kinds
+def test_grad_scaler_skips_an_overflow_and_goes_on(kind):
+    layer, x = wrapped(kind), torch.randn(6, K)
+    optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+    def step(factor):
+        before = layer.lora_B.detach().clone()
+        scaler.scale(layer(x).square().mean() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return not torch.equal(layer.lora_B, before)
+
+    assert step(1.0) and not step(float("inf")) and step(1.0)
+    assert scaler.get_scale() == 2.0**9
+
+
 @pytest.mark.parametrize("kind", ["4bit nf4", "8bit", "int8"])
 def test_torch_compile_without_a_graph_break(kind):
     layer, x, g = wrapped(kind), torch.randn(2, 7, K), torch.randn(2, 7, N)
@@ -222,6 +263,28 @@ def test_a_4bit_layer_that_is_packed_for_the_cpu_is_refused():
         base.eval()(torch.randn(2, K))
     with pytest.raises(ValueError, match="packed for this CPU"):
         WrappedALLoRALinear(base)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_packed_weight_that_was_cast_is_refused(enabled):
+    layer = wrapped("4bit stored as bf16")
+    layer.enabled = enabled
+    x = torch.randn(2, K)
+    layer(x)
+    weight = layer.base_layer.weight
+    weight.data = weight.data.half()
+    with pytest.raises(
+        RuntimeError, match=r"packed weight was cast from torch.bfloat16 to torch.float16, which destroys it"
+    ):
+        layer(x)
+    with pytest.raises(ValueError, match="packed weight was cast"):
+        WrappedALLoRALinear(layer.base_layer)
+
+
+def test_a_layer_that_is_not_quantized_yet_is_quantized_by_moving_it():
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install '.[quantized]'")
+    layer = WrappedALLoRALinear(bnb.nn.Linear4bit(K, N, quant_type="nf4"), R).to("cpu")
+    assert layer.base_layer.weight.dtype == torch.uint8 and layer(torch.randn(2, K)).isfinite().all()
 
 
 def test_a_layer_that_quantizes_its_input_too_is_refused():

@@ -240,7 +240,9 @@ def check_mistakes(_):
         per_sample.record(nn.Sequential(layer)) as _,
     ):
         layer(make_x())
-    with pytest.raises(TypeError, match="RowwiseALLoRA is for FusedALLoRALinear, got Linear: use torch's Rowwise"):
+    with pytest.raises(
+        TypeError, match="RowwiseALLoRA is for FusedALLoRALinear, got Linear: for a plain layer use torch's Rowwise"
+    ):
         parallelize_module(nn.Linear(K, N), mesh, RowwiseALLoRA())
 
 

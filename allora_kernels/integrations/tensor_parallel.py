@@ -25,7 +25,8 @@ class RowwiseALLoRA(RowwiseParallel):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, FusedALLoRALinear):
             raise TypeError(
-                f"RowwiseALLoRA is for FusedALLoRALinear, got {type(module).__name__}: use torch's RowwiseParallel"
+                f"RowwiseALLoRA is for FusedALLoRALinear, got {type(module).__name__}: for a plain layer use torch's "
+                "RowwiseParallel; the weight of a quantized layer cannot be cut"
             )
         lora_A = distribute_tensor(module.lora_A, device_mesh, [Shard(1)], src_data_rank=self.src_data_rank)
         module.lora_A = nn.Parameter(lora_A, requires_grad=module.lora_A.requires_grad)

@@ -49,7 +49,7 @@ def obstacle_of(module: nn.Module) -> str | None:
                 f"{kind_of(module)} that an inference pass in eval mode has packed for this CPU, which has no backward pass: "
                 "load the model anew and adapt it before it is called"
             )
-        return None
+        return damage_of(module)
     if type(weight).__name__ not in _TORCHAO:
         return (
             f"{kind_of(module)} weight, none of those known to give the layer's input a gradient: quantize with "
@@ -61,6 +61,27 @@ def obstacle_of(module: nn.Module) -> str | None:
             "weight-only configuration"
         )
     return None
+
+
+def damage_of(module: nn.Module) -> str | None:
+    """Why bitsandbytes' `module` cannot compute with its weight any more, since it was sharded or cast; None where it can."""
+    cls = _bitsandbytes_class(module)
+    if cls is None:
+        return None
+    weight, kind = module.weight, f"bitsandbytes {cls.__name__}"
+    leave_out = "leave the frozen layers out, by fully_shard(..., ignored_params=set(layer.base_layer.parameters()))"
+    if cls.__name__ == "Linear8bitLt":
+        whole = hasattr(weight, "CB")
+        return None if whole else f"{kind} whose weight is a {type(weight).__name__} without scales: {leave_out}"
+    if getattr(weight, "quant_state", None) is None and getattr(module, "quant_state", None) is None:
+        return None  # Not quantized yet: moving it to a device does that.
+    storage = getattr(weight, "quant_storage", module.quant_storage)
+    if weight.dtype == storage:
+        return None
+    return (
+        f"{kind} whose packed weight was cast from {storage} to {weight.dtype}, which destroys it: never cast it; for FSDP2 "
+        f"take param_dtype={storage}, or {leave_out}"
+    )
 
 
 def keep_backward(module: nn.Module) -> None:

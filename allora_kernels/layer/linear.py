@@ -25,7 +25,8 @@ class FusedALLoRALinear(ALLoRALayer, nn.Linear):
         eta: η > 0, the coefficient where the adapter is zero.
         norm: ``"row"``, ``"matrix"``, ``"factor"``, ``"entry"``, ``"token"`` or None (plain LoRA).
         bias: whether the frozen layer has a bias.
-        device, dtype: as in `torch.nn.Linear`.
+        device: as in `torch.nn.Linear`.
+        dtype: as in `torch.nn.Linear`.
 
     Raises:
         ValueError: r, eta, norm or a feature count out of range.
@@ -65,7 +66,9 @@ class FusedALLoRALinear(ALLoRALayer, nn.Linear):
 
         Args:
             linear: an `nn.Linear`, or transformers' Conv1D (weight stored [in_features, out_features]).
-            r, eta, norm: as in the constructor.
+            r: rank, as in the constructor.
+            eta: η, as there.
+            norm: the rule, as there.
             adapter_dtype: dtype of lora_A and lora_B; None for the weight's.
 
         Raises:

@@ -25,7 +25,9 @@ class WrappedALLoRALinear(ALLoRALayer):
     Args:
         base_layer: any module that maps ``[..., in_features]`` to ``[..., out_features]`` linearly and has these two
             attributes. It becomes a submodule; its parameters are frozen.
-        r, eta, norm: as in `FusedALLoRALinear`.
+        r: rank, as in `FusedALLoRALinear`.
+        eta: η, as there.
+        norm: the rule, as there.
         adapter_dtype: dtype of lora_A and lora_B; None for the weight's where that is a floating-point one, else float32.
 
     Raises:
@@ -33,6 +35,7 @@ class WrappedALLoRALinear(ALLoRALayer):
             eta no number.
         ValueError: r, eta, norm or a feature count out of range; a quantized layer that gives its input no gradient.
             `base_layer` is untouched then.
+        RuntimeError: from a call, where sharding or casting has left `base_layer` without its quantized weight.
     """
 
     def __init__(
@@ -65,10 +68,12 @@ class WrappedALLoRALinear(ALLoRALayer):
         return getattr(self.base_layer, "bias", None)
 
     def forward(self, input: Tensor) -> Tensor:
+        own = bases.gives_own_tensors(self.base_layer)
+        if not own and (reason := bases.damage_of(self.base_layer)):
+            raise RuntimeError(f"base_layer: {reason}")
         if not switching.state_of_call(self, self._enabled):
             return self.base_layer(input)
         sink = None if self._recording is None else self._recording.sink(self, input)
-        own = bases.gives_own_tensors(self.base_layer)
         return add_adapter(self.base_layer, input, self.lora_A, self.lora_B, self.eta, self.norm, own, sink)
 
     def merge(self) -> nn.Linear:

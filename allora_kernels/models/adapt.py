@@ -51,7 +51,9 @@ def apply_allora(
     Args:
         model: any `nn.Module`; layers of type `nn.Linear` and transformers' Conv1D are adapted. So are bitsandbytes' Linear4bit
             and Linear8bitLt and torchao's weight-only nn.Linear, by a `WrappedALLoRALinear` each.
-        r, eta, norm: rank and ALLoRA rule, as in `FusedALLoRALinear`.
+        r: rank, as in `FusedALLoRALinear`.
+        eta: η, as there.
+        norm: the rule, as there.
         target_modules: ``"all-linear"`` (all but the output head of a language model and the classification head of a
             ``...ForSequenceClassification``); a list of names, each matching a module of that full name or that ends in
             ``"." + name``; or a regular expression that must match the full name.

@@ -51,14 +51,15 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> AdaptReport:
     factors, whole = _read_tensors(folder)
     layers: Mapping[str, nn.Module] = layers_of(root)
     saved, skipped = saved_modules(root), {}
+    declared = find_saved(root, config.modules_to_save, must_match=False)
     fresh = not layers
     if fresh:
         check_unadapted(model)
-        saved = find_saved(root, config.modules_to_save, must_match=False)
+        saved = declared
         layers, skipped = select_layers(root, config.target_modules, config.exclude_modules, saved)
         if config.narrowed:
             layers = {name: layer for name, layer in layers.items() if name in factors}
-    problems = [*_layer_problems(config, factors, layers, skipped), *_whole_problems(whole, saved)]
+    problems = [*_layer_problems(config, factors, layers, skipped), *_whole_problems(whole, saved, declared)]
     if problems:
         raise ValueError(f"{folder} does not fit the model: {some(problems, separator='; ')}")
 
@@ -131,8 +132,13 @@ def _layer_problems(
                 yield f"{name}.{factor} must have a floating-point dtype, got {t.dtype}"
 
 
-def _whole_problems(whole: Mapping[str, Tensor], saved: Mapping[str, nn.Module]) -> Iterable[str]:
-    state = state_of(saved)
+def _whole_problems(
+    whole: Mapping[str, Tensor], saved: Mapping[str, nn.Module], declared: Mapping[str, nn.Module]
+) -> Iterable[str]:
+    """What is wrong with the tensors of modules saved whole: those of the model, and those that the config declares."""
+    for name in sorted(saved.keys() ^ declared.keys()):
+        yield f"{name} is in modules_to_save of the {'model' if name in saved else 'file'} only"
+    state = state_of({**saved, **declared})
     for key in sorted(whole.keys() - state.keys()):
         yield f"it has a tensor {key}, which belongs to no adapter and to no module in modules_to_save"
     for key, target in state.items():

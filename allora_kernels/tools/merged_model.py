@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from ..models.adapted import AdaptReport
+from ..models.adapter_config import read_config
 from ..models.adapter_files import CONFIG_FILE, adapter_file
 from ..models.loading import load_adapter
 from ..models.merging import merge_adapter
@@ -28,17 +29,16 @@ def write_merged_model(adapter: str, output: str, model: str | None = None) -> A
         AdaptReport: what was merged.
 
     Raises:
-        ValueError: `output` exists; the adapter is for another task or names no base model; the base model cannot be
-            loaded or does not fit.
+        ValueError: `output` exists; the adapter is for another task, names no base model or cannot be loaded; the base model
+            cannot be loaded or does not fit.
         FileNotFoundError: there is no adapter in the folder.
         OSError: the output folder cannot be written.
     """
     folder, target = Path(adapter).expanduser(), Path(output).expanduser()
     if target.exists():
         raise ValueError(f"output must be a new folder, but {target} exists")
+    read_config(folder)
     file = adapter_file(folder, CONFIG_FILE)
-    if not file.is_file():
-        raise FileNotFoundError(f"no adapter at {folder}: there is no {file.name}")
     settings = json.loads(file.read_text(encoding="utf-8"))
     if settings.get("task_type") not in _TASKS:
         raise ValueError(f"{file}: task_type must be one of {', '.join(_TASKS)}, got {settings.get('task_type')!r}")

@@ -7,11 +7,13 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from ..layer.adapter import ALLoRALayer
 from ..models.adapted import adapter_layers, adapter_parameters
 from ..models.loading import load_adapter
 from ..models.saving import save_adapter
 from ..models.selection import unwrap
 from ..models.sharded import is_sharded
+from .parallel import RequireParallel, prepare_anew
 
 
 class AdapterCheckpoints:
@@ -19,11 +21,12 @@ class AdapterCheckpoints:
 
     Checkpoints, and what `save_model` writes, then hold the adapters and modules saved whole of a model from `apply_allora`, in
     PEFT's format, with the tokenizer, the optimizer and the rest of what Trainer keeps, but not the base model.
-    ``resume_from_checkpoint`` and ``load_best_model_at_end`` read them.
+    ``resume_from_checkpoint`` and ``load_best_model_at_end`` read them. `evaluate` may come before `train` in several
+    processes too.
 
     Raises:
-        ValueError: the model has no adapters, or accelerate's FSDP or DeepSpeed plugin is on: they write checkpoints of their
-            own, with the whole model.
+        ValueError: the model has no adapters; or accelerate's FSDP or DeepSpeed plugin is on: they write checkpoints of their
+            own, with the whole model; or a trainer of TRL would pass by an adapter on the output head.
     """
 
     base_model_name_or_path: str | None = None
@@ -33,12 +36,33 @@ class AdapterCheckpoints:
         super().__init__(*args, **kwargs)
         if not adapter_layers(unwrap(self.model)):
             raise ValueError("the model has no adapters: apply_allora(model) before the trainer gets it")
+        self._check_head()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
             raise ValueError(
                 f"{engine} is on, which writes checkpoints of its own with the whole model: use the trainer without "
                 "AdapterCheckpoints, and save_adapter at the end"
             )
+
+    def _check_head(self) -> None:
+        of_trl = any(cls.__module__.partition(".")[0] == "trl" for cls in type(self).__mro__)
+        head = getattr(unwrap(self.model), "get_output_embeddings", lambda: None)()
+        if of_trl and isinstance(head, ALLoRALayer):
+            name = next(name for name, module in unwrap(self.model).named_modules() if module is head)
+            raise ValueError(
+                f"{name} has an adapter, and TRL computes its loss from the frozen weight of that layer, past the adapter, "
+                "which would not be trained: leave the head out of target_modules"
+            )
+
+    def train(self, *args, **kwargs):
+        """As in Trainer; RuntimeError before the first step where several processes would each train a model of their own."""
+        prepare_anew(self)
+        guard = RequireParallel(self)
+        self.add_callback(guard)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.remove_callback(guard)
 
     def save_adapters(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
         """The adapters alone, from the process that writes, or all where they are sharded."""

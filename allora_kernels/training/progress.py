@@ -1,4 +1,4 @@
-"""What watches a training run: the progress bar, Ctrl-C, losses that are no numbers, and processes on their own."""
+"""What watches a training run: the progress bar, Ctrl-C, and losses that are no numbers."""
 
 import math
 import signal
@@ -9,8 +9,7 @@ import time
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 
 def peak_memory() -> int:
@@ -105,22 +104,6 @@ class StopOnInterrupt(TrainerCallback):
             asked = bool(flag)
         if asked:
             control.should_save = control.should_training_stop = True
-
-
-class RequireParallel(TrainerCallback):
-    """Raises RuntimeError before the first step where several processes would each train a model of their own, or by
-    another engine than DistributedDataParallel."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        model = self.trainer.model_wrapped
-        if args.world_size > 1 and not isinstance(model, DistributedDataParallel):
-            raise RuntimeError(
-                f"finetune trains by DistributedDataParallel in {args.world_size} processes, but the model is a "
-                f"{type(model).__name__}: start it by torchrun, or by accelerate launch --multi_gpu"
-            )
 
 
 class StopOnNonFinite(TrainerCallback):

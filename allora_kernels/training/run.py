@@ -23,7 +23,7 @@ from .base_model import computes_in_bf16
 from .config import FinetuneConfig
 from .loss_plot import plot_loss
 from .preparing import collator, prepare
-from .progress import ProgressBar, RequireParallel, StopOnInterrupt, StopOnNonFinite, peak_memory
+from .progress import ProgressBar, StopOnInterrupt, StopOnNonFinite, peak_memory
 from .versions import versions
 
 if TYPE_CHECKING:
@@ -259,9 +259,6 @@ def _device(dtype: torch.dtype) -> dict[str, str | bool]:
 
 def _evaluate(trainer: Trainer) -> dict[str, float]:
     measured = trainer.evaluate()
-    # accelerate takes a model it has prepared for evaluation for one it has prepared for training, and would leave it
-    # without DistributedDataParallel.
-    trainer.model.__dict__.pop("_is_accelerate_prepared", None)
     result = {"loss": measured["eval_mean_loss"]}
     if "eval_accuracy" in measured:
         return result | {"accuracy": measured["eval_accuracy"]}
@@ -283,7 +280,6 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: "Console | None",
         trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / _STATE_FILE))
     else:
         with ExitStack() as watchers:
-            trainer.add_callback(RequireParallel(trainer))
             for watcher in (StopOnInterrupt(console), *([ProgressBar(console)] if console else [])):
                 trainer.add_callback(watchers.enter_context(watcher))
             result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))

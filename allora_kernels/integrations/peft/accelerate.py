@@ -1,10 +1,13 @@
 """Plain LoRA of an existing PeftModel by the fused kernels, in place, and back."""
 
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from .layer import FusedLoraLinear
+from ...layer import bases
+from .dispatch import fused_class, peft_class
+from .fused import FusedLoraLayer
 from .report import PeftReport, explain, reason_to_leave
+from .ruled import RuledLoraLayer
 
 
 def accelerate_lora(model: nn.Module) -> PeftReport:
@@ -13,24 +16,28 @@ def accelerate_lora(model: nn.Module) -> PeftReport:
     Only the class of a layer changes: parameters, names, hooks, state_dict and whatever an optimizer holds stay, and so do
     the results of disabling, merging, several adapters and the rest of PEFT. Any alpha and rsLoRA. May be called again.
 
+    Layers on quantized bases of bitsandbytes and torchao are switched, too. A Linear4bit no longer packs its weight for the CPU
+    in eval mode, as the packed one has no backward pass and coarser scales.
+
     Args:
         model: a PeftModel, or any module with PEFT's LoRA layers inside, prepared by a Trainer or not.
 
     Returns:
-        PeftReport: the layers that run fused, and those left alone and why (dropout, DoRA, quantized bases, ...).
+        PeftReport: the layers that run fused, and those left alone and why (dropout, DoRA, other quantized bases, ...).
 
     Raises:
         ValueError: the model has no LoRA layers.
     """
     report = explain(model)
     for module in model.modules():
-        if type(module) is Linear and reason_to_leave(module) is None:
-            module.__class__ = FusedLoraLinear
+        if isinstance(module, LoraLayer) and not isinstance(module, FusedLoraLayer) and reason_to_leave(module) is None:
+            bases.keep_backward(module.base_layer)
+            module.__class__ = fused_class(type(module))
     return explain(model) if report.not_fused else report
 
 
 def restore_lora(model: nn.Module) -> None:
     """Undo `accelerate_lora`: PEFT's own class for every layer it switched. ALLoRA layers are left alone."""
     for module in model.modules():
-        if type(module) is FusedLoraLinear:
-            module.__class__ = Linear
+        if isinstance(module, FusedLoraLayer) and not isinstance(module, RuledLoraLayer):
+            module.__class__ = peft_class(module)

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import nn
 
 from ...layer.functional import check_rule
-from .layer import make_layer
+from .dispatch import make_layer
 
 _FROZEN = "the layer under the adapter is frozen"
 _OTHER_LAYER = "it makes another layer than W + BA"
@@ -40,8 +40,10 @@ class ALLoRAConfig(LoraConfig):
     keys more, which PEFT ignores with a warning where it loads the folder itself.
 
     Args:
-        allora_eta, allora_norm: the rule, as in `allora_kernels.allora_linear`.
-        Everything else: as in LoraConfig.
+        allora_eta: η, as in `allora_kernels.allora_linear`.
+        allora_norm: the rule, as there.
+
+    Everything else is as in LoraConfig.
 
     Raises:
         ValueError: a setting that ALLoRA has no meaning for, with the line to write; r, eta or norm out of range.

@@ -3,18 +3,18 @@
 import contextlib
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import peft
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.model import LoraModel
-from torch import nn
+from torch import Tensor, nn
 
 from ...models.adapt import leave_fast_paths
 from ...models.selection import check_unadapted, module_slots, obstacle, some
 from .config import ALLoRAConfig
-from .layer import ALLoRALinear
+from .ruled import RuledLoraLayer
 
 
 class ALLoRAModel(LoraModel):
@@ -38,7 +38,7 @@ class ALLoRAModel(LoraModel):
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, *args, **kwargs)
         layer = getattr(parent, target_name)
         # PEFT 0.18 does not show a layer that is there already the config of its next adapter.
-        if isinstance(layer, ALLoRALinear) and isinstance(lora_config, ALLoRAConfig):
+        if isinstance(layer, RuledLoraLayer) and isinstance(lora_config, ALLoRAConfig):
             layer.set_rule(adapter_name, lora_config.allora_eta, lora_config.allora_norm)
 
 
@@ -56,18 +56,22 @@ def get_allora_model(
     """`peft.get_peft_model` for ALLoRA: adapters on `model`, in place, that run fused and train by the rule.
 
     Args:
-        model: the base model, any that PEFT takes.
+        model: the base model, any that PEFT takes, also with quantized layers of bitsandbytes or torchao.
         config: which layers, ranks and modules to save, as PEFT reads them; ``lora_alpha`` must equal ``r``. It is copied.
-        eta, norm: the rule, as in `allora_kernels.allora_linear`.
-        adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, revision: as in `peft.get_peft_model`.
+        eta: η, as in `allora_kernels.allora_linear`.
+        norm: the rule, as there.
+        adapter_name: as in `peft.get_peft_model`.
+        autocast_adapter_dtype: as there.
+        low_cpu_mem_usage: as there.
+        revision: as there.
 
     Returns:
         The PeftModel; its ``peft_config`` holds an `ALLoRAConfig`.
 
     Raises:
         ValueError: a setting that ALLoRA has no meaning for (dropout, a scaling, DoRA, ...), with the line to write; a
-            target that cannot be ALLoRA, such as an embedding, a quantized layer or one whose weight another module reads
-            itself; a model that has adapters; what PEFT refuses. The model is untouched then.
+            target that cannot be ALLoRA, such as an embedding, a quantized layer without a backward pass or one whose weight
+            another module reads itself; a model that has adapters; what PEFT refuses. The model is untouched then.
         TypeError: `config` is no LoraConfig; r is no int or eta no number.
     """
     declared = ALLoRAConfig.from_lora_config(config, eta, norm)
@@ -99,7 +103,10 @@ def load_allora_model(
     Args:
         model: the base model; or a PeftModel of `get_allora_model`'s, which gets another adapter of this name.
         folder: what ``save_pretrained`` of such a model wrote, or `allora_kernels.save_adapter`; or a repository's name.
-        adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage: as in `PeftModel.from_pretrained`.
+        adapter_name: as in `PeftModel.from_pretrained`.
+        is_trainable: as there.
+        autocast_adapter_dtype: as there.
+        low_cpu_mem_usage: as there.
         hub: ``subfolder``, ``revision``, ``token``, ... for a repository.
 
     Returns:
@@ -128,30 +135,68 @@ def load_allora_model(
             peft_model = _adopt(kind(model, config, adapter_name, **settings))
         # Weights that a transformers model has under other names than when they were saved.
         renamed = getattr(model, "_checkpoint_conversion_mapping", {})
-        try:
-            result = peft_model.load_adapter(
-                folder, adapter_name, is_trainable=is_trainable, key_mapping=renamed, **settings, **hub
-            )
-        except RuntimeError as error:
-            raise ValueError(f"{folder} does not fit the model: {error}") from None
-        problems = [f"it has no {key}" for key in result.missing_keys]
-        problems += [f"the model has no {key}" for key in result.unexpected_keys]
-        if problems:
-            raise ValueError(f"{folder} does not fit the model: {some(problems, separator='; ')}")
+        weights = peft.utils.load_peft_weights(folder, device="cpu", key_mapping=renamed, **hub)
+        with _base_kept(peft_model, weights, folder):
+            try:
+                result = peft_model.load_adapter(
+                    folder, adapter_name, is_trainable=is_trainable, key_mapping=renamed, **settings, **hub
+                )
+            except KeyError:
+                lacking = some(sorted(_of_modules_saved(peft_model, adapter_name) - weights.keys()))
+                raise ValueError(f"{folder} does not fit the model: it has no {lacking}, of modules_to_save") from None
+            except RuntimeError as error:
+                raise ValueError(f"{folder} does not fit the model: {error}") from None
+            problems = [f"it has no {key}" for key in result.missing_keys]
+            problems += [f"the model has no {key}" for key in result.unexpected_keys]
+            if problems:
+                raise ValueError(f"{folder} does not fit the model: {some(problems, separator='; ')}")
     return peft_model
+
+
+def _of_modules_saved(peft_model: PeftModel, adapter_name: str) -> set[str]:
+    """The names in the file of the adapter's modules that are saved whole."""
+    wrappers = [(n, m) for n, m in peft_model.named_modules() if isinstance(m, peft.utils.ModulesToSaveWrapper)]
+    return {f"{n}.{key}" for n, m in wrappers for key in m.modules_to_save[adapter_name].state_dict()}
+
+
+@contextlib.contextmanager
+def _base_kept(peft_model: PeftModel, weights: Mapping[str, Tensor], folder: str) -> Iterator[None]:
+    """ValueError where PEFT would load some of `weights` over the frozen model, which it does without a word; but for
+    embeddings, which it saves where they were resized. Where what is inside raises, those are put back."""
+    own = peft_model.state_dict()
+    overwritten = {key: own[key].clone() for key in weights.keys() & own.keys()}
+    embeddings = {p for layer in _embeddings(peft_model.get_base_model()) for p in layer.parameters()}
+    spared = {key for key, p in peft_model.named_parameters(remove_duplicate=False) if p in embeddings}
+    if frozen := sorted(overwritten.keys() - spared):
+        raise ValueError(
+            f"{folder} does not fit the model: {some(frozen)} would replace frozen weights; modules_to_save in its config "
+            "does not name them"
+        )
+    try:
+        yield
+    except BaseException:
+        for key, before in overwritten.items():
+            own[key].copy_(before)
+        raise
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    if not hasattr(model, "get_input_embeddings"):
+        return []
+    return [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
 
 
 def _adopt(peft_model: PeftModel) -> PeftModel:
     """See to it that every later adapter is told its rule; ValueError where an adapter would be passed by."""
     slots = module_slots(peft_model)
     for name, layer in peft_model.named_modules():
-        if isinstance(layer, ALLoRALinear):
+        if isinstance(layer, RuledLoraLayer):
             reason = obstacle(layer.base_layer, {layer.base_layer: slots[layer]})
             if reason is not None:
                 raise ValueError(
                     f"{name}: {reason}: leave it out, with exclude_modules=[...] or narrower target_modules"
                 )
-    leave_fast_paths(peft_model, ALLoRALinear)
+    leave_fast_paths(peft_model, RuledLoraLayer)
     peft_model.base_model.__class__ = ALLoRAModel
     return peft_model
 

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from ...layer.functional import MAX_RANK
 from ...models.adapted import grouped
-from .layer import FusedLoraLinear, is_plain_linear
+from .dispatch import fused_class
+from .fused import FusedLoraLayer
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def explain(model: nn.Module) -> PeftReport:
     """What the next call of each LoRA layer of `model` takes, and why; ValueError if it has none."""
     fused, not_fused = {}, {}
     for name, module in model.named_modules():
-        if isinstance(module, FusedLoraLinear):
+        if isinstance(module, FusedLoraLayer):
             what = module.extra_repr()
             shape = f"[{module.out_features}, {module.in_features}], r={'/'.join(map(str, module.r.values()))}"
             if what.startswith("fused: "):
@@ -46,12 +47,13 @@ def explain(model: nn.Module) -> PeftReport:
 
 def reason_to_leave(layer: LoraLayer) -> str | None:
     """Why `accelerate_lora` leaves one of PEFT's layers alone; None where it switches it."""
-    if type(layer) is not Linear:
+    fused = fused_class(type(layer))
+    if fused is None:
         return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__} has another forward pass"
     if "forward" in layer.__dict__:
         return "a forward pass of its own was put on it"
-    if not is_plain_linear(layer.base_layer):
-        return f"the base layer is a {type(layer.base_layer).__name__}"
+    if reason := fused.base_kind.refusal(layer.base_layer):
+        return reason
     dropped = {name: d.p for name, d in layer.lora_dropout.items() if getattr(d, "p", 0) > 0}
     if dropped:
         return f"lora_dropout={max(dropped.values())}: the kernels have no dropout; train with lora_dropout=0.0"
