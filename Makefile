@@ -6,7 +6,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 # Two workers fit the two cores CI has; each keeps to one thread.
 WORKERS ?= 2
 
-.PHONY: test test-device-ir test-hub test-oldest-peft demo demo-lm qlora trl-sft trl-dpo mislabelled bench lint test-newest docs clean
+.PHONY: test test-device-ir test-hub test-oldest-peft demo demo-lm qlora trl-sft trl-dpo mislabelled study bench lint test-newest docs clean
 
 test: $(VENV)/.ready lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal
@@ -29,6 +29,10 @@ trl-sft trl-dpo: $(VENV)/.ready-demo-lm
 
 mislabelled: $(VENV)/.ready-demo
 	$(RUN) examples/mislabelled.py --output runs/mislabelled $(ARGS)
+
+# Results are kept a cell at a time: Ctrl-C stops, the same command goes on. ARGS=--quick is a small part of it.
+study: $(VENV)/.ready-study
+	OMP_NUM_THREADS=1 $(RUN) -m bench.study $(ARGS)
 
 bench: $(VENV)/.ready
 	$(RUN) -m bench $(ARGS)
@@ -69,6 +73,10 @@ $(VENV)/.ready-demo: $(VENV)/.ready requirements-demo.txt
 
 $(VENV)/.ready-demo-lm: $(VENV)/.ready requirements-demo-lm.txt
 	$(PIP) install -q --no-deps -r requirements-demo-lm.txt
+	touch $@
+
+$(VENV)/.ready-study: $(VENV)/.ready requirements-study.txt
+	$(PIP) install -q --no-deps -r requirements-study.txt
 	touch $@
 
 .venv-newest/.ready: pyproject.toml constraints.txt

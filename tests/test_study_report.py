@@ -1,0 +1,225 @@
+"""The study's page: the same bytes from the same records, statistics as scipy has them, and sentences made by the numbers."""
+
+import math
+import re
+from importlib import metadata
+
+import numpy as np
+import pytest
+from scipy import stats
+from study_cells import fake_record, fill
+
+from bench.study import __main__ as command
+from bench.study import flaw_report, plan, readme, report, results, statistics
+from bench.study.cells import SEEDS, identity
+from bench.study.methods import ALLORA, LORA
+from bench.study.store import Store
+
+OURS = ALLORA.name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A store with every cell of the plan, made up."""
+    return fill(Store(tmp_path_factory.mktemp("none")), plan.full())
+
+
+@pytest.fixture(scope="module")
+def page(whole, tmp_path_factory):
+    file = tmp_path_factory.mktemp("page") / "study.md"
+    report.write(whole, plan.full(), file)
+    return file
+
+
+def winner(name, tmp_path):
+    """The page of a study in which one method is better than all others."""
+    blocks = [block for block in plan.full() if block.name in ("main", "sgd", "decoder")]
+    report.write(fill(Store(tmp_path), blocks, better=name), blocks, tmp_path / "study.md")
+    return (tmp_path / "study.md").read_text()
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_records_give_the_same_bytes(whole, page, tmp_path):
+    again = Store(tmp_path)
+    again.records = dict(reversed(whole.records.items()))
+    report.write(again, plan.full(), tmp_path / "study.md")
+    files = sorted(file.name for file in page.parent.iterdir())
+    assert files == sorted(file.name for file in tmp_path.iterdir()) and len(files) == 6
+    for name in files:
+        assert (tmp_path / name).read_bytes() == (page.parent / name).read_bytes(), name
+        assert name.endswith(".md") or b"Software" not in (tmp_path / name).read_bytes()
+
+
+def test_every_figure_has_its_command_and_every_claim_its_table(page):
+    text = page.read_text()
+    figures = re.findall(
+        r"!\[[^\]]+\]\((study-\w+\.png)\)\n\n\*\*Figure (\d+)\.\*\* [^\n]+\n\n```console\n\$ (.*)\n```", text
+    )
+    assert [int(number) for _, number, _ in figures] == list(range(1, 6)) and text.count("![") == 5
+    names = {block.name for block in plan.full()}
+    for file, _, line in figures:
+        assert (page.parent / file).exists()
+        options = command.parse(line.removeprefix("python -m bench.study").split())
+        assert options.only and set(options.only) <= names
+    tables = [int(n) for n in re.findall(r"\*\*Table (\d+)\.\*\*", text)]
+    # Table 1 is of what has been run, which stands in front of the others.
+    assert tables == list(range(1, len(tables) + 1))
+    claims = re.findall(r"^- (.*)$", text, re.MULTILINE)
+    assert len(claims) > 20
+    for claim in claims:
+        (kind, numbers), *_ = re.findall(r"(Table|Figure)s? ((?:\d+(?:, )?)+)", claim)
+        assert all(int(n) <= (len(tables) if kind == "Table" else 5) for n in numbers.split(", ")), claim
+
+
+def test_an_incomplete_grid_says_what_is_missing(whole, tmp_path):
+    part = Store(tmp_path)
+    last = list(whole.records.items())[-1][1]["settings"]
+    part.records = {i: r for i, r in whole.records.items() if r["settings"] != last}
+    text = report.text(part, plan.full(), tmp_path / "study.md")
+    assert (
+        "Blocks share cells: 2055 of 2056 are there" in text
+        and "The grid is not complete: cells are missing in" in text
+    )
+    assert "2056 of 2056 are there" in report.text(whole, plan.full(), tmp_path / "study.md")
+
+
+def test_without_records_there_is_a_page_and_no_claim(tmp_path):
+    (tmp_path / "study-old.png").touch()
+    report.write(Store(tmp_path), plan.full(), tmp_path / "study.md")
+    text = (tmp_path / "study.md").read_text()
+    assert "No group of cells is complete yet." in text and "What to choose" not in text
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_who_wins_decides_what_is_said(tmp_path):
+    ours, theirs = (winner(name, tmp_path) for name in (OURS, LORA.name))
+    # The decoder's two tasks are under AdamW; of perplexity less is better.
+    for optimizer, cases in (("AdamW", 6), ("SGD with momentum", 4)):
+        assert f"{optimizer}: {OURS} against LoRA, {cases} cases: better in {cases} (" in ours
+        assert f"{optimizer}: {OURS} against LoRA, {cases} cases: better in 0, worse in {cases} (" in theirs
+        assert re.search(rf"under {optimizer}, {OURS} comes first", ours)
+        assert re.search(rf"under {optimizer}, LoRA comes first", theirs)
+    assert f"{OURS} has the best mean on Election tweets, Rotten Tomatoes" in ours
+    assert "LoRA has the best mean on Election tweets, Rotten Tomatoes" in theirs
+    assert "12 came out for it, 0 against it" in ours and "0 came out for it, 4 against it" in theirs
+
+
+def test_a_group_is_shown_only_when_all_its_seeds_are_there(whole, tmp_path):
+    group = next(g for b in plan.full() for g in b.groups if g.method == LORA)
+    part = Store(tmp_path)
+    found = results.collect(plan.full(), whole)
+    key = next(key for key, result in found.items() if result.group == group)
+    part.records = dict(whole.records)
+    del part.records[identity(group.final(found[key].rate)[2])]
+    assert set(found) - set(results.collect(plan.full(), part)) == {key}
+
+
+def test_a_rate_at_the_edge_and_a_broken_run_are_marked(tmp_path):
+    block = plan.full()[1]
+    group = block.groups[0]
+    store = Store(tmp_path)
+    for settings in group.tuning():
+        record = fake_record(settings)
+        record["validation"] |= {"accuracy": 1.0 if settings["learning_rate"] == group.rates[-1] else 0.5}
+        store.records[record["id"]] = record
+    for settings in group.final(group.rates[-1]):
+        record = fake_record(settings) | {"diverged": settings["seed"] == SEEDS[0]}
+        store.records[record["id"]] = record
+    text = report.text(store, [block], tmp_path / "study.md")
+    assert f"({group.rates[-1]:g}!), 1 diverged |" in text
+    record["test"] = {"loss_mean": None, "accuracy": None}
+    assert "| LoRA | diverged |" in report.text(store, [block], tmp_path / "study.md")
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+def test_intervals_and_paired_tests_are_scipys():
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(0.8, 0.02, 5), generator.normal(0.79, 0.02, 5)
+    ours, theirs = ({seed: float(x) for seed, x in zip(SEEDS, values)} for values in (a, b))
+    found = statistics.paired(ours, dict(reversed(theirs.items())))
+    expected = stats.ttest_rel(a, b)
+    low, high = expected.confidence_interval(0.95)
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.mean.value == pytest.approx(np.mean(a - b)) and found.mean.half == pytest.approx((high - low) / 2)
+    assert statistics.mean_interval(a).half == pytest.approx(stats.sem(a) * stats.t.ppf(0.975, 4))
+    assert math.isnan(statistics.mean_interval([0.5]).half)
+    assert statistics.paired(ours, ours) == ((0.0, 0.0), 1.0)
+    with pytest.raises(ValueError, match="the same two or more seeds"):
+        statistics.paired(ours, {1: 0.5, 2: 0.5})
+
+
+def test_holm_corrects_as_in_the_textbook():
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0] and statistics.holm([]) == []
+
+
+def test_ranks_and_the_critical_difference():
+    # Demšar (2006), table 5: q = 2.569 for four methods; with 14 data sets the critical difference is 1.25.
+    scores = {name: [float(-place)] * 14 for place, name in enumerate("abcd")}
+    found = statistics.ranking(scores)
+    assert found.ranks == {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0} and found.cases == 14
+    assert found.critical == pytest.approx(2.569 * math.sqrt(4 * 5 / (6 * 14)), rel=1e-3) and found.p < 1e-6
+    assert statistics.cliques(found) == [["a", "b"], ["b", "c"], ["c", "d"]]
+    assert statistics.ranking({name: [0.5] * 3 for name in "abc"}).p == 1.0
+    assert statistics.ranking({"a": [1.0, 2.0], "b": [2.0, 1.0]}) is None
+    generator = np.random.default_rng(0)
+    table = generator.normal(size=(3, 9))
+    assert statistics.ranking(dict(zip("abc", table))).p == pytest.approx(stats.friedmanchisquare(*table).pvalue)
+
+
+def test_the_spread_of_a_running_mean_narrows_as_a_root():
+    values = np.random.default_rng(0).normal(1.0, 2.0, 4000)
+    low, high = statistics.running_mean_spread(values, 100)
+    assert (high - low) / 2 == pytest.approx(1.96 * 2.0 / 10, rel=0.1) and low < 1.0 < high
+    assert statistics.running_mean_spread(values, 100) == (low, high)
+
+
+def test_halves_that_add_up_do_not_interact():
+    def record(multiplier, place, logits):
+        settings = {"multiplier": multiplier, "place": place, "method": {"name": "M"}, "optimizer": {"name": "sgd"}}
+        return {"settings": settings, "logits": [logits]}
+
+    base, lower, upper = [3.0, 4.0], [4.0, 4.0], [3.0, 6.0]
+    added = [record(1.0, "all", base), record(2.0, "lower", lower), record(2.0, "upper", upper)]
+    points = flaw_report.scaling_points([*added, record(2.0, "all", [4.0, 6.0])])
+    assert points == {("M", "sgd"): [(2.0, pytest.approx(math.sqrt(5) / 5), 0.0)]}
+    ((_, _, mixed),) = flaw_report.scaling_points([*added, record(2.0, "all", [5.0, 6.0])])["M", "sgd"]
+    assert mixed == pytest.approx(1 / math.sqrt(8))
+    assert not flaw_report.scaling_points(added)
+
+
+# --- what is committed ----------------------------------------------------------------------------------------------
+
+
+def test_the_committed_page_is_the_one_of_the_committed_records(tmp_path):
+    report.write(Store(command.RESULTS), plan.full(), tmp_path / "study.md")
+    committed = {file.name for file in command.PAGE.parent.glob("study*") if file.suffix in (".md", ".png")}
+    assert committed == {file.name for file in tmp_path.iterdir()}
+    assert command.PAGE.read_text() == (tmp_path / "study.md").read_text(), "python -m bench.study --report"
+    pinned = re.search(r"^matplotlib==(.+)$", (command.ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    for name in committed:
+        if name.endswith(".png") and metadata.version("matplotlib") == pinned:
+            assert (tmp_path / name).read_bytes() == command.PAGE.with_name(name).read_bytes(), name
+
+
+def test_the_readme_says_what_the_committed_records_say(tmp_path):
+    text = (command.ROOT / "README.md").read_text()
+    (tmp_path / "README.md").write_text(text)
+    readme.write(Store(command.RESULTS), plan.full(), tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == text, "python -m bench.study --report"
+
+
+def test_the_readmes_summary_is_three_sentences_made_by_the_numbers(tmp_path):
+    blocks = plan.full()[1:2]
+    for better, words in ((OURS, "better in 4, worse in 0"), (LORA.name, "better in 0, worse in 4")):
+        text = readme.summary(fill(Store(tmp_path), blocks, better), blocks)
+        assert f"against LoRA it is {words} and not told apart in 0" in text and "the grid is complete" in text
+        assert len(re.findall(r"\.(?= [A-Z]|\n)", text.partition("![")[0])) == 3
+    (tmp_path / "README.md").write_text("nothing")
+    with pytest.raises(ValueError, match="has no <!-- study:begin -->"):
+        readme.write(Store(tmp_path), blocks, tmp_path / "README.md")
+    assert readme.summary(Store(tmp_path), blocks) == readme.NOT_YET
