@@ -64,7 +64,7 @@ def grouped():
 
 
 def first_pieces():
-    module("groups").first_pieces(torch.tensor([3, 9, 9], dtype=torch.int32), 12, 2)
+    module("groups").first_pieces(torch.tensor([3, 9, 9, 9], dtype=torch.int32), 12, 2)
 
 
 class Planted(NamedTuple):
@@ -115,11 +115,12 @@ FAULTS = [
           "mask=mask_r[None, :])\n\n\ndef", grouped),
     race("_grouped_fused_linear_kernel", "grouped_fused_linear", "y_ptr + offs_m[:, None]", "y_ptr + (offs_m - start)[:, None]",
          grouped),
-    write("_grouped_fused_linear_kernel", "grouped_fused_linear", "narrow(acc, DTYPE), mask=mask_m[:, None] & mask_n[None, :])",
-          "narrow(acc, DTYPE), mask=mask_n[None, :])", grouped),
+    write("_grouped_fused_linear_kernel", "grouped_fused_linear",
+          "narrow(acc, DTYPE), mask=mask_m[:, None] & mask_n[None, :])", "narrow(acc, DTYPE), mask=mask_n[None, :])", grouped),
     race("_first_pieces_kernel", "groups", ("_kernel, (1,)", "axis=0) - tiles, mask"),
          ("_kernel, (2,)", "axis=0) - tiles + tl.program_id(0), mask"), first_pieces),
-    write("_first_pieces_kernel", "groups", "mask=offs_e <= GROUPS)\n\n\ndef", "mask=offs_e <= GROUPS + 4)\n\n\ndef", first_pieces),
+    write("_first_pieces_kernel", "groups", "mask=offs_e <= GROUPS)\n\n\ndef",
+          "mask=offs_e <= GROUPS + 99)\n\n\ndef", first_pieces),
     race("_low_rank_add_kernel", "low_rank_add", "pid_n * BLOCK_N, BLOCK_N", "pid_n * (BLOCK_N - 8), BLOCK_N",
          low_rank_add),
     write("_low_rank_add_kernel", "low_rank_add", "narrow(acc, DTYPE), mask=mask)", "narrow(acc, DTYPE))",
