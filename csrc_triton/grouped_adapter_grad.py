@@ -109,7 +109,7 @@ def grouped_adapter_grads(
     compute = s.dtype
     sums_due = sums_over_columns(norm, need_ds, need_da)
     plan = _plan(M, N, R, norm, sums_due, need_db, g, compute)
-    sums, f, shares = None, b if norm == "entry" else None, {}
+    f, shares = b if norm == "entry" else None, {}
     chunked = plan.chunk_rows < M
     if sums_due and norm != "entry" and (plan.separate or chunked):
 

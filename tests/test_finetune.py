@@ -19,15 +19,9 @@ from allora_kernels.training import run as module  # noqa: E402
 from allora_kernels.training.config import FinetuneConfig  # noqa: E402
 from allora_kernels.training.run import finetune  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TASKS = ("classification", "causal-lm")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

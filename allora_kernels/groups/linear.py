@@ -76,11 +76,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_
 def _ends(offsets: Tensor, rows: int) -> Tensor:
     """A copy of `offsets` in int32 that nothing changes before the backward pass; checked, on a GPU without waiting for it."""
     ends = offsets.detach().to(torch.int32, copy=True).contiguous()
-    if torch.compiler.is_compiling():
-        return ends
-    in_order = (ends.diff(prepend=ends.new_zeros(1)) >= 0).all() & (ends[-1] <= rows)
-    if ends.device.type != "cpu":
-        torch._assert_async(in_order, "grouped_linear: offsets must not fall, nor pass the rows of x")
+    in_order = (ends.diff() >= 0).all() & (ends[0] >= 0) & (ends[-1] <= rows)
+    if torch.compiler.is_compiling() or ends.device.type != "cpu":
+        torch._assert_async(in_order, "grouped_linear: offsets must not be negative, fall, nor pass the rows of x")
     elif not in_order:
         raise ValueError(
             f"offsets are where each group ends: from 0 to the {rows} rows of x, none less than the one before; got "
@@ -122,8 +120,8 @@ def grouped_linear(
         ``[M, N]`` in x's dtype.
 
     Raises:
-        ValueError: shapes that do not fit, offsets that fall or pass M (on a GPU: a device assertion, later), and what
-            `allora_linear` raises it for.
+        ValueError: shapes that do not fit, offsets that fall or pass M (compiled: RuntimeError; on a GPU: a device assertion,
+            later), and what `allora_linear` raises it for.
         RuntimeError: `use_batch_invariant` is on and the backend is eager.
         TypeError: something that is no tensor of the dtype due.
     """

@@ -148,6 +148,7 @@ def _steps(backend: Any) -> Any:
 
 
 def apply_function(*args) -> tuple[Tensor, Tensor]:
+    """(y, S): `_ALLoRALinear` of the arguments of its forward pass."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _ALLoRALinear.apply(*args)
     # Outside of transforms `Function.apply` does nothing more than this, after 30 us of binding default arguments.

@@ -22,7 +22,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         SystemExit: options that make no sense, with a line that says which.
     """
     parser = argparse.ArgumentParser("python -m bench.study", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a small part, for 20 minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="a small part")
     parser.add_argument(
         "--report", action="store_true", help="write the page and its plots from what is there, run nothing"
     )

@@ -54,7 +54,7 @@ def full() -> list[Block]:
 
 
 def quick() -> list[Block]:
-    """A small part of it, with the same settings, for 20 minutes."""
+    """A small part of it, with the same settings."""
     return [
         Block("short", "25 steps, AdamW", _groups(("election-tweets",), (*COMPARED, m.HEAD), steps=(25,))),
         Block("flaws", "The three flaws", runs=tuple(flaws.quick_cells())),

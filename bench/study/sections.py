@@ -39,7 +39,7 @@ t-tests over seeds, with Holm's correction within a table.
 Texts are read in the installed packages (`requirements-study.txt`); none is in this repository. To run it:
 
 ```console
-$ python -m bench.study --quick   # a small part, 20 minutes on two cores
+$ python -m bench.study --quick   # a small part
 $ python -m bench.study           # all that is missing below; Ctrl-C stops, the same command goes on
 $ python -m bench.study --report  # this page again, from the records
 ```"""

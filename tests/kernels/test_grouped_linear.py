@@ -147,6 +147,16 @@ def test_fullgraph_compile_gives_the_eager_values(device, norm):
     assert all(torch.equal(*pair) for pair in zip(run(compiled, tensors, norm, backend="triton"), plain))
 
 
+def test_compiled_it_refuses_offsets_too(device):
+    if device == "cuda":
+        pytest.skip("a device assertion, which ends the process's use of the GPU")
+    *tensors, _, offsets = make(((3, 0, 4), 1), 9, 11, 3, device=device)
+    compiled = torch.compile(grouped_linear, backend="aot_eager", fullgraph=True)
+    for wrong in (offsets + 2, offsets.flip(0), offsets - 4):
+        with pytest.raises(RuntimeError, match="offsets must not be negative, fall, nor pass the rows of x"):
+            compiled(*tensors, wrong, backend="triton")
+
+
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 X, W, BIAS, A, B, OFFSETS = range(6)
