@@ -12,6 +12,7 @@ from ..layer.functional import check_rule
 from ..layer.linear import FusedALLoRALinear
 from ..layer.wrapped import WrappedALLoRALinear
 from .adapted import SAVED_WHOLE, AdaptReport, report
+from .head import watch_head
 from .saving import save_adapters_alone
 from .selection import (
     check_unadapted,
@@ -140,6 +141,7 @@ def attach(
         module.requires_grad_(True)
     leave_fast_paths(model, ALLoRALayer)
     save_adapters_alone(model)
+    watch_head(model)
     _say_that_adapters_are_on_it(model)
 
 
