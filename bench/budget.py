@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from . import cases, expert_passes
+from . import cases, step_budget
 from .cases import TARGETS, Case
-from .experts import GPU_CASES, ExpertCase
 from .measured import ratio
 from .passes import COUNTED, passes
 from .results import all_files
@@ -73,32 +72,10 @@ def show(
         console.print(table)
 
 
-EXPERT_HEADINGS = ["", "step, µs", "over the frozen experts", "measured"]
-
-
-def expert_rows(case: ExpertCase, tflops: float, tb_per_s: float, results: Sequence[dict]) -> list[list[str]]:
-    """Cells of a case's table: name, predicted step and its ratio to the frozen experts', and the ratio measured in the first
-    of `results` that has it."""
-    table = []
-    floor = expert_passes.predicted_ms("frozen", case, tflops, tb_per_s)
-    for name in expert_passes.COUNTED:
-        time = expert_passes.predicted_ms(name, case, tflops, tb_per_s)
-        found = (ratio(data, case, name, "step", "frozen", "experts") for data in results)
-        measured = next((f"{r:.3f}" for r in found if r is not None), "not yet measured")
-        table.append([name, f"{1e3 * time:,.0f}", f"{time / floor:.3f}", measured])
-    return table
-
-
-def show_experts(console: Console, tflops: float = TFLOPS, tb_per_s: float = TERABYTES_PER_S) -> None:
-    """Print the budget of the experts of a mixture, marked as computed."""
-    for case in GPU_CASES:
-        title = f"computed for {tflops:g} TFLOP/s and {tb_per_s:g} TB/s, forward and backward: {case}"
-        table = Table(title=title, title_justify="left", header_style="bold")
-        for heading in EXPERT_HEADINGS:
-            table.add_column(heading, justify="right" if heading else "left")
-        for cells in expert_rows(case, tflops, tb_per_s, _of_gpus()):
-            table.add_row(*cells)
-        console.print(table)
+def show_steps(console: Console, tflops: float = TFLOPS, tb_per_s: float = TERABYTES_PER_S) -> None:
+    """Print the budgets of the sections of steps, marked as computed."""
+    for counted in step_budget.ALL:
+        step_budget.show(console, counted, tflops, tb_per_s, _of_gpus())
 
 
 def _of_gpus() -> list[dict]:
@@ -124,7 +101,7 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
     if options.passes is None:
         show(console, chosen, options.tflops, options.tb_per_s)
         if not options.shapes:
-            show_experts(console, options.tflops, options.tb_per_s)
+            show_steps(console, options.tflops, options.tb_per_s)
         return 0
     for case in chosen:
         table = Table(title=f"computed: {options.passes}, {case}", title_justify="left", header_style="bold")

@@ -28,7 +28,7 @@ def _ours(z: Sizes) -> list[Pass]:
     return [
         Pass("S = x A_eᵀ", z.x + z.a, z.s, z.over_k),
         Pass("y = x W_eᵀ + S B_eᵀ", z.x + z.w + z.s + z.b, z.y, z.gemm + z.over_n),
-        Pass("C of every expert", z.a + z.b, 4 * z.groups * case.N, 2.0 * z.groups * case.R**2 * (case.K + case.N)),
+        Pass("C of every expert", z.a + z.b, 4 * z.adapters * case.N, 2.0 * z.adapters * case.R**2 * (case.K + case.N)),
         Pass("dS, u and dB from one sweep over G", z.y + z.s + z.b, 2 * z.s + pieces * z.b, 3 * z.over_n),
         Pass("the pieces of dB", pieces * z.b, z.b),
         Pass("dA from one sweep over x", z.x + z.s, pieces * z.a, z.over_k),
@@ -53,7 +53,7 @@ def _grouped_mm(z: Sizes) -> list[Pass]:
 
 def _peft(z: Sizes) -> list[Pass]:
     y, dx = _frozen(z)
-    product = 2.0 * z.groups * z.case.N * z.case.K * z.case.R
+    product = 2.0 * z.adapters * z.case.N * z.case.K * z.case.R
     return [
         Pass("W + BA of all experts", z.w + z.a + z.b, z.w, product),
         y,
@@ -76,9 +76,4 @@ COUNTED = tuple(_COUNTS)
 
 def expert_passes(name: str, case: ExpertCase) -> list[Pass]:
     """The passes of forward and backward of `name` at `case`."""
-    return _COUNTS[name](Sizes(case.layer, case.E))
-
-
-def predicted_ms(name: str, case: ExpertCase, tflops: float, tb_per_s: float) -> float:
-    """Milliseconds of a step by the count, see `budget`."""
-    return 1e3 * sum(p.seconds(tflops * 1e12, tb_per_s * 1e12) for p in expert_passes(name, case))
+    return _COUNTS[name](Sizes(case.layer, weights=case.E, adapters=case.E))

@@ -33,14 +33,14 @@ class Pass:
 
 
 class Sizes:
-    """Bytes of the tensors of a case, and FLOPs of its products; with `groups` weights and adapters of its shapes."""
+    """Bytes of the tensors of a case, of so many weights and adapters of its shapes, and FLOPs of its products."""
 
-    def __init__(self, case: Case, groups: int = 1) -> None:
+    def __init__(self, case: Case, weights: int = 1, adapters: int = 1) -> None:
         m, n, k, r = case.M, case.N, case.K, case.R
         element, adapter = _BYTES[case.dtype], _BYTES[case.adapter_dtype]
-        self.case, self.element, self.groups = case, element, groups
-        self.x, self.y, self.w = m * k * element, m * n * element, groups * n * k * element
-        self.a, self.b, self.s = groups * r * k * adapter, groups * n * r * adapter, m * r * adapter
+        self.case, self.element, self.adapters = case, element, adapters
+        self.x, self.y, self.w = m * k * element, m * n * element, weights * n * k * element
+        self.a, self.b, self.s = adapters * r * k * adapter, adapters * n * r * adapter, m * r * adapter
         self.gemm = 2.0 * m * n * k
         self.over_k, self.over_n = 2.0 * m * k * r, 2.0 * m * n * r
         """FLOPs of a product of S's shape with A, and with B."""

@@ -11,7 +11,7 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-from . import budget, experts, plots, results, step_report, targets
+from . import budget, plots, results, step_budget, step_report, targets
 from .cases import TARGETS, Case
 from .markdown import provenance, table
 from .measured import median, ratio, records
@@ -35,8 +35,7 @@ def fill(page: str, blocks: dict[str, str]) -> str:
 
 
 def blocks(gpus: dict[str, dict], drawn: dict[str, dict[str, str]], cpu: dict | None = None) -> dict[str, str]:
-    """The text of each block: "readme", "targets", "budget", "results", "per-sample", "experts" and "experts-budget", from the
-    results of each GPU by file stem, and of a CPU."""
+    """The text of each block by its name, from the results of each GPU by file stem, and of a CPU."""
     first = next((gpus[stem] for stem in sorted(gpus, key=lambda stem: ("h100" not in stem, stem))), None)
     return {
         "readme": NOT_YET if first is None else f"{_target_shapes(first)}\n\n{provenance(first)}",
@@ -45,7 +44,9 @@ def blocks(gpus: dict[str, dict], drawn: dict[str, dict[str, str]], cpu: dict | 
         "results": "\n\n".join(_device(data, drawn.get(stem, {})) for stem, data in gpus.items()) or NOT_YET,
         "per-sample": step_report.block(step_report.SAMPLES, [*gpus.values(), *([] if cpu is None else [cpu])]),
         "experts": step_report.block(step_report.EXPERTS, list(gpus.values())),
-        "experts-budget": _experts_budget(list(gpus.values())),
+        "experts-budget": _step_budget(step_budget.EXPERTS, list(gpus.values())),
+        "adapters": step_report.block(step_report.ADAPTERS, list(gpus.values())),
+        "adapters-budget": _step_budget(step_budget.ADAPTERS, list(gpus.values())),
     }
 
 
@@ -78,11 +79,10 @@ def _budget(gpus: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
-def _experts_budget(gpus: list[dict]) -> str:
+def _step_budget(counted: step_budget.Counted, gpus: list[dict]) -> str:
     parts = []
-    for case in experts.GPU_CASES:
-        rows = budget.expert_rows(case, budget.TFLOPS, budget.TERABYTES_PER_S, gpus)
-        parts += [f"{case}:", table(["computed", *budget.EXPERT_HEADINGS[1:]], rows)]
+    for case, rows in step_budget.rows(counted, budget.TFLOPS, budget.TERABYTES_PER_S, gpus):
+        parts += [f"{case}:", table(["computed", *step_budget.HEADINGS[1:]], rows)]
     return "\n\n".join(parts)
 
 

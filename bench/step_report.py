@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from . import expert_providers, experts, sample_providers, samples
+from . import adapter_providers, adapters, expert_providers, experts, sample_providers, samples
 from .markdown import provenance, table
 from .measured import median, records
 from .steps import StepCase, StepSpec
@@ -27,6 +27,9 @@ SAMPLES = Shown(
 )
 EXPERTS = Shown(
     "experts", "forward and backward", "frozen", expert_providers.PROVIDERS, experts.GPU_CASES, experts.ExpertCase
+)
+ADAPTERS = Shown(
+    "adapters", "forward and backward", "frozen", adapter_providers.PROVIDERS, adapters.GPU_CASES, adapters.AdaptersCase
 )
 
 

@@ -95,7 +95,7 @@ def _experts_memory(data: dict) -> float | None:
     """The worst ratio of the memory of our step to the frozen one's, the experts' weights included."""
 
     def of_case(case: ExpertCase) -> float | None:
-        weights = Sizes(case.layer, case.E).w
+        weights = Sizes(case.layer, weights=case.E).w
         for record in records(data, "experts"):
             rows = [record["providers"].get(name, {}) for name in ("ours", "frozen")]
             if record["case"] == asdict(case) and all(_right(row, "step_peak_bytes") for row in rows):

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from bench import __main__ as bench
-from bench import budget, expert_passes, experts, measured, report, results, step_report, targets
+from bench import experts, measured, report, results, step_budget, step_report, targets
 from bench.expert_providers import PROVIDERS, Judge
 from bench.experts import GPU_CASES, ExpertCase
 
@@ -59,12 +59,13 @@ def test_a_run_times_every_provider(tmp_path, monkeypatch):
     for name, row in record["providers"].items():
         assert row["status"] == "ok" and row["step"]["p20_ms"] <= row["step"]["p80_ms"], (name, row)
     text = printed.export_text()
-    assert "experts: 5 experts 32x24, 40 rows, R=8 float32" in text and "over the frozen experts" in text
+    assert "experts: 5 experts 32x24, 40 rows, R=8 float32" in text and "over the floor" in text
 
 
 def test_the_budget_of_the_published_case():
     case = GPU_CASES[0]
-    times = {name: expert_passes.predicted_ms(name, case, 800, 3) for name in expert_passes.COUNTED}
+    counted = step_budget.EXPERTS
+    times = {name: step_budget.predicted_ms(counted, name, case, 800, 3) for name in counted.providers}
     assert list(times) == list(PROVIDERS)
     # The weights are read once a pass, 403 MB of them, by all but PEFT, which moves as much six times more.
     weights = 128 * 768 * 2048 * 2 / 3e12 * 1e3
@@ -97,7 +98,8 @@ def test_targets_and_table_of_made_up_results():
     assert f"| experts: memory with the weights over `frozen`, worst case | ≤ 1.05x | {over:.3g}x | **no** |" in table
 
     assert "| `peft` | 2.0 (2.0 to 2.0) = 2.00x, 900 MiB |" in step_report.block(step_report.EXPERTS, [data])
-    assert budget.expert_rows(GPU_CASES[0], 800, 3, [data])[1][-1] == "1.250"
+    case, rows = next(step_budget.rows(step_budget.EXPERTS, 800, 3, [data]))
+    assert case == GPU_CASES[0] and rows[1][0] == "ours" and rows[1][-1] == "1.250"
     unmeasured = report.blocks({}, {})
     assert "| `ours` | not yet measured |" in unmeasured["experts"]
     assert unmeasured["experts-budget"].count("not yet measured") == len(GPU_CASES) * len(PROVIDERS)
