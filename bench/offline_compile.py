@@ -255,11 +255,12 @@ def grouped_launches(x, g, w, bias, a, b, s, label: str, groups: int = 8):
 
 
 def shared_launches(x, g, w, bias, a, b, s, label: str, groups: int = 8):
-    """(case, call) of the same launchers where all groups share a weight, rows are in any order, and each group has its η."""
-    a, b = (t.new_empty(groups, *t.shape) for t in (a, b))
+    """(case, call) of the same launchers where all groups share a weight, rows are in any order, and each group has its η;
+    ranks are multiples of 16 there, as adapters are packed."""
+    r = -(-a.shape[0] // 16) * 16
+    a, b, s = a.new_empty(groups, r, a.shape[1]), b.new_empty(groups, b.shape[0], r), s.new_empty(s.shape[0], r)
     ends, order = torch.empty(groups, dtype=torch.int32), torch.empty(x.shape[0], dtype=torch.int32)
-    etas, dtype = torch.empty(groups), a.dtype
-    n, r = b.shape[1:]
+    etas, dtype, n = torch.empty(groups), a.dtype, b.shape[1]
     c = {norm: torch.empty(groups, n + r if norm == "factor" else n) for norm in ("row", "factor")}
     yield f"shared down_project {label}", lambda: csrc_triton.grouped_down_project(x, a, ends, s.dtype, order)
     yield f"shared y {label}", lambda: csrc_triton.grouped_fused_linear(x, w, bias, s, b, ends, order)
