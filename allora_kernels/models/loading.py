@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..layer.adapter import ALLoRALayer
 from ..layer.linear import is_conv1d
 from .adapt import attach
-from .adapted import AdaptReport, report, saved_modules
+from .adapted import AdaptReport, layers_of, report, saved_modules
 from .adapter_config import AdapterConfig, read_config
 from .adapter_files import WEIGHTS_FILE, adapter_file
-from .saving import PREFIX, layers_of, state_of
+from .saving import PREFIX, state_of
 from .selection import check_unadapted, find_saved, select_layers, some, unwrap
 from .sharded import copy_into
 

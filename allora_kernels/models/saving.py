@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..layer.adapter import ALLoRALayer
-from .adapted import adapter_layers, saved_modules
+from .adapted import adapter_layers, layers_of, saved_modules
 from .adapter_config import config_for
 from .adapter_files import write_adapter
 from .selection import clean_name, module_slots, some, unwrap
@@ -75,11 +75,6 @@ def _prepare(
     tensors = _tensors_to_save(layers, saved, state_dict)
     _warn_of_losses(root, layers, saved)
     return json.dumps(config, indent=2, sort_keys=True) + "\n", tensors
-
-
-def layers_of(root: nn.Module) -> dict[str, ALLoRALayer]:
-    """The adapted layers of `root` by their names in the file."""
-    return {clean_name(name): layer for name, layer in adapter_layers(root).items()}
 
 
 def state_of(saved: Mapping[str, nn.Module]) -> dict[str, Tensor]:
