@@ -26,7 +26,7 @@ class ALLoRALayer(nn.Module):
     """True where `weight` is stored [in_features, out_features], as in transformers' Conv1D."""
 
     grouped = False
-    """True where it adapts a stack of weights, as of a mixture's experts: lora_A [E, r, in_features], lora_B [E, out_features, r]."""
+    """True where it adapts a mixture's E experts: lora_A [E, r, in_features], lora_B [E, out_features, r]."""
 
     _enabled = True
     _recording = None

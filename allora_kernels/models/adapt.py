@@ -128,7 +128,7 @@ def attach(
     autocast_adapter_dtype: bool = True,
     stacks: Mapping[str, Stack] = {},
 ) -> None:
-    """Replace `layers` by adapted ones, put adapters on `stacks` and freeze all but them and `saved`. On an error nothing has changed."""
+    """Replace `layers` by adapted ones, put adapters on `stacks`, freeze the rest but `saved`. On an error nothing has changed."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     adapted: dict[nn.Module, nn.Module] = {}
     on_experts: dict[nn.Module, dict[str, nn.Module]] = {}

@@ -33,7 +33,7 @@ class AdaptReport:
     stacked: int = 0
     """Number of parameters, of those left alone, in stacks of weights (3-D), as of the experts of a mixture."""
     experts: dict[str, int] = field(default_factory=dict)
-    """Of `adapted`, each name that is a parameter with the weights of a mixture's experts: how many, each with such an adapter."""
+    """Of `adapted`, each name that is a parameter with the weights of a mixture's experts: how many they are."""
     bases: dict[str, str] = field(default_factory=dict)
     """Name of each adapted layer whose frozen product another library computes: what does."""
 
@@ -86,7 +86,8 @@ def layers_of(model: nn.Module) -> dict[str, ALLoRALayer]:
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """lora_A ``[r, K]`` and lora_B ``[N, r]`` of every adapted layer, of experts ``[E, r, K]`` and ``[E, N, r]``; without the parameters of `modules_to_save`."""
+    """lora_A ``[r, K]`` and lora_B ``[N, r]`` of every adapted layer, of experts ``[E, r, K]``
+    and ``[E, N, r]``; without the parameters of `modules_to_save`."""
     return [p for layer in adapter_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
 
 

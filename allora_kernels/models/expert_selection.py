@@ -122,7 +122,9 @@ def select_stacks(
     if target_parameters is not None and experts:
         raise ValueError("experts=True adapts all experts and target_parameters names some: give one of them")
     stacks, in_saved = all_stacks(model), {module for top in saved.values() for module in top.modules()}
-    excluded = {name: reason for name, s in stacks.items() if (reason := _why_excluded(name, s, exclude_modules, in_saved))}
+    excluded = {
+        name: reason for name, s in stacks.items() if (reason := _why_excluded(name, s, exclude_modules, in_saved))
+    }
     if experts:
         found = {name: stack for name, stack in stacks.items() if name not in excluded}
         skipped = {name.rpartition(".")[0]: reason for name, reason in excluded.items()} | _refused(model)
@@ -203,7 +205,9 @@ def beside_experts(
     """`layers` without the routers where "all-linear" found them, and `skipped` with these and without what is adapted."""
     everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
     frozen = _routers(model) if everything else set()
-    reasons = {n: "router of a mixture of experts, which stays frozen" for n, layer in layers.items() if layer in frozen}
+    reasons = {
+        n: "router of a mixture of experts, which stays frozen" for n, layer in layers.items() if layer in frozen
+    }
     adapted = {name.rpartition(".")[0] for name in stacks}
     return (
         {name: layer for name, layer in layers.items() if name not in reasons},

@@ -1,8 +1,8 @@
 """Adapters on the experts of a mixture, which transformers keeps as 3-D parameters, by way of its own registry of experts
 functions (`ALL_EXPERTS_FUNCTIONS`): the gate, the routing weights and the layout of the parameters stay transformers'.
 
-An experts module stays what it is and where it is. It gets a child, `allora`, with an `ExpertsAdapter` for each adapted parameter,
-and in the place of its config one that asks the registry for `_experts_forward` and is the former one in all else.
+An experts module stays what it is and where it is. It gets a child, `allora`, with an `ExpertsAdapter` for each adapted
+parameter, and in the place of its config one that asks the registry for `_experts_forward` and is the former one in all else.
 """
 
 import inspect
@@ -23,7 +23,7 @@ IMPLEMENTATION = "allora"
 ADAPTERS = "allora"
 """Name of the child of an experts module that holds its adapters, by the name of the parameter."""
 _BEFORE_MERGING = "_allora_experts_before_merging"
-"""Attribute of a merged experts module: its adapters and its frozen parameters, in a tuple, which keeps both out of the model."""
+"""Attribute of a merged experts module: its adapters and its frozen parameters, in a tuple, so that neither is of the model."""
 
 
 class ExpertsAdapter(ALLoRALayer):
@@ -77,7 +77,12 @@ class ExpertsAdapter(ALLoRALayer):
         device, dtype = device or self.lora_A.device, self.lora_A.dtype
         found = explain(rows, self.out_features, self.in_features, self.r, self.norm, device, dtype, dtype)
         runs = "torch, an expert at a time" if found.backend == "eager" else "Triton, all experts in one launch"
-        steps = ("grouped_down_project", "grouped_fused_linear (y)", "grouped_fused_linear (dx)", "grouped_adapter_grads")
+        steps = (
+            "grouped_down_project",
+            "grouped_fused_linear (y)",
+            "grouped_fused_linear (dx)",
+            "grouped_adapter_grads",
+        )
         return Explanation(found.backend, found.reason, found.fallback, dict.fromkeys(steps, runs))
 
     def extra_repr(self) -> str:
@@ -101,11 +106,9 @@ def goes_through_registry(module: nn.Module) -> bool:
 # --- the forward pass -----------------------------------------------------------------------------------------------
 
 
-def _experts_forward(
-    experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    """Our entry in the registry: ``hidden_states [T, H]``, each token's experts ``top_k_index [T, k]`` and their weights ``[T, k]``
-    -> ``[T, H]``. Rows are sorted by expert and a token's experts are summed in order, so that no sum depends on chance."""
+def _experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Our entry in the registry: ``hidden_states [T, H]``, each token's experts ``top_k_index [T, k]`` and their weights
+    ``[T, k]`` -> ``[T, H]``. Rows are sorted by expert and a token's experts are summed in order, so that no sum depends on chance."""
     adapters = experts._modules.get(ADAPTERS)
     if adapters is None:
         raise ValueError(

@@ -258,7 +258,11 @@ def obstacle(module: nn.Module, slots: Mapping[nn.Module, list[tuple[nn.Module, 
         return bases.obstacle_of(module) or _reader_of_weight(slots[module])
     if stacked := stacked_weights(module):
         shapes = ", ".join(f"{name} {list(p.shape)}" for name, p in stacked.items())
-        remedy = "unless asked for by experts=True" if goes_through_registry(module) else "here, as transformers does not dispatch it"
+        remedy = (
+            "unless asked for by experts=True"
+            if goes_through_registry(module)
+            else "here, as transformers does not dispatch it"
+        )
         return f"{kind} holds stacks of weights as 3-D parameters ({shapes}), which get no adapter {remedy}"
     if not (isinstance(module, nn.Linear) or is_conv1d(module)):
         return f"{kind} is neither nn.Linear nor transformers' Conv1D"
