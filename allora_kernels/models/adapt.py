@@ -128,7 +128,7 @@ def attach(
     autocast_adapter_dtype: bool = True,
     stacks: Mapping[str, Stack] = {},
 ) -> None:
-    """Replace `layers` by adapted ones, put adapters on `stacks`, freeze the rest but `saved`. On an error nothing has changed."""
+    """Replace `layers` by adapted ones, put adapters on `stacks`, freeze all but them and `saved`; on an error, do nothing."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     adapted: dict[nn.Module, nn.Module] = {}
     on_experts: dict[nn.Module, dict[str, nn.Module]] = {}
@@ -156,7 +156,7 @@ def attach(
     for linear, layer in adapted.items():
         put(slots[linear], layer)
     for module, adapters in on_experts.items():
-        put_adapters(module, adapters)
+        put_adapters(module, nn.ModuleDict(adapters))
     for module in saved.values():
         setattr(module, SAVED_WHOLE, True)
         module.requires_grad_(True)

@@ -44,6 +44,7 @@ def config_for(
     r = Counter(layer.r for layer in layers.values()).most_common(1)[0][0]
     # The caret keeps PEFT, which matches the ends of names, from giving a layer another one's rank.
     other_ranks = {f"^{re.escape(name)}": layer.r for name, layer in layers.items() if layer.r != r}
+    stacks = {name for name, layer in layers.items() if layer.grouped}
     return {
         "peft_type": "LORA",
         "task_type": _task_type(root, saved),
@@ -52,8 +53,7 @@ def config_for(
         "lora_alpha": r,
         "rank_pattern": other_ranks,
         "alpha_pattern": other_ranks,
-        "target_modules": _exact_target(root, {name: layer for name, layer in layers.items() if not layer.grouped}),
-        "target_parameters": _exact_parameters(root, {name for name, layer in layers.items() if layer.grouped}) or None,
+        "target_modules": _exact_target(root, {name: layer for name, layer in layers.items() if name not in stacks}),
         "modules_to_save": list(saved) or None,
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         "bias": "none",
@@ -64,6 +64,7 @@ def config_for(
         "inference_mode": True,
         "allora_eta": eta,
         "allora_norm": norm,
+        **({"target_parameters": _exact_parameters(root, stacks)} if stacks else {}),
     }
 
 

@@ -45,7 +45,7 @@ class Stack:
 
     def new_adapter(self, r: int, eta: float, norm: str | None, dtype: torch.dtype | None) -> ExpertsAdapter:
         """An adapter for it, which does nothing yet."""
-        return ExpertsAdapter(self.weight, self.module.is_transposed, r, eta, norm, dtype).train(self.module.training)
+        return ExpertsAdapter(self.weight, self.module.is_transposed, r, eta, norm, dtype)
 
 
 def _parameters(module: nn.Module) -> tuple[str, str]:

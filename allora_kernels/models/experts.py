@@ -7,7 +7,6 @@ parameter, and in the place of its config one that asks the registry for `_exper
 
 import inspect
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -108,7 +107,7 @@ def goes_through_registry(module: nn.Module) -> bool:
 
 def _experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Our entry in the registry: ``hidden_states [T, H]``, each token's experts ``top_k_index [T, k]`` and their weights
-    ``[T, k]`` -> ``[T, H]``. Rows are sorted by expert and a token's experts are summed in order, so that no sum depends on chance."""
+    ``[T, k]`` -> ``[T, H]``. Rows are sorted by expert, and a token's experts summed in order: nothing depends on chance."""
     adapters = experts._modules.get(ADAPTERS)
     if adapters is None:
         raise ValueError(
@@ -188,9 +187,9 @@ class _ExpertsConfig:
 # --- putting them on and taking them off ----------------------------------------------------------------------------
 
 
-def put_adapters(experts: nn.Module, adapters: Mapping[str, ExpertsAdapter]) -> None:
-    """Make `experts` use `adapters`, by the names of its parameters."""
-    experts.add_module(ADAPTERS, nn.ModuleDict(adapters).train(experts.training))
+def put_adapters(experts: nn.Module, adapters: nn.ModuleDict) -> None:
+    """Make `experts` use `adapters`, which are by the names of its parameters."""
+    experts.add_module(ADAPTERS, adapters.train(experts.training))
     experts.config = _ExpertsConfig(experts.config)
 
 
@@ -239,4 +238,4 @@ def unmerge_experts(experts: nn.Module) -> None:
             parameter = nn.Parameter(parameter.to(device), requires_grad=False)
         experts._parameters[name] = parameter
         adapters[name].to(device)
-    put_adapters(experts, dict(adapters.items()))
+    put_adapters(experts, adapters)
