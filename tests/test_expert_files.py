@@ -101,7 +101,8 @@ def test_gradients_are_pefts(family, tmp_path):
     ours = adapted(family, norm=None)
     save_adapter(ours, tmp_path)
     theirs = load_with_peft(family, tmp_path, is_trainable=True)
-    for model in (ours, theirs):
+    theirs.base_model.model.set_experts_implementation("eager")
+    for model in (ours.double(), theirs.double()):
         model(input_ids=IDS, labels=IDS).loss.backward()
     found = {}
     for name, layer in layers_of(ours).items():
@@ -118,8 +119,10 @@ def test_gradients_are_pefts(family, tmp_path):
                 expected[name, factor] = getattr(module, factor)["default"].weight.grad
     assert found.keys() == expected.keys()
     for key, grad in expected.items():
-        torch.testing.assert_close(found[key], grad, rtol=1e-3, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
-        assert grad.abs().max() > 1e-5
+        assert grad.abs().max() > 0
+        torch.testing.assert_close(
+            found[key], grad, rtol=1e-6, atol=1e-7 * grad.abs().max().item(), msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 def test_what_is_in_the_files(tmp_path):
