@@ -59,6 +59,7 @@ def peft_model(family, parameters=("experts.gate_up_proj", "experts.down_proj"),
     [
         {},
         {"rank_pattern": {"experts.down_proj": 2}},
+        {"r": 1},
         {"experts": False, "target_parameters": ["gate_up_proj"]},
         {"experts": False, "target_parameters": ["1.mlp.experts.down_proj"], "target_modules": []},
     ],

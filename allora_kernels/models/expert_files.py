@@ -30,6 +30,17 @@ def to_file(adapter: ExpertsAdapter, factor: str, value: Tensor) -> Tensor:
     return value.permute(1, 2, 0).reshape(adapter.out_features, -1)
 
 
+def stacks_to_file(tensors: Mapping[str, Tensor], stacks: Mapping[str, Stack], prefix: str) -> dict[str, Tensor]:
+    """`tensors` by their keys in the file, with our factors of `stacks` among them as `to_file` makes them."""
+    made = {}
+    for name, wrapper in file_names(stacks).items():
+        for factor in ("lora_A", "lora_B"):
+            key = f"{prefix}{wrapper}.{factor}.weight"
+            if key in tensors:
+                made[key] = to_file(stacks[name].adapter, factor, tensors[key]).contiguous()
+    return {**tensors, **made}
+
+
 def from_file(adapter: ExpertsAdapter, factor: str, value: Tensor) -> Tensor:
     """Undo `to_file`."""
     if factor == "lora_A":

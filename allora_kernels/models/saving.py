@@ -12,7 +12,7 @@ from ..layer.adapter import ALLoRALayer
 from .adapted import adapter_layers, layers_of, saved_modules
 from .adapter_config import config_for
 from .adapter_files import write_adapter
-from .expert_files import file_names, to_file
+from .expert_files import file_names, stacks_to_file
 from .expert_selection import Stack, adapted_stacks
 from .experts import ADAPTERS
 from .selection import clean_name, module_slots, some, unwrap
@@ -53,7 +53,8 @@ def save_adapter(
     sharded = state_dict is None and any(map(is_sharded, _parameters(root)))
     in_step = together if sharded else lambda act: act()
     config, tensors = in_step(lambda: _prepare(root, folder, base_model_name_or_path, state_dict))
-    whole = whole_on_cpu(tensors)
+    # Gathered first: the files' layout mixes the experts, over which factors are sharded.
+    whole = stacks_to_file(whole_on_cpu(tensors), adapted_stacks(root), PREFIX)
 
     def write() -> None:
         if writes_files(tensors):
@@ -117,7 +118,7 @@ def _tensors_to_save(
                     f"{own_name}.{factor} is {list(t.shape)} and not {list(shape)}: gather its shards first"
                 )
             key = f"{in_file.get(name, name)}.{factor}.weight"
-            tensors[key] = to_file(layer, factor, t) if layer.grouped else t
+            tensors[key] = t
     for key, t in tensors.items():
         if t.is_meta:
             raise ValueError(f"{key} is on the meta device: gather its values first")
