@@ -52,14 +52,15 @@ def _token_coefficient(s: Tensor, b: Tensor, ends: Tensor, eta: float, inv_etas_
 def _plan(
     M: int, L: int, R: int, norm: str | None, sums: int, outer: bool, v: Tensor, compute: torch.dtype
 ) -> SweepPlan:
-    """`plan_sweep`, with all registers and at most 256 columns: finding a group and its factors takes registers of its own. So do
-    two sums over columns beside the widest tiles, which are then made apart."""
+    """`plan_sweep`, with all registers and at most 256 columns: finding a group and its factors takes registers of its own. So
+    do two sums over columns beside the widest tiles, which are then made apart."""
     rows = batch_invariance.planned_rows(M)
     plan = plan_sweep(rows, L, R, norm, sums, outer, v.dtype, compute, configs.arch_of(v.device))
     config = dataclasses.replace(plan.config, all_registers=True, BLOCK_N=min(plan.config.BLOCK_N, 256))
     # The tile of S Bᵀ stands beside G's.
     config = dataclasses.replace(config, num_warps=8) if norm == "entry" and config.num_stages == 1 else config
-    wide = config.BLOCK_M >= 64 and config.BLOCK_N * config.BLOCK_R >= {2: 2**14, 4: 2**12}[compute.itemsize]
+    columns = config.BLOCK_N * config.BLOCK_R // (1 if compute == torch.float32 else 4)
+    wide = config.BLOCK_M >= 64 and columns >= 2**12
     separate = plan.separate or (norm == "row" and sums == 2 and wide)
     return dataclasses.replace(plan, config=config, separate=separate)
 

@@ -18,7 +18,7 @@ ROOMS = {
     "testing": set(),
     "layer": {"reference"},
     "per_sample": {"layer", "reference"},
-    "models": {"layer", "reference"},
+    "models": {"layer", "groups", "reference"},
     "groups": {"layer", "reference"},
     "allora_kernels": {"layer", "groups", "per_sample", "models"},
     "integrations": {"models", "per_sample", "layer", "reference"},

@@ -71,8 +71,8 @@ class Layout:
         return order.to(torch.int32), torch.searchsorted(by_group, every, right=True).to(torch.int32)
 
     def pack(self, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """``A [groups, R, K]`` and ``B [groups, N, R]`` with R the next multiple of 16 over all ranks, so that rows begin at wide
-        loads. Where an adapter has less they are zero, which changes no norm and no product."""
+        """``A [groups, R, K]`` and ``B [groups, N, R]`` with R the next multiple of 16 over all ranks, so that loads are wide.
+        Where an adapter has less they are zero, which changes no norm and no product."""
         rank, k, n = -(-max(self.ranks) // 16) * 16, lora_A[0].shape[1], lora_B[0].shape[0]
         a = lora_A[0].new_zeros(self.groups, rank, k, dtype=self.dtype)
         b = lora_A[0].new_zeros(self.groups, n, rank, dtype=self.dtype)

@@ -76,6 +76,10 @@ def reasons_against(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if isinstance(module, ALLoRALayer):
             trained = [p for p in (module.lora_A, module.lora_B) if p.requires_grad]
+            if trained and module.grouped:
+                reasons.append(
+                    f"{name!r} adapts the experts of a mixture, whose rows are sorted by expert and not by sample"
+                )
             if trained and not module.training:
                 reasons.append(
                     f"layer {name!r} is in eval mode, where Opacus does not look at its inputs: call train()"

@@ -25,6 +25,9 @@ class ALLoRALayer(nn.Module):
     fan_in_fan_out = False
     """True where `weight` is stored [in_features, out_features], as in transformers' Conv1D."""
 
+    grouped = False
+    """True where it adapts a mixture's E experts: lora_A [E, r, in_features], lora_B [E, out_features, r]."""
+
     _enabled = True
     _recording = None
     """The `per_sample.record` this layer is in, if it is in one."""

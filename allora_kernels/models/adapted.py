@@ -9,6 +9,7 @@ from torch import nn
 from ..layer import bases
 from ..layer.adapter import ALLoRALayer
 from ..layer.wrapped import WrappedALLoRALinear
+from .experts import ADAPTERS
 from .selection import clean_name, stacked_weights
 
 SAVED_WHOLE = "_allora_saved_whole"
@@ -31,6 +32,8 @@ class AdaptReport:
     """Name of each module that was asked for, or is linear, and left alone: the reason."""
     stacked: int = 0
     """Number of parameters, of those left alone, in stacks of weights (3-D), as of the experts of a mixture."""
+    experts: dict[str, int] = field(default_factory=dict)
+    """Of `adapted`, each name that is a parameter with the weights of a mixture's experts: how many they are."""
     bases: dict[str, str] = field(default_factory=dict)
     """Name of each adapted layer whose frozen product another library computes: what does."""
 
@@ -39,8 +42,9 @@ class AdaptReport:
         lines = [
             f"{len(self.adapted)} layers adapted: {self.trainable:,} of {self.total:,} parameters train ({share:.2%})"
         ]
+        sizes = {name: f"{self.experts[name]} experts of " if name in self.experts else "" for name in self.adapted}
         described = {
-            name: f"[{n}, {k}], r={r}{f', on {self.bases[name]}' if name in self.bases else ''}"
+            name: f"{sizes[name]}[{n}, {k}], r={r}{f', on {self.bases[name]}' if name in self.bases else ''}"
             for name, (n, k, r) in self.adapted.items()
         }
         for (name, description), count in grouped(described).items():
@@ -68,12 +72,22 @@ def grouped(entries: Mapping) -> dict[tuple, int]:
 
 
 def adapter_layers(model: nn.Module) -> dict[str, ALLoRALayer]:
-    """Every adapted layer of `model` by name. A layer that is shared appears once, under its first name."""
+    """Every adapted layer of `model` by name. A layer that is shared appears once, under its first name. What adapts a stack of
+    experts is called ``<experts module>.allora.<parameter>`` and has `grouped` set."""
     return {name: module for name, module in model.named_modules() if isinstance(module, ALLoRALayer)}
 
 
+def layers_of(model: nn.Module) -> dict[str, ALLoRALayer]:
+    """The adapted layers of `model` by the names of what they adapt: a layer, or of experts a parameter."""
+    return {
+        clean_name(name).replace(f".{ADAPTERS}.", ".") if layer.grouped else clean_name(name): layer
+        for name, layer in adapter_layers(model).items()
+    }
+
+
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """lora_A ``[r, K]`` and lora_B ``[N, r]`` of every adapted layer; without the parameters of `modules_to_save`."""
+    """lora_A ``[r, K]`` and lora_B ``[N, r]`` of every adapted layer, of experts ``[E, r, K]``
+    and ``[E, N, r]``; without the parameters of `modules_to_save`."""
     return [p for layer in adapter_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
 
 
@@ -85,9 +99,10 @@ def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
 def report(model: nn.Module, skipped: Mapping[str, str] | None = None) -> AdaptReport:
     """The report on `model` as it is."""
     parameters = list(model.parameters())
-    layers = {clean_name(name): layer for name, layer in adapter_layers(model).items()}
+    layers = layers_of(model)
     return AdaptReport(
         adapted={name: (layer.out_features, layer.in_features, layer.r) for name, layer in layers.items()},
+        experts={name: layer.experts for name, layer in layers.items() if layer.grouped},
         modules_to_save=tuple(saved_modules(model)),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(map(bases.numel, parameters)),

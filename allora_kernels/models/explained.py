@@ -7,15 +7,16 @@ from torch import nn
 
 from ..layer.adapter import ALLoRALayer
 from ..layer.wrapped import WrappedALLoRALinear
-from .adapted import grouped, saved_modules
+from .adapted import grouped, layers_of, saved_modules
 from .selection import clean_name, looks_linear, module_slots, obstacle, unwrap
 
 
 @dataclass(frozen=True)
 class LayerExplanation:
-    """One linear layer: ``shape`` is (out_features, in_features); `r` None where it has no adapter."""
+    """One linear layer: ``shape`` is (out_features, in_features), of experts (E, out_features,
+    in_features); `r` None where it has no adapter."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     r: int | None
     fused: bool
     """Whether the kernels run it, the frozen product too."""
@@ -25,9 +26,8 @@ class LayerExplanation:
     """What runs each step, where the kernels do."""
 
     def __str__(self) -> str:
-        n, k = self.shape
         rank = "no adapter" if self.r is None else f"r={self.r}"
-        return f"[{n}, {k}], {rank}, {'fused' if self.fused else 'not fused'}: {self.reason}"
+        return f"{list(self.shape)}, {rank}, {'fused' if self.fused else 'not fused'}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ def explain(model: nn.Module, rows: int = 2048, device: torch.device | str | Non
     saved = {module for top in saved_modules(root).values() for module in top.modules()}
     # A wrapped layer is told of with its adapter.
     inside = {layer.base_layer for layer in root.modules() if isinstance(layer, WrappedALLoRALinear)}
+    names = {layer: name for name, layer in layers_of(root).items()}
     layers = {}
     for name, module in root.named_modules():
         if module in inside:
@@ -94,11 +95,11 @@ def explain(model: nn.Module, rows: int = 2048, device: torch.device | str | Non
             found = module.explain(rows, device)
             fused, reason = found.backend == "triton", found.reason
             plan = tuple(found.plan.items()) if fused else ()
-            shape = (module.out_features, module.in_features)
+            shape = (*((module.experts,) if module.grouped else ()), module.out_features, module.in_features)
             if isinstance(module, WrappedALLoRALinear):
                 reason = f"{module.base_kind} computes y and dx, the adapter is added by {found.backend}: {reason}"
                 fused = False
-            layers[clean_name(name)] = LayerExplanation(shape, module.r, fused, reason, plan)
+            layers[names[module]] = LayerExplanation(shape, module.r, fused, reason, plan)
         elif looks_linear(module):
             if module in saved:
                 reason = "trained whole (modules_to_save)"

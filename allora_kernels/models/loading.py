@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from ..layer.adapter import ALLoRALayer
 from ..layer.linear import is_conv1d
 from .adapt import attach
-from .adapted import AdaptReport, report, saved_modules
+from .adapted import AdaptReport, layers_of, report, saved_modules
 from .adapter_config import AdapterConfig, read_config
 from .adapter_files import WEIGHTS_FILE, adapter_file
-from .saving import PREFIX, layers_of, state_of
+from .expert_files import file_names, from_file, shapes_in_file, turned_round
+from .expert_selection import Stack, adapted_stacks, beside_experts, select_stacks
+from .saving import PREFIX, state_of
 from .selection import check_unadapted, find_saved, select_layers, some, unwrap
 from .sharded import copy_into
 
@@ -49,26 +51,37 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> AdaptReport:
     root, folder = unwrap(model), Path(path)
     config = read_config(folder)
     factors, whole = _read_tensors(folder)
-    layers: Mapping[str, nn.Module] = layers_of(root)
+    layers: Mapping[str, nn.Module] = {name: layer for name, layer in layers_of(root).items() if not layer.grouped}
+    stacks = adapted_stacks(root)
     saved, skipped = saved_modules(root), {}
     declared = find_saved(root, config.modules_to_save, must_match=False)
-    fresh = not layers
+    fresh = not (layers or stacks)
     if fresh:
         check_unadapted(model)
         saved = declared
         layers, skipped = select_layers(root, config.target_modules, config.exclude_modules, saved)
+        stacks, _ = select_stacks(root, False, config.target_parameters, None, saved)
         if config.narrowed:
             layers = {name: layer for name, layer in layers.items() if name in factors}
-    problems = [*_layer_problems(config, factors, layers, skipped), *_whole_problems(whole, saved, declared)]
+        if stacks:
+            layers, skipped = beside_experts(root, [], layers, skipped, stacks)
+    factors, by_stack = _apart(factors, stacks)
+    problems = [
+        *_stack_problems(config, by_stack, stacks),
+        *_layer_problems(config, factors, layers, skipped),
+        *_whole_problems(whole, saved, declared),
+    ]
     if problems:
         raise ValueError(f"{folder} does not fit the model: {some(problems, separator='; ')}")
 
     if fresh:
-        attach(root, layers, {name: config.rank(name) for name in layers}, config.eta, config.norm, saved)
-        layers = layers_of(root)
-    for name, layer in layers.items():
-        copy_into(layer.lora_A, factors[name]["lora_A"])
-        copy_into(layer.lora_B, _scaled(factors[name]["lora_B"], config.scaling(name)))
+        ranks = {name: config.rank(name) for name in (*layers, *stacks)}
+        attach(root, layers, ranks, config.eta, config.norm, saved, stacks=stacks)
+    for name, layer in layers_of(root).items():
+        found = by_stack[name] if layer.grouped else factors[name]
+        a, b = found["lora_A"], _scaled(found["lora_B"], config.scaling(name))
+        copy_into(layer.lora_A, from_file(layer, "lora_A", a) if layer.grouped else a)
+        copy_into(layer.lora_B, from_file(layer, "lora_B", b) if layer.grouped else b)
     for key, target in state_of(saved).items():
         copy_into(target, whole[key])
     return report(root, skipped)
@@ -104,6 +117,44 @@ def _read_tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     return factors, whole
 
 
+def _apart(factors: Mapping[str, Mapping[str, Tensor]], stacks: Mapping[str, Stack]) -> tuple[dict, dict]:
+    """``(the factors of layers, those of stacks by the name of their parameter)``."""
+    in_file = file_names(stacks)
+    taken = set(in_file.values())
+    return (
+        {name: found for name, found in factors.items() if name not in taken},
+        {name: factors[key] for name, key in in_file.items() if key in factors},
+    )
+
+
+def _stack_problems(
+    config: AdapterConfig, factors: Mapping[str, Mapping[str, Tensor]], stacks: Mapping[str, Stack]
+) -> Iterable[str]:
+    for name, stack in stacks.items():
+        r = config.rank(name)
+        if name not in factors:
+            yield f"it has no lora_A and lora_B for {name}"
+        elif stack.adapter is not None and stack.adapter.r != r:
+            yield f"{name} has r={stack.adapter.r} in the model and r={r} in the file"
+        elif reason := turned_round(stack, r, factors[name], config.oriented):
+            yield f"{name}: {reason}"
+        else:
+            yield from _factor_problems(name, factors[name], shapes_in_file(stack, r))
+        if stack.weight.is_meta:
+            yield f"{name} is on the meta device: load the model's weights first"
+
+
+def _factor_problems(name: str, factors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> Iterable[str]:
+    for factor, shape in shapes.items():
+        t = factors.get(factor)
+        if t is None:
+            yield f"it has no {factor} for {name}"
+        elif list(t.shape) != shape:
+            yield f"{name}.{factor} must be {shape}, got {list(t.shape)}"
+        elif not t.is_floating_point():
+            yield f"{name}.{factor} must have a floating-point dtype, got {t.dtype}"
+
+
 def _layer_problems(
     config: AdapterConfig,
     factors: Mapping[str, Mapping[str, Tensor]],
@@ -122,14 +173,7 @@ def _layer_problems(
             yield f"{name} has r={layer.r} in the model and r={r} in the file"
         if layer.weight.is_meta:
             yield f"{name} is on the meta device: load the model's weights first"
-        for factor, shape in (("lora_A", [r, k]), ("lora_B", [n, r])):
-            t = factors[name].get(factor)
-            if t is None:
-                yield f"it has no {factor} for {name}"
-            elif list(t.shape) != shape:
-                yield f"{name}.{factor} must be {shape}, got {list(t.shape)}"
-            elif not t.is_floating_point():
-                yield f"{name}.{factor} must have a floating-point dtype, got {t.dtype}"
+        yield from _factor_problems(name, factors[name], {"lora_A": [r, k], "lora_B": [n, r]})
 
 
 def _whole_problems(

@@ -9,9 +9,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..layer.adapter import ALLoRALayer
-from .adapted import adapter_layers, saved_modules
+from .adapted import adapter_layers, layers_of, saved_modules
 from .adapter_config import config_for
 from .adapter_files import write_adapter
+from .expert_files import file_names, stacks_to_file
+from .expert_selection import Stack, adapted_stacks
+from .experts import ADAPTERS
 from .selection import clean_name, module_slots, some, unwrap
 from .sharded import is_sharded, together, whole_on_cpu, writes_files
 
@@ -50,7 +53,8 @@ def save_adapter(
     sharded = state_dict is None and any(map(is_sharded, _parameters(root)))
     in_step = together if sharded else lambda act: act()
     config, tensors = in_step(lambda: _prepare(root, folder, base_model_name_or_path, state_dict))
-    whole = whole_on_cpu(tensors)
+    # Gathered first: the files' layout mixes the experts, over which factors are sharded.
+    whole = stacks_to_file(whole_on_cpu(tensors), adapted_stacks(root), PREFIX)
 
     def write() -> None:
         if writes_files(tensors):
@@ -71,15 +75,11 @@ def _prepare(
     if root in layers.values():
         raise ValueError(f"the model is itself a {type(root).__name__}, and a nameless layer has no place in the file")
     saved = saved_modules(root)
+    stacks = adapted_stacks(root)
     config = config_for(root, layers, saved, base)
-    tensors = _tensors_to_save(layers, saved, state_dict)
+    tensors = _tensors_to_save(layers, stacks, saved, state_dict)
     _warn_of_losses(root, layers, saved)
     return json.dumps(config, indent=2, sort_keys=True) + "\n", tensors
-
-
-def layers_of(root: nn.Module) -> dict[str, ALLoRALayer]:
-    """The adapted layers of `root` by their names in the file."""
-    return {clean_name(name): layer for name, layer in adapter_layers(root).items()}
 
 
 def state_of(saved: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -93,7 +93,10 @@ def _parameters(root: nn.Module) -> list[Tensor]:
 
 
 def _tensors_to_save(
-    layers: Mapping[str, ALLoRALayer], saved: Mapping[str, nn.Module], state_dict: Mapping[str, Tensor] | None
+    layers: Mapping[str, ALLoRALayer],
+    stacks: Mapping[str, Stack],
+    saved: Mapping[str, nn.Module],
+    state_dict: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
     given = None if state_dict is None else {clean_name(key): t for key, t in state_dict.items()}
 
@@ -103,11 +106,19 @@ def _tensors_to_save(
         return own if given is None else given[key]
 
     tensors = {key: value(key, t) for key, t in state_of(saved).items()}
+    in_file = file_names(stacks)
     for name, layer in layers.items():
+        owner, _, parameter = name.rpartition(".")
+        own_name = f"{owner}.{ADAPTERS}.{parameter}" if layer.grouped else name
+        experts = (layer.experts,) if layer.grouped else ()
         for factor, shape in (("lora_A", (layer.r, layer.in_features)), ("lora_B", (layer.out_features, layer.r))):
-            tensors[f"{name}.{factor}.weight"] = t = value(f"{name}.{factor}", getattr(layer, factor))
+            t, shape = value(f"{own_name}.{factor}", getattr(layer, factor)), (*experts, *shape)
             if tuple(t.shape) != shape:
-                raise ValueError(f"{name}.{factor} is {list(t.shape)} and not {list(shape)}: gather its shards first")
+                raise ValueError(
+                    f"{own_name}.{factor} is {list(t.shape)} and not {list(shape)}: gather its shards first"
+                )
+            key = f"{in_file.get(name, name)}.{factor}.weight"
+            tensors[key] = t
     for key, t in tensors.items():
         if t.is_meta:
             raise ValueError(f"{key} is on the meta device: gather its values first")

@@ -74,6 +74,7 @@ def explain(
     target_modules: Annotated[list[str], "Layers to adapt: a name (repeat the option for more) or all-linear."] = (
         "all-linear",
     ),
+    experts: Annotated[bool, "Also adapt the experts of a mixture."] = False,
     dtype: Annotated[str | None, "Of the weights: bfloat16, float16 or float32; the checkpoint's if not given."] = None,
 ) -> int:
     """Show what would be adapted in a model, and which kernels would run each layer on this device."""
@@ -82,7 +83,9 @@ def explain(
     targets = "all-linear" if list(target_modules) == ["all-linear"] else list(target_modules)
     weights = None if dtype is None else _dtype(dtype)
     _quiet_transformers()
-    explain_model(_console(), model, rows, r, None if norm == "none" else norm, targets, weights, default_device())
+    explain_model(
+        _console(), model, rows, r, None if norm == "none" else norm, targets, weights, default_device(), experts
+    )
     return 0
 
 

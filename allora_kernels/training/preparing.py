@@ -70,7 +70,9 @@ def prepare(config: FinetuneConfig) -> Prepared:
     train, evaluation = (tokenize(part, names, tokenizer, max_length) for part in texts)
     evaluation = by_length(evaluation)
     targets = "all-linear" if config.target_modules == ("all-linear",) else list(config.target_modules)
-    report = apply_allora(model, config.r, config.eta, config.norm, targets, modules_to_save=heads or None)
+    report = apply_allora(
+        model, config.r, config.eta, config.norm, targets, modules_to_save=heads or None, experts=config.experts
+    )
     for head in saved_modules(model).values():
         # A head in bfloat16 would round small updates away, as the adapters would.
         head.float()
