@@ -1,7 +1,7 @@
 """ALLoRA fine-tuning at almost the cost of the frozen layer: fused Triton kernels behind a drop-in `nn.Linear`."""
 
 from . import per_sample
-from .groups import grouped_linear
+from .groups import Adapter, grouped_linear, multi_adapter_linear
 from .layer.batch_invariance import use_batch_invariant
 from .layer.functional import allora_linear
 from .layer.linear import FusedALLoRALinear
@@ -16,6 +16,7 @@ from .models.saving import save_adapter
 
 __all__ = [
     "AdaptReport",
+    "Adapter",
     "FusedALLoRALinear",
     "WrappedALLoRALinear",
     "adapter_layers",
@@ -27,6 +28,7 @@ __all__ = [
     "grouped_linear",
     "load_adapter",
     "merge_adapter",
+    "multi_adapter_linear",
     "per_sample",
     "save_adapter",
     "set_enabled",

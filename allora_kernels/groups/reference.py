@@ -7,9 +7,10 @@ has a Triton kernel of the same name. All of them read `offsets` on the host.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -20,6 +21,7 @@ __all__ = [
     "grouped_down_project",
     "grouped_fused_linear",
     "grouped_linear",
+    "multi_adapter_linear",
     "weight_coefficient",
 ]
 
@@ -103,3 +105,18 @@ def grouped_linear(
         for e, rows in _groups(offsets)
     ]
     return torch.cat([*parts, x.new_zeros(_rest(x, offsets), weight.shape[1])])
+
+
+def multi_adapter_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence, row_adapter: Tensor
+) -> Tensor:
+    """`reference.allora_linear` of the rows ``x [M, K]`` that name an adapter (``row_adapter [M]``, -1 for none), and
+    ``x Wᵀ + bias`` of the others; each of `adapters` has lora_A, lora_B, eta and norm. Differentiable in x and the factors."""
+    y = F.linear(x, weight, bias)
+    for e, adapter in enumerate(adapters):
+        rows = (row_adapter == e).nonzero()[:, 0]
+        adapted = reference.allora_linear(
+            x[rows], weight, bias, adapter.lora_A, adapter.lora_B, eta=adapter.eta, norm=adapter.norm
+        )
+        y = y.index_put((rows,), adapted)
+    return y
