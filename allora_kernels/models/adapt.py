@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import nn
 
-from ..layer.adapter import ALLoRALayer
+from ..layer.adapter import DEFAULT_ADAPTER, ALLoRALayer, CallState
 from ..layer.bases import kind_of
 from ..layer.functional import check_rule
 from ..layer.linear import FusedALLoRALinear
@@ -41,6 +41,7 @@ def apply_allora(
     *,
     autocast_adapter_dtype: bool = True,
     rank_pattern: Mapping[str, int] | None = None,
+    adapter_name: str = DEFAULT_ADAPTER,
 ) -> AdaptReport:
     """Replace the linear layers of `model` that `target_modules` names by `FusedALLoRALinear`s, in place.
 
@@ -64,6 +65,7 @@ def apply_allora(
         autocast_adapter_dtype: on a float16 or bfloat16 layer, make the adapter float32 (else the layer's dtype).
         rank_pattern: regular expression of a module's name, or of its end: rank, where it is not r. The first that
             matches counts.
+        adapter_name: what the adapter is called, where `add_adapter` puts others beside it.
 
     Returns:
         AdaptReport: what was replaced, and what was left alone and why: other quantized layers, layers with a forward pass of
@@ -79,11 +81,23 @@ def apply_allora(
         TypeError: an argument of the wrong type. The model is untouched then.
     """
     check_rule(r, eta, norm)
+    check_adapter_name(adapter_name)
     model = check_unadapted(model)
     saved = find_saved(model, modules_to_save)
     layers, skipped = select_layers(model, target_modules, exclude_modules, saved)
     if not layers:
         raise ValueError(nothing_matches(model, target_modules, skipped))
+    ranks = ranks_of(layers, r, eta, norm, rank_pattern)
+    for target, near in missing_targets(model, target_modules).items():
+        warnings.warn(f"target_modules: the model has no module {target!r}{near}", stacklevel=2)
+    attach(model, layers, ranks, eta, norm, saved, autocast_adapter_dtype, adapter_name)
+    return report(model, skipped)
+
+
+def ranks_of(
+    layers: Mapping[str, object], r: int, eta: float, norm: str | None, rank_pattern: Mapping[str, int] | None
+) -> dict[str, int]:
+    """The rank of each of `layers`, by name; ValueError or TypeError where `rank_pattern` is wrong or matches none of them."""
     ranks = {name: pattern_value(rank_pattern, name, r, "rank_pattern") for name in layers}
     for key, rank in (rank_pattern or {}).items():
         try:
@@ -92,10 +106,19 @@ def apply_allora(
             raise type(error)(f"rank_pattern[{key!r}]: {error}") from None
         if not any(matches_end(key, name, "rank_pattern") for name in layers):
             raise ValueError(f"rank_pattern[{key!r}] matches none of the layers to adapt: {some(layers)}")
-    for target, near in missing_targets(model, target_modules).items():
-        warnings.warn(f"target_modules: the model has no module {target!r}{near}", stacklevel=2)
-    attach(model, layers, ranks, eta, norm, saved, autocast_adapter_dtype)
-    return report(model, skipped)
+    return ranks
+
+
+def check_adapter_name(name: str) -> None:
+    """ValueError or TypeError unless `name` can be an adapter's, which is a part of its parameters' names."""
+    if not isinstance(name, str):
+        raise TypeError(f"an adapter's name must be a str, got {type(name).__name__}")
+    if not name or "." in name:
+        raise ValueError(f"an adapter's name must not be empty or contain a dot, got {name!r}")
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"an adapter cannot be called {name!r}, which is an attribute of torch.nn.ModuleDict: choose another"
+        )
 
 
 # --- replacing ------------------------------------------------------------------------------------------------------
@@ -115,6 +138,7 @@ def attach(
     norm: str | None,
     saved: Mapping[str, nn.Module],
     autocast_adapter_dtype: bool = True,
+    adapter_name: str = DEFAULT_ADAPTER,
 ) -> None:
     """Replace `layers` by adapted ones and freeze all but them and `saved`. On an error nothing has changed."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -134,6 +158,7 @@ def attach(
     for p, _ in flags:
         p.requires_grad_(False)
     for linear, layer in adapted.items():
+        layer._state = CallState(adapter=adapter_name)
         put(slots[linear], layer)
     for module in saved.values():
         setattr(module, SAVED_WHOLE, True)

@@ -10,12 +10,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..layer.adapter import ALLoRALayer
+from ..layer.adapter import DEFAULT_ADAPTER, ALLoRALayer
 from ..layer.linear import is_conv1d
-from .adapt import attach
-from .adapted import AdaptReport, report, saved_modules
+from .adapt import attach, check_adapter_name
+from .adapted import AdaptReport, adapter_names, chosen_adapter, report, saved_modules
 from .adapter_config import AdapterConfig, read_config
 from .adapter_files import WEIGHTS_FILE, adapter_file
+from .adapters import add_adapter
 from .saving import PREFIX, layers_of, state_of
 from .selection import check_unadapted, find_saved, select_layers, some, unwrap
 from .sharded import copy_into
@@ -23,7 +24,7 @@ from .sharded import copy_into
 _FACTOR = re.compile(r"(.+)\.(lora_A|lora_B)\.weight")
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike) -> AdaptReport:
+def load_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str | None = None) -> AdaptReport:
     """Load an adapter that `save_adapter` or PEFT saved into `model`, in place.
 
     A model without adapters gets those the files describe, with the eta and norm of the config (plain LoRA,
@@ -36,6 +37,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> AdaptReport:
     Args:
         model: the base model, or one with adapters of the same shape.
         path: the folder.
+        adapter: into which adapter, where the model has several (see `add_adapter`). A name that is new to the model adds
+            one, with the ranks, eta and norm of the config; on a model without adapters it is the name of the first.
 
     Returns:
         AdaptReport: what is adapted now.
@@ -44,13 +47,22 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> AdaptReport:
         FileNotFoundError: the folder or one of its files does not exist.
         ValueError: the adapter is a pickle (only safetensors are read) or broken; the config describes another kind of
             layer (DoRA, trained biases, ...); names, shapes or dtypes do not fit the model; the model cannot be
-            adapted. The model is untouched then.
+            adapted; it has several adapters and `adapter` does not say which. The model is untouched then.
     """
     root, folder = unwrap(model), Path(path)
     config = read_config(folder)
     factors, whole = _read_tensors(folder)
     layers: Mapping[str, nn.Module] = layers_of(root)
-    saved, skipped = saved_modules(root), {}
+    names = adapter_names(root)
+    added = adapter is not None and bool(names) and adapter not in names
+    if adapter is not None:
+        check_adapter_name(adapter)
+    into = (
+        adapter
+        if added
+        else chosen_adapter(root, adapter if names else None, f"load_adapter(model, {str(path)!r}, adapter=name)")
+    )
+    saved, skipped = saved_modules(root, None if added else into), {}
     declared = find_saved(root, config.modules_to_save, must_match=False)
     fresh = not layers
     if fresh:
@@ -59,16 +71,32 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> AdaptReport:
         layers, skipped = select_layers(root, config.target_modules, config.exclude_modules, saved)
         if config.narrowed:
             layers = {name: layer for name, layer in layers.items() if name in factors}
-    problems = [*_layer_problems(config, factors, layers, skipped), *_whole_problems(whole, saved, declared)]
+    problems = [
+        *_layer_problems(config, factors, layers, skipped, None if added else into),
+        *_whole_problems(whole, saved, declared),
+    ]
     if problems:
         raise ValueError(f"{folder} does not fit the model: {some(problems, separator='; ')}")
 
     if fresh:
-        attach(root, layers, {name: config.rank(name) for name in layers}, config.eta, config.norm, saved)
-        layers = layers_of(root)
+        attach(
+            root,
+            layers,
+            {name: config.rank(name) for name in layers},
+            config.eta,
+            config.norm,
+            saved,
+            adapter_name=adapter or DEFAULT_ADAPTER,
+        )
+        layers, into = layers_of(root), adapter or DEFAULT_ADAPTER
+    elif added:
+        pattern = {f"^{re.escape(name)}": config.rank(name) for name in layers}
+        add_adapter(root, into, config.r, config.eta, config.norm, rank_pattern=pattern)
+        saved = saved_modules(root, into)
     for name, layer in layers.items():
-        copy_into(layer.lora_A, factors[name]["lora_A"])
-        copy_into(layer.lora_B, _scaled(factors[name]["lora_B"], config.scaling(name)))
+        own = layer.adapter(into)
+        copy_into(own.lora_A, factors[name]["lora_A"])
+        copy_into(own.lora_B, _scaled(factors[name]["lora_B"], config.scaling(name)))
     for key, target in state_of(saved).items():
         copy_into(target, whole[key])
     return report(root, skipped)
@@ -109,6 +137,7 @@ def _layer_problems(
     factors: Mapping[str, Mapping[str, Tensor]],
     layers: Mapping[str, nn.Module],
     skipped: Mapping[str, str],
+    adapter: str | None,
 ) -> Iterable[str]:
     for name in sorted(factors.keys() - layers.keys()):
         yield f"it adapts {name}: {skipped.get(name, 'not a layer of the model that target_modules names')}"
@@ -118,8 +147,8 @@ def _layer_problems(
             continue
         n, k = (layer.nf, layer.nx) if is_conv1d(layer) else (layer.out_features, layer.in_features)
         r = config.rank(name)
-        if isinstance(layer, ALLoRALayer) and layer.r != r:
-            yield f"{name} has r={layer.r} in the model and r={r} in the file"
+        if isinstance(layer, ALLoRALayer) and adapter is not None and layer.adapter(adapter).r != r:
+            yield f"{name} has r={layer.adapter(adapter).r} in the model and r={r} in the file"
         if layer.weight.is_meta:
             yield f"{name} is on the meta device: load the model's weights first"
         for factor, shape in (("lora_A", [r, k]), ("lora_B", [n, r])):
@@ -138,7 +167,7 @@ def _whole_problems(
     """What is wrong with the tensors of modules saved whole: those of the model, and those that the config declares."""
     for name in sorted(saved.keys() ^ declared.keys()):
         yield f"{name} is in modules_to_save of the {'model' if name in saved else 'file'} only"
-    state = state_of({**saved, **declared})
+    state = state_of({**declared, **saved})
     for key in sorted(whole.keys() - state.keys()):
         yield f"it has a tensor {key}, which belongs to no adapter and to no module in modules_to_save"
     for key, target in state.items():

@@ -25,6 +25,11 @@ def squared_norms(model: nn.Module) -> Tensor:
     squares, found = [], {}
     for layer, name in adapted_layers(model).items():
         if layer in records:
+            if (of := records[layer][0].adapter) != layer.adapter_name:
+                raise RuntimeError(
+                    f"the gradients of adapter {of!r} were recorded, and {layer.adapter_name!r} is active now: clip before "
+                    "set_adapter"
+                )
             parts = [torch.cat([call.squares for call in records[layer]])]
         else:
             parts = [_steps(p.grad_sample).squared_norms(p.grad_sample) for p in grad_samples(layer)]
