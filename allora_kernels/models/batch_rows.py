@@ -12,6 +12,18 @@ from ..groups import Adapter, multi_adapter_linear
 from ..layer.adapter import ALLoRALayer
 
 
+class InputsHook:
+    """Before the model's forward pass. A copy of the model is in no block, and its hook does nothing."""
+
+    def __init__(self, rows: "BatchRows") -> None:
+        self.rows: BatchRows | None = rows
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """`BatchRows.note_inputs`."""
+        if self.rows is not None:
+            self.rows.note_inputs(args, kwargs)
+
+
 class BatchRows:
     """The state of one ``with adapter_rows(...)``, held by every layer of the model while it lasts, and by what checkpointing
     may run again afterwards."""
@@ -29,8 +41,8 @@ class BatchRows:
         # A copy of the model, here or in another process, is not in the block that this belongs to.
         return type(None), ()
 
-    def note_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Hook before the model's forward pass: how many tokens a sample of this batch has.
+    def note_inputs(self, args: tuple, kwargs: dict) -> None:
+        """How many tokens a sample of this batch has, from the inputs of the model.
 
         Raises:
             ValueError: no input has as many samples as there are names.
