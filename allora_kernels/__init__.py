@@ -9,6 +9,7 @@ from .layer.wrapped import WrappedALLoRALinear
 from .models.adapt import apply_allora
 from .models.adapted import AdaptReport, active_adapter, adapter_layers, adapter_names, adapter_parameters
 from .models.adapters import adapter_rows, add_adapter, remove_adapter, set_adapter
+from .models.async_saving import PendingSave, save_adapters_async
 from .models.disabling import disable_adapters, set_enabled
 from .models.explained import explain
 from .models.loading import load_adapter
@@ -19,6 +20,7 @@ __all__ = [
     "AdaptReport",
     "Adapter",
     "FusedALLoRALinear",
+    "PendingSave",
     "WrappedALLoRALinear",
     "active_adapter",
     "adapter_layers",
@@ -37,6 +39,7 @@ __all__ = [
     "per_sample",
     "remove_adapter",
     "save_adapter",
+    "save_adapters_async",
     "set_adapter",
     "set_enabled",
     "unmerge_adapter",
