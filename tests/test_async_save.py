@@ -1,11 +1,13 @@
 """Adapters saved while training goes on: the values of the call, whole folders or none, and no error is lost."""
 
 import errno
+import itertools
 import os
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -77,17 +79,23 @@ def test_what_happens_to_the_parameters_next_is_not_saved(tmp_path, gate):
             assert torch.equal(fresh(input_ids=IDS).logits, want[name])
 
 
-def test_of_two_saves_into_one_folder_the_later_one_stays(tmp_path, gate):
+def test_of_two_saves_into_one_folder_the_later_one_stays(tmp_path, monkeypatch):
+    write, calls = async_saving.write_adapter, itertools.count()
+
+    def slow_at_first(*args):
+        if next(calls) == 0:
+            time.sleep(1)
+        write(*args)
+
+    monkeypatch.setattr(async_saving, "write_adapter", slow_at_first)
     model = several()
     first = save_adapters_async(model, {"wide": tmp_path})
     with torch.no_grad():
         for p in adapter_parameters(model, "wide"):
             p.fill_(0.5)
     second = save_adapters_async(model, {"wide": tmp_path})
-    gate.set()
-    second.wait()
-    assert first.done
-    first.wait()
+    for pending in (second, first):
+        pending.wait()
     fresh = llama()
     load_adapter(fresh, tmp_path)
     assert all((p == 0.5).all() for p in adapter_parameters(fresh))

@@ -32,13 +32,18 @@ def inputs(tmp_path_factory):
     config.write_text(json.dumps(json.loads(config.read_text()) | without))
     rows = sentences(96)
     longer = [(f"{text} w0 w1 w2 w3 w4 w5 w6", label) for text, label in rows[:40]]
-    return models, write_csv(folder / "data.csv", rows), write_csv(folder / "longer.csv", longer)
+    files = {
+        "data": rows,
+        "longer": longer,
+        "short": [("w0 w1 w2 w3 w4 good", "fresh"), ("w5 w6 w7 w8 w9 bad", "rotten")],
+    }
+    return models, *(write_csv(folder / f"{name}.csv", these) for name, these in files.items())
 
 
 @pytest.fixture
 def configs(inputs, tmp_path):
     def make(task):
-        models, data, longer = inputs
+        models, data, longer, short = inputs
         common = dict(
             model=models[task], task=task, max_length=16, save_steps=4, batch_size=8, learning_rate=0.02, max_steps=9
         )
@@ -50,6 +55,9 @@ def configs(inputs, tmp_path):
             ),
             "seeded": dict(r=4, data=longer, seed=3, epochs=1.5, max_steps=None, warmup_steps=2, weight_decay=0.1),
         }
+        if task == "causal-lm":
+            # Its blocks are shorter than the others', so that they are padded in the batch.
+            runs["short"] = dict(r=2, data=short, max_steps=5)
         return {
             name: FinetuneConfig(output=str(tmp_path / "runs" / name), **(common | own)) for name, own in runs.items()
         }
