@@ -34,7 +34,6 @@ from allora_kernels import (
     unmerge_adapter,
 )
 from allora_kernels.models.saved_whole import ModuleOfEachAdapter
-from allora_kernels.testing import assert_close
 
 RULES = {"default": {"r": 3}, "wide": {"r": 5, "eta": 1.0, "norm": "matrix"}, "plain": {"r": 1, "norm": None}}
 NAMES = ["wide", None, "default", "wide", "plain", "default"]
@@ -257,8 +256,12 @@ def test_each_adapter_gets_the_gradients_that_it_would_get_alone(norm):
         exact = found[torch.float64][1][name]
         for a, b in zip(found[torch.float64][0][name], exact, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-        for a, b, c in zip(found[torch.float32][0][name], exact, found[torch.float32][1][name], strict=True):
-            assert_close(a, c, b)
+        # Over all layers together: a single small tensor may be lucky alone.
+        mixed, single = (
+            sum(float(((a - b).norm() / b.norm()).square()) for a, b in zip(grads[name], exact, strict=True)) ** 0.5
+            for grads in found[torch.float32]
+        )
+        assert 0 < mixed <= 2 * single
 
 
 def test_an_adapter_that_no_sample_names_gets_no_gradient():
