@@ -7,7 +7,9 @@ from .layer.functional import allora_linear
 from .layer.linear import FusedALLoRALinear
 from .layer.wrapped import WrappedALLoRALinear
 from .models.adapt import apply_allora
-from .models.adapted import AdaptReport, adapter_layers, adapter_parameters
+from .models.adapted import AdaptReport, active_adapter, adapter_layers, adapter_names, adapter_parameters
+from .models.adapters import adapter_rows, add_adapter, remove_adapter, set_adapter
+from .models.async_saving import PendingSave, save_adapters_async
 from .models.disabling import disable_adapters, set_enabled
 from .models.explained import explain
 from .models.loading import load_adapter
@@ -18,9 +20,14 @@ __all__ = [
     "AdaptReport",
     "Adapter",
     "FusedALLoRALinear",
+    "PendingSave",
     "WrappedALLoRALinear",
+    "active_adapter",
     "adapter_layers",
+    "adapter_names",
     "adapter_parameters",
+    "adapter_rows",
+    "add_adapter",
     "allora_linear",
     "apply_allora",
     "disable_adapters",
@@ -30,7 +37,10 @@ __all__ = [
     "merge_adapter",
     "multi_adapter_linear",
     "per_sample",
+    "remove_adapter",
     "save_adapter",
+    "save_adapters_async",
+    "set_adapter",
     "set_enabled",
     "unmerge_adapter",
     "use_batch_invariant",

@@ -6,7 +6,18 @@ from tiny_models import llama, mixture, photograph, pretend_to_train, transforme
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, use_experts_implementation
 
-from allora_kernels import apply_allora, merge_adapter, per_sample, set_enabled, use_batch_invariant
+from allora_kernels import (
+    adapter_names,
+    adapter_rows,
+    add_adapter,
+    apply_allora,
+    merge_adapter,
+    per_sample,
+    remove_adapter,
+    set_adapter,
+    set_enabled,
+    use_batch_invariant,
+)
 
 OTHER_INTERFACE = ExpertsInterface()
 
@@ -200,3 +211,18 @@ def test_opacus_is_told():
     opacus = pytest.importorskip("allora_kernels.integrations.opacus", exc_type=ImportError)
     model = adapted().train()
     assert any("adapts the experts of a mixture" in reason for reason in opacus.reasons_against(model))
+
+
+def test_experts_take_one_adapter():
+    model = transformer("Qwen3Moe", "ForCausalLM")
+    apply_allora(model, r=2, experts=True, adapter_name="only")
+    before = photograph(model)
+    for call in (
+        lambda: add_adapter(model, "another"),
+        lambda: adapter_rows(model, ["only"]).__enter__(),
+        lambda: remove_adapter(model, "only"),
+    ):
+        with pytest.raises(ValueError, match=r"adapts the experts of a mixture, which take one adapter"):
+            call()
+    set_adapter(model, "only")
+    assert photograph(model) == before and adapter_names(model) == ("only",)

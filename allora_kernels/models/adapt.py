@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import nn
 
-from ..layer.adapter import ALLoRALayer
+from ..layer.adapter import DEFAULT_ADAPTER, ALLoRALayer, CallState
 from ..layer.bases import kind_of
 from ..layer.functional import check_rule
 from ..layer.linear import FusedALLoRALinear
@@ -46,6 +46,7 @@ def apply_allora(
     rank_pattern: Mapping[str, int] | None = None,
     experts: bool = False,
     target_parameters: Collection[str] | None = None,
+    adapter_name: str = DEFAULT_ADAPTER,
 ) -> AdaptReport:
     """Replace the linear layers of `model` that `target_modules` names by `FusedALLoRALinear`s, in place.
 
@@ -73,6 +74,7 @@ def apply_allora(
             routers stay frozen. What a model without linear layers to adapt takes is ``target_modules=[]``.
         target_parameters: adapt these of them: names of parameters, or what such a name ends in after a dot, as
             ``["mlp.experts.down_proj"]``.
+        adapter_name: what the adapter is called, where `add_adapter` puts others beside it.
 
     Returns:
         AdaptReport: what was replaced, and what was left alone and why: other quantized layers, layers with a forward pass of
@@ -88,6 +90,7 @@ def apply_allora(
         TypeError: an argument of the wrong type. The model is untouched then.
     """
     check_rule(r, eta, norm)
+    check_adapter_name(adapter_name)
     model = check_unadapted(model)
     saved = find_saved(model, modules_to_save)
     stacks, left_alone = select_stacks(model, experts, target_parameters, exclude_modules, saved)
@@ -96,18 +99,38 @@ def apply_allora(
         layers, skipped = beside_experts(model, target_modules, layers, skipped | left_alone, stacks)
     if not (layers or stacks):
         raise ValueError(nothing_matches(model, target_modules, skipped))
-    ranks = {name: pattern_value(rank_pattern, name, r, "rank_pattern") for name in (*layers, *stacks)}
+    ranks = ranks_of((*layers, *stacks), r, eta, norm, rank_pattern)
+    for target, near in missing_targets(model, target_modules).items():
+        warnings.warn(f"target_modules: the model has no module {target!r}{near}", stacklevel=2)
+    attach(model, layers, ranks, eta, norm, saved, autocast_adapter_dtype, stacks, adapter_name)
+    return report(model, skipped)
+
+
+def ranks_of(
+    layers: Collection[str], r: int, eta: float, norm: str | None, rank_pattern: Mapping[str, int] | None
+) -> dict[str, int]:
+    """The rank of each of `layers`, by name; ValueError or TypeError where `rank_pattern` is wrong or matches none of them."""
+    ranks = {name: pattern_value(rank_pattern, name, r, "rank_pattern") for name in layers}
     for key, rank in (rank_pattern or {}).items():
         try:
             check_rule(rank, eta, norm)
         except (TypeError, ValueError) as error:
             raise type(error)(f"rank_pattern[{key!r}]: {error}") from None
-        if not any(matches_end(key, name, "rank_pattern") for name in ranks):
-            raise ValueError(f"rank_pattern[{key!r}] matches none of the layers to adapt: {some(ranks)}")
-    for target, near in missing_targets(model, target_modules).items():
-        warnings.warn(f"target_modules: the model has no module {target!r}{near}", stacklevel=2)
-    attach(model, layers, ranks, eta, norm, saved, autocast_adapter_dtype, stacks)
-    return report(model, skipped)
+        if not any(matches_end(key, name, "rank_pattern") for name in layers):
+            raise ValueError(f"rank_pattern[{key!r}] matches none of the layers to adapt: {some(layers)}")
+    return ranks
+
+
+def check_adapter_name(name: str) -> None:
+    """ValueError or TypeError unless `name` can be an adapter's, which is a part of its parameters' names."""
+    if not isinstance(name, str):
+        raise TypeError(f"an adapter's name must be a str, got {type(name).__name__}")
+    if not name or "." in name:
+        raise ValueError(f"an adapter's name must not be empty or contain a dot, got {name!r}")
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"an adapter cannot be called {name!r}, which is an attribute of torch.nn.ModuleDict: choose another"
+        )
 
 
 # --- replacing ------------------------------------------------------------------------------------------------------
@@ -128,6 +151,7 @@ def attach(
     saved: Mapping[str, nn.Module],
     autocast_adapter_dtype: bool = True,
     stacks: Mapping[str, Stack] = {},
+    adapter_name: str = DEFAULT_ADAPTER,
 ) -> None:
     """Replace `layers` by adapted ones, put adapters on `stacks`, freeze all but them and `saved`; on an error, do nothing."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -155,8 +179,11 @@ def attach(
     for p, _ in flags:
         p.requires_grad_(False)
     for linear, layer in adapted.items():
+        layer._state = CallState(adapter=adapter_name)
         put(slots[linear], layer)
     for module, adapters in on_experts.items():
+        for adapter in adapters.values():
+            adapter._state = CallState(adapter=adapter_name)
         put_adapters(module, nn.ModuleDict(adapters))
     for module in saved.values():
         setattr(module, SAVED_WHOLE, True)

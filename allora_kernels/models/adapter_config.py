@@ -34,16 +34,21 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def config_for(
-    root: nn.Module, layers: Mapping[str, ALLoRALayer], saved: Mapping[str, nn.Module], base: str | None
+    root: nn.Module,
+    layers: Mapping[str, ALLoRALayer],
+    saved: Mapping[str, nn.Module],
+    base: str | None,
+    adapter: str,
 ) -> dict[str, Any]:
-    """The config of a model with these adapted layers and modules to save; ValueError if they differ in eta or norm."""
-    rules = {(layer.eta, layer.norm) for layer in layers.values()}
+    """The config of `adapter` on these layers, with these modules to save; ValueError if layers differ in eta or norm."""
+    own = {name: layer.adapter(adapter) for name, layer in layers.items()}
+    rules = {(of.eta, of.norm) for of in own.values()}
     if len(rules) > 1:
         raise ValueError(f"the file holds one (eta, norm) for all layers, but they have {sorted(rules, key=str)}")
     ((eta, norm),) = rules
-    r = Counter(layer.r for layer in layers.values()).most_common(1)[0][0]
+    r = Counter(of.r for of in own.values()).most_common(1)[0][0]
     # The caret keeps PEFT, which matches the ends of names, from giving a layer another one's rank.
-    other_ranks = {f"^{re.escape(name)}": layer.r for name, layer in layers.items() if layer.r != r}
+    other_ranks = {f"^{re.escape(name)}": of.r for name, of in own.items() if of.r != r}
     stacks = {name for name, layer in layers.items() if layer.grouped}
     return {
         "peft_type": "LORA",

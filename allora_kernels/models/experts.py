@@ -117,7 +117,7 @@ def _experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Ten
         raise RuntimeError(
             "experts with adapters were spread over processes (expert parallelism), and their adapters were not: not supported"
         )
-    active = {name: a for name, a in adapters.items() if switching.state_of_call(a, a.enabled)}
+    active = {name: a for name, a in adapters.items() if switching.state_of_call(a, a._state).enabled}
     if not active and not batch_invariance.enabled():
         return _former_forward(experts)(experts, hidden_states, top_k_index, top_k_weights)
 

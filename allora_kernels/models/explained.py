@@ -73,12 +73,16 @@ def explain(model: nn.Module, rows: int = 2048, device: torch.device | str | Non
         device: where the calls would run; None for where each layer is. A model on the meta device costs no memory.
 
     Raises:
-        ValueError: the model has no linear layer or is PEFT's, or `rows` is below 1.
+        ValueError: the model has no linear layer or is PEFT's, `rows` is below 1, or inside `adapter_rows`.
         TypeError: `model` is no nn.Module.
     """
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
     root = unwrap(model)
+    if any(isinstance(m, ALLoRALayer) and m._state.rows is not None for m in root.modules()):
+        raise ValueError(
+            "inside adapter_rows layers call multi_adapter_linear, which is not explained: explain outside"
+        )
     if any(cls.__name__ == "BaseTunerLayer" for module in root.modules() for cls in type(module).__mro__):
         raise ValueError("the model has PEFT's adapters: allora_kernels.integrations.peft.explain(model) tells of them")
     device = None if device is None else torch.device(device)
@@ -94,6 +98,8 @@ def explain(model: nn.Module, rows: int = 2048, device: torch.device | str | Non
         if isinstance(module, ALLoRALayer):
             found = module.explain(rows, device)
             fused, reason = found.backend == "triton", found.reason
+            if len(module.adapter_names) > 1:
+                reason = f"{reason}; adapter {module.adapter_name!r} of {len(module.adapter_names)}"
             plan = tuple(found.plan.items()) if fused else ()
             shape = (*((module.experts,) if module.grouped else ()), module.out_features, module.in_features)
             if isinstance(module, WrappedALLoRALinear):

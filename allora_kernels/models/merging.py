@@ -6,7 +6,7 @@ from torch import nn
 from ..layer.adapter import ALLoRALayer
 from ..layer.wrapped import WrappedALLoRALinear
 from .adapt import leave_fast_paths, put, restore_fast_paths
-from .adapted import SAVED_WHOLE, adapter_layers
+from .adapted import SAVED_WHOLE, active_adapter, adapter_layers, adapter_names
 from .experts import dtypes_before_merging, experts_with_adapters, merge_experts, merged_experts, unmerge_experts
 from .saving import save_adapters_alone, save_models_again
 from .selection import module_slots, unwrap
@@ -17,8 +17,9 @@ an empty one."""
 
 
 def merge_adapter(model: nn.Module, *, keep: bool = False) -> nn.Module:
-    """Replace every `FusedALLoRALinear` in `model` by the plain layer with weight ``W + BA``, in place; likewise the parameters
-    of experts with adapters, whose modules stay and run the implementation that the config names again.
+    """Replace every `FusedALLoRALinear` in `model` by the plain layer with weight ``W + BA`` (of several adapters, the active
+    one's), in place; likewise the parameters of experts with adapters, whose modules stay and run the implementation that the
+    config names again.
 
     A transformers Conv1D becomes a Conv1D again. Weights are summed in float32 or wider and rounded to their dtype; the
     frozen weights themselves are not written to. Merge for inference or export, not to train on.
@@ -31,8 +32,8 @@ def merge_adapter(model: nn.Module, *, keep: bool = False) -> nn.Module:
         `model`.
 
     Raises:
-        ValueError: the model has no adapters, a disabled one or one on a quantized layer, or is itself a `FusedALLoRALinear`
-            (use its `merge()`). The model is untouched then.
+        ValueError: the model has no adapters, several of them without `keep`, a disabled one or one on a quantized layer; it is
+            in `adapter_rows`, or is itself a `FusedALLoRALinear` (use its `merge()`). The model is untouched then.
     """
     root = unwrap(model)
     layers = adapter_layers(root)
@@ -49,6 +50,15 @@ def merge_adapter(model: nn.Module, *, keep: bool = False) -> nn.Module:
         raise ValueError(
             f"{disabled[0]} is disabled, so W + BA is not what the model computes: set_enabled(model, True) before merging"
         )
+    names = adapter_names(root)
+    if len(names) > 1 and not keep:
+        raise ValueError(
+            f"the model has adapters {', '.join(map(repr, names))}, and merging one would lose the others: remove_adapter "
+            "them, or merge_adapter(model, keep=True), which keeps them all for unmerge_adapter"
+        )
+    if any(layer._state.rows is not None for layer in layers.values()):
+        raise ValueError("inside adapter_rows W + BA is not what the model computes: merge outside")
+    active_adapter(root)
     save_models_again(root)
     slots = module_slots(root)
     layers = {name: layer for name, layer in layers.items() if not layer.grouped}

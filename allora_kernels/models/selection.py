@@ -127,7 +127,10 @@ def check_unadapted(model: nn.Module) -> nn.Module:
     for name, module in outermost.named_modules():
         kinds = {cls.__name__ for cls in type(module).__mro__}
         if "ALLoRALayer" in kinds:
-            raise ValueError(f"the model already has adapters (at {name}): merge_adapter(model) first")
+            raise ValueError(
+                f"the model already has adapters (at {name}): merge_adapter(model) first, or "
+                "add_adapter(model, name) for one more beside them"
+            )
         if "BaseTunerLayer" in kinds:
             raise ValueError(f"the model already has PEFT adapters (at {name}): merge_and_unload() them first")
         if kinds & {"DistributedDataParallel", "FullyShardedDataParallel"}:
