@@ -7,10 +7,20 @@ import torch
 import torch.distributed as dist
 from processes import run_checks
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from allora_kernels import adapter_parameters, adapter_rows, add_adapter, apply_allora, set_adapter
+from allora_kernels import (
+    adapter_parameters,
+    adapter_rows,
+    add_adapter,
+    apply_allora,
+    remove_adapter,
+    save_adapters_async,
+    set_adapter,
+)
 
 NAMES = [["a", "b", None], ["b", "b", "a"]]
 
@@ -87,6 +97,22 @@ def check_unused_ones_are_refused(folder):
             model(x)
 
 
+def check_sharded_ones_are_refused(folder):
+    model = make()
+    for layer in model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    for call in (
+        lambda: add_adapter(model, "c"),
+        lambda: set_adapter(model, "b"),
+        lambda: remove_adapter(model, "b"),
+        lambda: adapter_rows(model, NAMES[0]).__enter__(),
+        lambda: save_adapters_async(model, {"a": folder / "a"}),
+    ):
+        with pytest.raises(ValueError, match="is sharded"):
+            call()
+    assert not (folder / "a").exists()
+
+
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
 def test_two_processes_train_what_one_does(tmp_path):
     checks = {
@@ -94,5 +120,6 @@ def test_two_processes_train_what_one_does(tmp_path):
         "checkpointed": functools.partial(check_mixed, checkpointed=True),
         "names that differ": check_names_that_differ,
         "unused": check_unused_ones_are_refused,
+        "sharded": check_sharded_ones_are_refused,
     }
     run_checks(2, checks, tmp_path)
