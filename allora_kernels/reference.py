@@ -65,14 +65,18 @@ def entry_norms(s: Tensor, lora_B: Tensor) -> Tensor:
 # --- the coefficient ------------------------------------------------------------------------------------------------
 
 
-def coefficient(n: Tensor, eta: float) -> Tensor:
-    """``C = (n + 1/η²)^(-1/2)`` for norms ``n`` of any shape (arXiv 2410.09692); exactly η where ``n = 0``."""
-    return (n + eta**-2).rsqrt()
+def coefficient(n: Tensor, eta: float, inv_eta_squared: Tensor | None = None) -> Tensor:
+    """``C = (n + 1/η²)^(-1/2)`` for norms ``n`` of any shape (arXiv 2410.09692); exactly η where ``n = 0``. `inv_eta_squared`,
+    where it is given, stands for ``1/η²``."""
+    return (n + (eta**-2 if inv_eta_squared is None else inv_eta_squared)).rsqrt()
 
 
-def weight_coefficient(lora_A: Tensor, lora_B: Tensor, eta: float, norm: str) -> Tensor:
+def weight_coefficient(
+    lora_A: Tensor, lora_B: Tensor, eta: float, norm: str, inv_etas_squared: Tensor | None = None
+) -> Tensor:
     """C of a weight-dependent rule, fp32 or better: ``"row"`` [N]; ``"matrix"`` [1]; ``"factor"`` [N + R], first the
-    coefficients of lora_B's rows, then those of lora_A's. Factors of groups, with E in front, give them with E in front."""
+    coefficients of lora_B's rows, then those of lora_A's. Factors of groups, with E in front, give them with E in front;
+    `inv_etas_squared` [E] then stands for `eta`."""
     if norm == "row":
         n = row_norms(lora_A, lora_B)
     elif norm == "matrix":
@@ -82,7 +86,7 @@ def weight_coefficient(lora_A: Tensor, lora_B: Tensor, eta: float, norm: str) ->
         n = torch.cat([norms_b, norms_a], dim=-1)
     else:
         raise AssertionError(f"norm={norm!r} has no weight-dependent coefficient")
-    return coefficient(n, eta)
+    return coefficient(n, eta, None if inv_etas_squared is None else inv_etas_squared[:, None].to(n.dtype))
 
 
 # --- the steps ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ one call over commits by `--benchmark-compare`, is in bench/test_layer.py.
 """
 
 import argparse
+import itertools
 import os
 import time
 from pathlib import Path
@@ -17,7 +18,21 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import budget, cases, ceilings, layer, model, sample_providers, samples, show, ways
+from . import (
+    adapter_providers,
+    adapters,
+    budget,
+    cases,
+    ceilings,
+    expert_providers,
+    experts,
+    layer,
+    model,
+    sample_providers,
+    samples,
+    show,
+    ways,
+)
 from .providers import PROVIDERS
 from .results import Results, default_file, environment
 from .runner import Run
@@ -29,6 +44,8 @@ SECTIONS = {
     "ways": (ways.run_ways, 2),
     "model": (model.run_model, 7),
     "per-sample": (samples.run_samples, 2),
+    "experts": (experts.run_experts, 2),
+    "adapters": (adapters.run_adapters, 2),
     "launches": (layer.run_launches, 1),
 }
 
@@ -39,7 +56,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--shapes", nargs="+", type=cases.parse_shape, default=[], metavar="M=..,N=..,K=..,R=..", help="layers to run"
     )
-    known = list(dict.fromkeys([*PROVIDERS, *model.VARIANTS, *sample_providers.PROVIDERS]))
+    of_steps = (module.PROVIDERS for module in (sample_providers, expert_providers, adapter_providers))
+    known = list(dict.fromkeys([*PROVIDERS, *model.VARIANTS, *itertools.chain(*of_steps)]))
     parser.add_argument("--providers", nargs="+", choices=known, help="only these (the floor always)")
     parser.add_argument("--missing", action="store_true", help="skip what the file has from this commit")
     parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing after this long (default 9)")
@@ -92,6 +110,7 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
     if device.type != "cuda":
         console.print("\n[bold]Not measured, computed:[/bold] ratios to the frozen layer on an H100 by bytes and FLOPs")
         budget.show(console)
+        budget.show_steps(console)
     if file:
         console.print(f"results: {file}", highlight=False)
     console.print(f"{time.monotonic() - start:.0f} s", highlight=False)

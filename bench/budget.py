@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from . import cases
+from . import cases, step_budget
 from .cases import TARGETS, Case
 from .measured import ratio
 from .passes import COUNTED, passes
@@ -61,8 +61,7 @@ def show(
     tb_per_s: float = TERABYTES_PER_S,
 ) -> None:
     """Print the budget of each case, marked as computed."""
-    # A CPU's ratios are no measurement of what is predicted for a GPU.
-    results = [data for data in map(_read, all_files()) if data["runs"][-1]["device"] != "cpu"]
+    results = _of_gpus()
     for case in chosen:
         title = f"computed for {tflops:g} TFLOP/s and {tb_per_s:g} TB/s, cost over the frozen layer: {case}"
         table = Table(title=title, title_justify="left", header_style="bold")
@@ -71,6 +70,17 @@ def show(
         for cells in rows(case, tflops, tb_per_s, results):
             table.add_row(*cells)
         console.print(table)
+
+
+def show_steps(console: Console, tflops: float = TFLOPS, tb_per_s: float = TERABYTES_PER_S) -> None:
+    """Print the budgets of the sections of steps, marked as computed."""
+    for counted in step_budget.ALL:
+        step_budget.show(console, counted, tflops, tb_per_s, _of_gpus())
+
+
+def _of_gpus() -> list[dict]:
+    # A CPU's ratios are no measurement of what is predicted for a GPU.
+    return [data for data in map(_read, all_files()) if data["runs"][-1]["device"] != "cpu"]
 
 
 def _read(file) -> dict:
@@ -90,6 +100,8 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
     chosen = cases.matching(grid, options.shapes) if options.shapes else list(TARGETS.values())
     if options.passes is None:
         show(console, chosen, options.tflops, options.tb_per_s)
+        if not options.shapes:
+            show_steps(console, options.tflops, options.tb_per_s)
         return 0
     for case in chosen:
         table = Table(title=f"computed: {options.passes}, {case}", title_justify="left", header_style="bold")

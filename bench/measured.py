@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from .cases import Case
-from .samples import SampleCase
+from .steps import StepCase
 
 
 def records(data: dict, section: str) -> Iterator[dict]:
@@ -19,7 +19,7 @@ def median(record: dict, provider: str, kind: str) -> float | None:
 
 
 def ratio(
-    data: dict, case: Case | SampleCase, provider: str, kind: str, over: str = "frozen", section: str = "layer"
+    data: dict, case: Case | StepCase, provider: str, kind: str, over: str = "frozen", section: str = "layer"
 ) -> float | None:
     """Median of `provider` over that of `over`, from the newest record of `case` that has both."""
     for record in records(data, section):

@@ -231,6 +231,7 @@ def launches(
         lambda: csrc_triton.sample_grads(g, x, s, b, c["factor"], 2.0, "factor", True, True, True, ragged),
     )
     yield from grouped_launches(x, g, w, bias, a, b, s, label)
+    yield from shared_launches(x, g, w, bias, a, b, s, label)
 
 
 def grouped_launches(x, g, w, bias, a, b, s, label: str, groups: int = 8):
@@ -249,6 +250,28 @@ def grouped_launches(x, g, w, bias, a, b, s, label: str, groups: int = 8):
             f"grouped adapter_grads {norm} {label}",
             lambda norm=norm: csrc_triton.grouped_adapter_grads(
                 g, x, s, b, c.get(norm), ends, 2.0, norm, True, dtype, dtype
+            ),
+        )
+
+
+def shared_launches(x, g, w, bias, a, b, s, label: str, groups: int = 8):
+    """(case, call) of the same launchers where all groups share a weight, rows are in any order, and each group has its η;
+    ranks are multiples of 16 there, as adapters are packed."""
+    r = -(-a.shape[0] // 16) * 16
+    a, b, s = a.new_empty(groups, r, a.shape[1]), b.new_empty(groups, b.shape[0], r), s.new_empty(s.shape[0], r)
+    ends, order = torch.empty(groups, dtype=torch.int32), torch.empty(x.shape[0], dtype=torch.int32)
+    etas, dtype, n = torch.empty(groups), a.dtype, b.shape[1]
+    c = {norm: torch.empty(groups, n + r if norm == "factor" else n) for norm in ("row", "factor")}
+    yield f"shared down_project {label}", lambda: csrc_triton.grouped_down_project(x, a, ends, s.dtype, order)
+    yield f"shared y {label}", lambda: csrc_triton.grouped_fused_linear(x, w, bias, s, b, ends, order)
+    yield f"shared dx {label}", lambda: csrc_triton.grouped_fused_linear(g, w.mT, None, s, a.mT, ends, order)
+    for norm in ("row", "matrix", "factor"):
+        yield f"shared C {norm} {label}", lambda norm=norm: csrc_triton.weight_coefficient(a, b, 2.0, norm, etas)
+    for norm in ("row", "factor", "token", "entry"):
+        yield (
+            f"shared adapter_grads {norm} {label}",
+            lambda norm=norm: csrc_triton.grouped_adapter_grads(
+                g, x, s, b, c.get(norm), ends, 2.0, norm, True, dtype, dtype, order, etas
             ),
         )
 

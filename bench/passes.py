@@ -32,25 +32,25 @@ class Pass:
         return max(self.flops / flops_per_s, (self.reads + self.writes) / bytes_per_s)
 
 
-class _Sizes:
-    """Bytes of the tensors of a case, and FLOPs of its products."""
+class Sizes:
+    """Bytes of the tensors of a case, of so many weights and adapters of its shapes, and FLOPs of its products."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, weights: int = 1, adapters: int = 1) -> None:
         m, n, k, r = case.M, case.N, case.K, case.R
         element, adapter = _BYTES[case.dtype], _BYTES[case.adapter_dtype]
-        self.case, self.element = case, element
-        self.x, self.y, self.w = m * k * element, m * n * element, n * k * element
-        self.a, self.b, self.s = r * k * adapter, n * r * adapter, m * r * adapter
+        self.case, self.element, self.adapters = case, element, adapters
+        self.x, self.y, self.w = m * k * element, m * n * element, weights * n * k * element
+        self.a, self.b, self.s = adapters * r * k * adapter, adapters * n * r * adapter, m * r * adapter
         self.gemm = 2.0 * m * n * k
         self.over_k, self.over_n = 2.0 * m * k * r, 2.0 * m * n * r
         """FLOPs of a product of S's shape with A, and with B."""
 
 
-def _frozen(z: _Sizes) -> tuple[list[Pass], list[Pass]]:
+def _frozen(z: Sizes) -> tuple[list[Pass], list[Pass]]:
     return [Pass("y = x Wᵀ", z.x + z.w, z.y, z.gemm)], [Pass("dX = G W", z.y + z.w, z.x, z.gemm)]
 
 
-def _floor(z: _Sizes) -> tuple[list[Pass], list[Pass]]:
+def _floor(z: Sizes) -> tuple[list[Pass], list[Pass]]:
     forward, backward = _frozen(z)
     return (
         [*forward, Pass("FLOPs of S and S Bᵀ", 0, 0, z.over_k + z.over_n)],
@@ -58,18 +58,18 @@ def _floor(z: _Sizes) -> tuple[list[Pass], list[Pass]]:
     )
 
 
-def _s(z: _Sizes) -> Pass:
+def _s(z: Sizes) -> Pass:
     return Pass("S = x Aᵀ", z.x + z.a, z.s, z.over_k)
 
 
-def _epilogue(z: _Sizes) -> tuple[Pass, Pass]:
+def _epilogue(z: Sizes) -> tuple[Pass, Pass]:
     return (
         Pass("y = x Wᵀ + S Bᵀ", z.x + z.w + z.s + z.b, z.y, z.gemm + z.over_n),
         Pass("dX = G W + dS A", z.y + z.w + z.s + z.a, z.x, z.gemm + z.over_k),
     )
 
 
-def _sweep_of_g(z: _Sizes) -> list[Pass]:
+def _sweep_of_g(z: Sizes) -> list[Pass]:
     """dS, u and dB on an H100, as `sweep_plan` cuts it: one sweep that leaves shares, or two reads of G."""
     case = z.case
     together = Pass("dS, u and dB from one sweep over G", z.y + z.s + z.b, 2 * z.s + z.b, 3 * z.over_n)
@@ -89,7 +89,7 @@ def _sweep_of_g(z: _Sizes) -> list[Pass]:
     ]
 
 
-def _ours(z: _Sizes) -> tuple[list[Pass], list[Pass]]:
+def _ours(z: Sizes) -> tuple[list[Pass], list[Pass]]:
     y, dx = _epilogue(z)
     return [_s(z), y], [
         Pass("C from A Aᵀ and B", z.a + z.b, 4 * z.case.N, 2.0 * z.case.R**2 * (z.case.K + z.case.N)),
@@ -99,7 +99,7 @@ def _ours(z: _Sizes) -> tuple[list[Pass], list[Pass]]:
     ]
 
 
-def _epilogue_atomics(z: _Sizes) -> tuple[list[Pass], list[Pass]]:
+def _epilogue_atomics(z: Sizes) -> tuple[list[Pass], list[Pass]]:
     case = z.case
     y, dx = _epilogue(z)
     # fp32 atomics, read and written: a share of dS for each 64 columns, one of dB (dA) for each 512 rows.
@@ -114,7 +114,7 @@ def _epilogue_atomics(z: _Sizes) -> tuple[list[Pass], list[Pass]]:
     ]
 
 
-def _addmm(z: _Sizes, again: bool = False) -> tuple[list[Pass], list[Pass]]:
+def _addmm(z: Sizes, again: bool = False) -> tuple[list[Pass], list[Pass]]:
     (gemm_y,), (gemm_dx,) = _frozen(z)
     ds = Pass("dS = G B", z.y + z.b, z.s, z.over_n)
     return [gemm_y, _s(z), Pass("y += S Bᵀ", z.y + z.s + z.b, z.y, z.over_n)], [
@@ -127,7 +127,7 @@ def _addmm(z: _Sizes, again: bool = False) -> tuple[list[Pass], list[Pass]]:
     ]
 
 
-def _eager(z: _Sizes, compiled: bool = False) -> tuple[list[Pass], list[Pass]]:
+def _eager(z: Sizes, compiled: bool = False) -> tuple[list[Pass], list[Pass]]:
     (gemm_y,), (gemm_dx,) = _frozen(z)
     case, wide = z.case, z.y * 4 // z.element
     product = case.N * case.K * 4
@@ -148,7 +148,7 @@ def _eager(z: _Sizes, compiled: bool = False) -> tuple[list[Pass], list[Pass]]:
     ]
 
 
-def _peft(z: _Sizes) -> tuple[list[Pass], list[Pass]]:
+def _peft(z: Sizes) -> tuple[list[Pass], list[Pass]]:
     (gemm_y,), (gemm_dx,) = _frozen(z)
     return [
         gemm_y,
@@ -167,7 +167,7 @@ def _peft(z: _Sizes) -> tuple[list[Pass], list[Pass]]:
     ]
 
 
-def _peft_fp32(z: _Sizes) -> tuple[list[Pass], list[Pass]]:
+def _peft_fp32(z: Sizes) -> tuple[list[Pass], list[Pass]]:
     (gemm_y,), (gemm_dx,) = _frozen(z)
     x, y = z.x * 4 // z.element, z.y * 4 // z.element
     return [
@@ -192,7 +192,7 @@ def _peft_fp32(z: _Sizes) -> tuple[list[Pass], list[Pass]]:
     ]
 
 
-def _peft_dora(z: _Sizes) -> tuple[list[Pass], list[Pass]]:
+def _peft_dora(z: Sizes) -> tuple[list[Pass], list[Pass]]:
     (gemm_y,), (gemm_dx,) = _frozen(z)
     eye = z.case.K**2 * z.element
 
@@ -233,7 +233,7 @@ def _peft_dora(z: _Sizes) -> tuple[list[Pass], list[Pass]]:
     ]
 
 
-_COUNTS: dict[str, Callable[[_Sizes], tuple[list[Pass], list[Pass]]]] = {
+_COUNTS: dict[str, Callable[[Sizes], tuple[list[Pass], list[Pass]]]] = {
     "frozen": _frozen,
     "the low-rank FLOPs alone": _floor,
     "ours": _ours,
@@ -254,7 +254,7 @@ def passes(name: str, case: Case, kind: str) -> list[Pass]:
     """The passes of `name` at `case` for `kind`: "forward", "backward" or "forward_backward"."""
     if name == "peft-fp32":
         case = Case(case.M, case.N, case.K, case.R, case.dtype, "float32")
-    forward, backward = _COUNTS[name](_Sizes(case))
+    forward, backward = _COUNTS[name](Sizes(case))
     return {"forward": forward, "backward": backward, "forward_backward": forward + backward}[kind]
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from allora_kernels import FusedALLoRALinear, reference
 from allora_kernels.layer import backend
-from allora_kernels.testing import Inputs, max_error
+from allora_kernels.testing import Inputs
 
 from . import orders
+from .judging import Expected, expectation, fault
 
 ETA = 2.0
 
@@ -171,28 +172,20 @@ class Judge:
     """Compares providers' results on one layer with fp64, which it computes once for each formula and adapter dtype."""
 
     def __init__(self) -> None:
-        self._expected: dict[tuple, list[tuple[str, Tensor, float]]] = {}
+        self._expected: dict[tuple, list[Expected]] = {}
 
     def verdict(self, spec: Spec, provider: Provider, inputs: Inputs) -> str | None:
         """What is wrong with the provider's results on `inputs`, in words; None if nothing is."""
         x = inputs.x.detach().requires_grad_()
         results = forward_backward(provider, x, inputs.g)
-        for (name, exact, eager_error), actual in zip(self._expectation(spec, provider, inputs), results):
-            error = max_error(actual, exact)
-            limit = spec.tolerance * eager_error + torch.finfo(inputs.x.dtype).eps * exact.abs().max().item()
-            # Written so that a nan is wrong.
-            if actual.shape != exact.shape or not error <= limit:
-                return f"{name} is off by {error:.2e}, the limit is {limit:.2e}"
-        return None
+        return fault(self._expectation(spec, provider, inputs), results, spec.tolerance, x.dtype)
 
-    def _expectation(self, spec: Spec, provider: Provider, inputs: Inputs) -> list[tuple[str, Tensor, float]]:
+    def _expectation(self, spec: Spec, provider: Provider, inputs: Inputs) -> list[Expected]:
         key = (spec.formula, inputs.lora_A.dtype)
         if key not in self._expected:
             magnitude = provider.parameters[2].detach() if spec.formula == "dora" else None
             eager = _by_formula(spec.formula, inputs, magnitude)
             wide = None if magnitude is None else magnitude.double()
             exact = _by_formula(spec.formula, inputs.to(torch.float64), wide)
-            self._expected[key] = [
-                (name, b.detach(), max_error(a, b)) for name, a, b in zip(("y", "dx", "dA", "dB"), eager, exact)
-            ]
+            self._expected[key] = expectation(("y", "dx", "dA", "dB")[: len(exact)], eager, exact)
         return self._expected[key]

@@ -11,7 +11,7 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-from . import budget, plots, results, sample_report, targets
+from . import budget, plots, results, step_budget, step_report, targets
 from .cases import TARGETS, Case
 from .markdown import provenance, table
 from .measured import median, ratio, records
@@ -35,15 +35,18 @@ def fill(page: str, blocks: dict[str, str]) -> str:
 
 
 def blocks(gpus: dict[str, dict], drawn: dict[str, dict[str, str]], cpu: dict | None = None) -> dict[str, str]:
-    """The text of each block: "readme", "targets", "budget", "results" and "per-sample", from the results of each GPU by file
-    stem, and of a CPU."""
+    """The text of each block by its name, from the results of each GPU by file stem, and of a CPU."""
     first = next((gpus[stem] for stem in sorted(gpus, key=lambda stem: ("h100" not in stem, stem))), None)
     return {
         "readme": NOT_YET if first is None else f"{_target_shapes(first)}\n\n{provenance(first)}",
         "targets": targets.table(first, cpu),
         "budget": _budget(list(gpus.values())),
         "results": "\n\n".join(_device(data, drawn.get(stem, {})) for stem, data in gpus.items()) or NOT_YET,
-        "per-sample": sample_report.block([*gpus.values(), *([] if cpu is None else [cpu])]),
+        "per-sample": step_report.block(step_report.SAMPLES, [*gpus.values(), *([] if cpu is None else [cpu])]),
+        "experts": step_report.block(step_report.EXPERTS, list(gpus.values())),
+        "experts-budget": _step_budget(step_budget.EXPERTS, list(gpus.values())),
+        "adapters": step_report.block(step_report.ADAPTERS, list(gpus.values())),
+        "adapters-budget": _step_budget(step_budget.ADAPTERS, list(gpus.values())),
     }
 
 
@@ -73,6 +76,13 @@ def _budget(gpus: list[dict]) -> str:
     for case in TARGETS.values():
         rows = budget.rows(case, budget.TFLOPS, budget.TERABYTES_PER_S, gpus)
         parts += [f"{case}:", table(["computed", *budget.HEADINGS[1:]], rows)]
+    return "\n\n".join(parts)
+
+
+def _step_budget(counted: step_budget.Counted, gpus: list[dict]) -> str:
+    parts = []
+    for case, rows in step_budget.rows(counted, budget.TFLOPS, budget.TERABYTES_PER_S, gpus):
+        parts += [f"{case}:", table(["computed", *step_budget.HEADINGS[1:]], rows)]
     return "\n\n".join(parts)
 
 

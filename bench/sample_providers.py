@@ -1,7 +1,7 @@
 """What the section "per-sample" compares: a whole training step of one layer whose per-sample gradients are clipped.
 
-Each provider gives dX and the clipped sums of the adapter's gradients; all but this library's run plain LoRA (C = 1), which is
-less work than ALLoRA. Each is checked against a loop over samples in fp64 before it is timed.
+Each provider's step gives dX and the clipped sums of the adapter's gradients; all but this library's run plain LoRA (C = 1),
+which is less work than ALLoRA. Each is checked against a loop over samples in fp64 before it is timed.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allora_kernels import FusedALLoRALinear, per_sample, reference
-from allora_kernels.testing import Inputs, max_error
+from allora_kernels.testing import Inputs
 
+from .judging import Expected, expectation, fault
 from .providers import ETA, frozen_linear
-
-Step = Callable[[], tuple[Tensor, Tensor, Tensor]]
-"""One forward and backward pass: (dX, dA, dB), nothing of it left behind."""
+from .steps import Step, taken
 
 
 class Batch(NamedTuple):
@@ -68,19 +67,11 @@ def _ours(how: str) -> Callable[[Batch], Step]:
                     layer(inputs.x).backward(inputs.g)
                 per_sample.clip_(layer, batch.max_norm)
                 per_sample.clear(layer)
-            return _taken(inputs.x, layer.lora_A, layer.lora_B)
+            return taken(inputs.x, layer.lora_A, layer.lora_B)
 
         return step
 
     return build
-
-
-def _taken(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The gradients, which the next call is to find empty."""
-    grads = tuple(t.grad for t in tensors)
-    for t in tensors:
-        t.grad = None
-    return grads
 
 
 class _LoRA(nn.Module):
@@ -118,7 +109,7 @@ def _opacus(functorch: bool) -> Callable[[Batch], Step]:
             optimizer.clip_and_accumulate()
             sums = [p.summed_grad for p in parameters]
             optimizer.zero_grad(set_to_none=True)
-            return *_taken(x), *sums
+            return *taken(x), *sums
 
         return step
 
@@ -139,13 +130,13 @@ def _ghost(batch: Batch) -> Step:
         y = layer(x)
         y.backward(g, retain_graph=True)
         weights = layer.get_clipping_coef()
-        dx, *_ = _taken(x, *parameters)
+        dx, *_ = taken(x, *parameters)
         layer.disable_hooks()
         y.backward(g * weights.to(g.dtype)[:, None, None])
         layer.enable_hooks()
         for p in parameters:
             del p._norm_sample
-        return dx, *_taken(x, *parameters)[1:]
+        return dx, *taken(x, *parameters)[1:]
 
     return step
 
@@ -191,7 +182,7 @@ class Judge:
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
-        self._expected: dict[tuple, list[tuple[str, Tensor, float]]] = {}
+        self._expected: dict[tuple, list[Expected]] = {}
 
     def verdict(self, spec: Spec, step: Step) -> str | None:
         """What is wrong with the provider's results, in words; None if nothing is."""
@@ -201,14 +192,8 @@ class Judge:
             with torch.no_grad():
                 eager, _ = _loop(inputs, spec.norm, max_norm)
                 exact, _ = _loop(inputs.to(torch.float64), spec.norm, max_norm)
-            self._expected[key] = [(n, b, max_error(a, b)) for n, a, b in zip(("dx", "dA", "dB"), eager, exact)]
-        for (name, exact, eager_error), actual in zip(self._expected[key], step()):
-            error = max_error(actual, exact)
-            limit = spec.tolerance * eager_error + torch.finfo(actual.dtype).eps * exact.abs().max().item()
-            # Written so that a nan is wrong.
-            if actual.shape != exact.shape or not error <= limit:
-                return f"{name} is off by {error:.2e}, the limit is {limit:.2e}"
-        return None
+            self._expected[key] = expectation(("dx", "dA", "dB"), eager, exact)
+        return fault(self._expected[key], step(), spec.tolerance)
 
 
 @torch.no_grad()

@@ -42,6 +42,15 @@ _TIMES = [
     ("forward", lambda row, frozen: time_and_ratio(row, frozen, "forward")),
     ("forward + backward", lambda row, frozen: time_and_ratio(row, frozen, "forward_backward")),
 ]
+
+
+def _step(heading: str) -> list:
+    return [
+        (heading, lambda row, floor: time_and_ratio(row, floor, "step")),
+        ("peak memory", lambda row, floor: _bytes(row.get("step_peak_bytes"))),
+    ]
+
+
 # The provider that the others are compared with, where it is not the frozen layer.
 _FLOORS = {"per-sample": "plain"}
 # By section: a heading, and the cell of a provider's row beside the floor's.
@@ -56,10 +65,9 @@ _COLUMNS = {
         ("time", lambda row, frozen: time_and_ratio(row, frozen, "time")),
         ("picked", lambda row, frozen: "picked" if row["picked"] else ""),
     ],
-    "per-sample": [
-        ("clipped step", lambda row, plain: time_and_ratio(row, plain, "step")),
-        ("peak memory", lambda row, _: _bytes(row.get("step_peak_bytes"))),
-    ],
+    "per-sample": _step("clipped step"),
+    "experts": _step("forward + backward"),
+    "adapters": _step("forward + backward"),
     "model": [
         ("step", lambda row, frozen: time_and_ratio(row, frozen, "step")),
         ("tokens/s", lambda row, frozen: f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else ""),

@@ -1,11 +1,16 @@
 """What this library promises of its speed (on an H100 where nothing else is said), and whether a file of results keeps it."""
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
+from . import experts
 from .cases import ONE_RANK_MORE, TARGETS, Case
+from .experts import ExpertCase
 from .measured import median, ratio, records
+from .passes import Sizes
 from .samples import CPU_CASES, GPU_CASES, SampleCase
+from .steps import StepCase
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,27 @@ def _right(row: dict, what: str) -> bool:
     return row.get("status") == "ok" and bool(row.get(what))
 
 
-def _samples(provider: str, over: str, cases: list[SampleCase], pick: Callable) -> Callable[[dict], float | None]:
-    """The worst ratio of two clipped steps over all `cases`."""
-    return lambda data: _worst((ratio(data, case, provider, "step", over, "per-sample") for case in cases), pick)
+def _steps(section: str, provider: str, over: str, cases: Sequence[StepCase], pick: Callable) -> Callable:
+    """The worst ratio of two steps over all `cases`."""
+    return lambda data: _worst((ratio(data, case, provider, "step", over, section) for case in cases), pick)
+
+
+_samples = functools.partial(_steps, "per-sample")
+
+
+def _experts_memory(data: dict) -> float | None:
+    """The worst ratio of the memory of our step to the frozen one's, the experts' weights included."""
+
+    def of_case(case: ExpertCase) -> float | None:
+        weights = Sizes(case.layer, weights=case.E).w
+        for record in records(data, "experts"):
+            rows = [record["providers"].get(name, {}) for name in ("ours", "frozen")]
+            if record["case"] == asdict(case) and all(_right(row, "step_peak_bytes") for row in rows):
+                ours, frozen = (weights + row["step_peak_bytes"] for row in rows)
+                return ours / frozen
+        return None
+
+    return _worst(map(of_case, experts.GPU_CASES), max)
 
 
 def _extra_memory(other: str) -> Callable[[dict], float | None]:
@@ -142,6 +165,13 @@ ALL = [
         Target(f"memory over our plain step's, over that of `{other}`, worst b x T", _extra_memory(other), (0.5,))
         for other in ("opacus-hooks", "opacus-ghost")
     ),
+    Target(
+        f"{experts.GPU_CASES[0]}: faster than `peft`",
+        _steps("experts", "peft", "ours", experts.GPU_CASES[:1], min),
+        (2.0,),
+        at_most=False,
+    ),
+    Target("experts: memory with the weights over `frozen`, worst case", _experts_memory, (1.05,)),
     *(
         Target(
             f"on a CPU: clipped step faster than `{other}`, worst b x T",

@@ -179,6 +179,7 @@ _TABLES = {
 # Finding a tile's group takes registers, which the fullest of the tiles have not got.
 _TABLES["grouped_fused_linear"] = _TABLES["fused_linear"] | {
     ("sm_90", "mixed"): _TABLES["fused_linear"]["sm_90", "mixed"][1:],
+    ("unaligned", "mixed"): [(32, 64, 32, 16, 2, 3)],
     ("unaligned", "32"): [(64, 32, 16, 16, 2, 2)],
 }
 

@@ -1,9 +1,11 @@
 """The backward pass of adapters by group: the sweeps of `adapter_grad`, a segment being a piece of a group.
 
 Stage 1 reads each group's factor and coefficient, stage 2 adds the pieces of a group in order. A group without rows gets zeros.
+Under batch invariance a group's gradients have the same bits whatever the other groups' rows are: how it is cut follows no M.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,56 +21,80 @@ from .sweep import Cut, Rule, empty_outer, sweep
 from .sweep_plan import SweepPlan, plan_sweep, sums_over_columns
 
 
-def _token_coefficient(s: Tensor, b: Tensor, ends: Tensor, eta: float) -> Tensor:
+class _Groups(NamedTuple):
+    """Where rows lie: `ends` [E] and `order` [M] as in `groups`."""
+
+    ends: Tensor
+    order: Tensor | None
+
+    def part(self, start: int, stop: int) -> "_Groups":
+        """The groups as they lie in the rows from `start` to `stop`."""
+        order = None if self.order is None else self.order[start:stop]
+        return _Groups((self.ends - start).clamp(0, stop - start), order)
+
+    def cut(self, M: int, rows: int) -> Cut:
+        """M rows in pieces of `rows` rows."""
+        return Cut(most_tiles(M, self.ends.shape[0], rows), 1, 0, 1, rows, ends=self.ends, order=self.order)
+
+
+def _token_coefficient(s: Tensor, b: Tensor, ends: Tensor, eta: float, inv_etas_squared: Tensor | None) -> Tensor:
     """C [M] in fp32 of the rule "token", for s [M, R] and b [E, N, R]."""
     gram = gram_parts(b.mT).sum(dim=1)
     square = (grouped_down_project(s, gram, ends, torch.float32) * s).sum(dim=1)
-    return 1 / torch.sqrt(square.clamp_min(0).sqrt() + eta**-2)
+    inv_eta_squared = eta**-2
+    if inv_etas_squared is not None:
+        places = torch.arange(s.shape[0], device=s.device, dtype=torch.int32)
+        groups = torch.searchsorted(ends, places, right=True).clamp_max(ends.shape[0] - 1)
+        inv_eta_squared = inv_etas_squared[groups]
+    return 1 / torch.sqrt(square.clamp_min(0).sqrt() + inv_eta_squared)
 
 
 def _plan(
     M: int, L: int, R: int, norm: str | None, sums: int, outer: bool, v: Tensor, compute: torch.dtype
 ) -> SweepPlan:
-    """`plan_sweep`, with all registers and at most 256 columns: finding a group and its factors takes registers of its own."""
-    plan = plan_sweep(M, L, R, norm, sums, outer, v.dtype, compute, configs.arch_of(v.device))
+    """`plan_sweep`, with all registers and at most 256 columns: finding a group and its factors takes registers of its own. So
+    do two sums over columns beside the widest tiles, which are then made apart."""
+    rows = batch_invariance.planned_rows(M)
+    plan = plan_sweep(rows, L, R, norm, sums, outer, v.dtype, compute, configs.arch_of(v.device))
     config = dataclasses.replace(plan.config, all_registers=True, BLOCK_N=min(plan.config.BLOCK_N, 256))
     # The tile of S Bᵀ stands beside G's.
     config = dataclasses.replace(config, num_warps=8) if norm == "entry" and config.num_stages == 1 else config
-    return dataclasses.replace(plan, config=config)
-
-
-def _cut(M: int, ends: Tensor, rows: int) -> Cut:
-    return Cut(most_tiles(M, ends.shape[0], rows), 1, 0, 1, rows, ends=ends)
+    columns = config.BLOCK_N * config.BLOCK_R // (1 if compute == torch.float32 else 4)
+    wide = config.BLOCK_M >= 64 and columns >= 2**12
+    separate = plan.separate or (norm == "row" and sums == 2 and wide)
+    return dataclasses.replace(plan, config=config, separate=separate)
 
 
 def _outer(
-    v: Tensor, u: Tensor, f: Tensor | None, rule: Rule, ends: Tensor, plan: SweepPlan, layout: str, dtype, **shares
+    v: Tensor, u: Tensor, f: Tensor | None, rule: Rule, groups: _Groups, plan: SweepPlan, layout: str, dtype, **shares
 ) -> Tensor:
     """``scale ⊙ V~ᵀ U~`` of every group in `dtype`, [E, L, R] for `layout` "LR" or [E, R, L] for "RL"."""
     (M, L), R = v.shape, u.shape[1]
-    cut = _cut(M, ends, plan.segment_rows)
+    cut = groups.cut(M, plan.segment_rows)
     result, outer = empty_outer(cut.segments, L, R, layout, v.device)
     sweep(v, u, f, rule, cut, plan.config, outer, **shares)
-    return combine_groups(result, ends.shape[0], 0, first_pieces(ends, M, plan.segment_rows), dtype)
+    first = first_pieces(groups.ends, M, plan.segment_rows)
+    return combine_groups(result, groups.ends.shape[0], 0, first, dtype)
 
 
-def _shares(v: Tensor, R: int, sums: Sums, plan: SweepPlan) -> dict[str, Tensor]:
-    """Room for each block of v's columns to put its part of the `sums` that are due."""
-    shape = (cdiv(v.shape[1], plan.config.BLOCK_N), v.shape[0], R)
+def _shares(M: int, L: int, R: int, sums: Sums, plan: SweepPlan, device: torch.device) -> dict[str, Tensor]:
+    """Room for each block of columns of V [M, L] to put its part of the `sums` that are due."""
+    shape = (cdiv(L, plan.config.BLOCK_N), M, R)
     due = [name for name in ("projected", "scaled") if getattr(sums, name) is not None]
-    return {name: torch.empty(shape, device=v.device, dtype=torch.float32) for name in due}
+    return {name: torch.empty(shape, device=device, dtype=torch.float32) for name in due}
 
 
-def _project_chunks(g: Tensor, s: Tensor, b: Tensor, rule: Rule, ends: Tensor, plan: SweepPlan, sums: Sums) -> None:
-    """Fills `sums`, some rows of g after the others."""
-    M = g.shape[0]
+def _project_chunks(g: Tensor, s: Tensor, b: Tensor, rule: Rule, groups: _Groups, plan: SweepPlan, sums: Sums) -> None:
+    """Fills `sums`, some rows of the groups after the others."""
+    (M, L), R = g.shape, s.shape[1]
     for start in range(0, M, plan.chunk_rows):
         rows = slice(start, min(M, start + plan.chunk_rows))
         count = rows.stop - start
-        shares = _shares(g[rows], s.shape[1], sums, plan)
-        cut = _cut(count, (ends - start).clamp(0, count), plan.segment_rows)
+        shares = _shares(count, L, R, sums, plan, g.device)
+        cut = groups.part(start, rows.stop).cut(count, plan.segment_rows)
         chunk_rule = rule if rule.row_scale is None else rule._replace(row_scale=rule.row_scale[rows])
-        sweep(g[rows], s[rows], b, chunk_rule, cut, plan.config, None, **shares)
+        v = g[rows] if groups.order is None else g
+        sweep(v, s[rows], b, chunk_rule, cut, plan.config, None, **shares)
         for name, share in shares.items():
             combine(share, s.dtype, out=getattr(sums, name)[rows])
 
@@ -85,11 +111,14 @@ def grouped_adapter_grads(
     need_ds: bool,
     dtype_a: torch.dtype | None,
     dtype_b: torch.dtype | None,
+    order: Tensor | None = None,
+    inv_etas_squared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dS = g B_e [M, R]``, and every group's ``dA [E, R, K]`` and ``dB [E, N, R]``: `adapter_grads` of its rows.
 
     g [M, N], x [M, K], s [M, R] and b [E, N, R] of any strides, c as from `weight_coefficient` of the groups' factors,
-    ends [E] (int32). What is not needed (`need_ds` False, a dtype None) comes back empty; x may be None without dA.
+    ends [E] (int32). What is not needed (`need_ds` False, a dtype None) comes back empty; x may be None without dA. With
+    `order` [M] (int32) row m of s and dS is that of row order[m] of g and x; `inv_etas_squared` [E] (fp32) stands for `eta`.
     """
     (M, N), (E, _, R) = g.shape, b.shape
     need_da, need_db = dtype_a is not None, dtype_b is not None
@@ -99,22 +128,25 @@ def grouped_adapter_grads(
         da = s.new_zeros(E, R, x.shape[1], dtype=dtype_a) if need_da else da
         db = s.new_zeros(E, N, R, dtype=dtype_b) if need_db else db
         return ds, da, db
-    if need_ds and batch_invariance.enabled():
-        _, da, db = grouped_adapter_grads(g, x, s, b, c, ends, eta, norm, False, dtype_a, dtype_b)
-        return grouped_down_project(g, b.mT, ends, s.dtype), da, db
+    invariant = batch_invariance.enabled()
+    if need_ds and invariant:
+        rest = (False, dtype_a, dtype_b, order, inv_etas_squared)
+        _, da, db = grouped_adapter_grads(g, x, s, b, c, ends, eta, norm, *rest)
+        return grouped_down_project(g, b.mT, ends, s.dtype, order), da, db
 
     if norm == "token":
-        c = _token_coefficient(s, b, ends, eta)
+        c = _token_coefficient(s, b, ends, eta, inv_etas_squared)
     rule_g, rule_x = rules(s, b, c, eta, norm, x.shape[1] if need_da else 0)
-    compute = s.dtype
+    rule_g = rule_g._replace(inv_etas_squared=inv_etas_squared if norm == "entry" else None)
+    compute, groups = s.dtype, _Groups(ends, order)
     sums_due = sums_over_columns(norm, need_ds, need_da)
     plan = _plan(M, N, R, norm, sums_due, need_db, g, compute)
     f, shares = b if norm == "entry" else None, {}
     chunked = plan.chunk_rows < M
-    if sums_due and norm != "entry" and (plan.separate or chunked):
+    if sums_due and norm != "entry" and (plan.separate or chunked or invariant):
 
         def by_group(v: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
-            return grouped_down_project(v, a, ends, dtype)
+            return grouped_down_project(v, a, ends, dtype, order)
 
         projected, u = project(g, b, c, norm, compute, need_ds, need_da, by_group)
         ds = projected if need_ds else ds
@@ -122,14 +154,14 @@ def grouped_adapter_grads(
         sums = Sums(s, norm, need_ds, need_da)
         ds, u = sums.ds, sums.u
         if sums_due and (chunked or not need_db):
-            _project_chunks(g, s, b, rule_g, ends, plan, sums)
+            _project_chunks(g, s, b, rule_g, groups, plan, sums)
         elif sums_due:
-            f, shares = b, _shares(g, R, sums, plan)
+            f, shares = b, _shares(M, N, R, sums, plan, g.device)
     if need_db:
-        db = _outer(g, s, f, rule_g, ends, plan, "LR", dtype_b, **shares)
+        db = _outer(g, s, f, rule_g, groups, plan, "LR", dtype_b, **shares)
         for name, share in shares.items():
             combine(share, s.dtype, out=getattr(sums, name))
     if need_da:
         plan = _plan(M, x.shape[1], R, None, 0, True, x, compute)
-        da = _outer(x, u, None, rule_x, ends, plan, "RL", dtype_a)
+        da = _outer(x, u, None, rule_x, groups, plan, "RL", dtype_a)
     return ds, da, db

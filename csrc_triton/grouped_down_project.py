@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import batch_invariance, configs
 from .configs import cdiv
-from .groups import block_of, group_tile, most_tiles
+from .groups import block_of, group_tile, most_tiles, rows_at
 from .launching import launch
 from .tiling import TRITON_DTYPE, dot, dot_precision, narrow, offsets
 
@@ -17,6 +17,7 @@ def _grouped_down_project_kernel(
     x_ptr,
     a_ptr,
     ends_ptr,
+    order_ptr,
     s_ptr,
     M,
     K,
@@ -28,13 +29,15 @@ def _grouped_down_project_kernel(
     stride_ak,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """``s[m] = x[m] A_eᵀ`` for m in group e, x [M, K], A [E, R, K], contiguous s [M, R]; zeros where m is in no group.
+    """``s[m] = x[m] A_eᵀ`` for m in group e, x [M, K], A [E, R, K], contiguous s [M, R]; zeros where m is in no group. With
+    an order s[m] is of x's row order[m].
 
     One program writes one [BLOCK_M, BLOCK_R] tile of one group; accumulates in fp32.
     """
@@ -46,7 +49,8 @@ def _grouped_down_project_kernel(
     mask_m = offs_m < stop
     mask_r = offs_r < R
     offs_k = offsets(0, BLOCK_K)
-    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    rows = rows_at(order_ptr, offs_m, mask_m, HAS_ORDER)
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k[None, :] * stride_xk
     a_ptrs = a_ptr + group.to(tl.int64) * stride_ae + offs_k[:, None] * stride_ak + offs_r[None, :] * stride_ar
     step = tl.full((), BLOCK_K, tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -61,8 +65,11 @@ def _grouped_down_project_kernel(
     tl.store(s_ptrs, narrow(acc, DTYPE), mask=mask_m[:, None] & mask_r[None, :])
 
 
-def grouped_down_project(x: Tensor, a: Tensor, ends: Tensor, dtype: torch.dtype) -> Tensor:
-    """``S = x A_eᵀ [M, R]`` in `dtype` (fp32, fp16 or bf16), for x [M, K] and a [E, R, K] of any strides, ends [E] (int32)."""
+def grouped_down_project(x: Tensor, a: Tensor, ends: Tensor, dtype: torch.dtype, order: Tensor | None = None) -> Tensor:
+    """``S = x A_eᵀ [M, R]`` in `dtype` (fp32, fp16 or bf16), for x [M, K] and a [E, R, K] of any strides, ends [E] (int32).
+
+    With `order` [M] (int32) row m of S is that of x's row order[m].
+    """
     (M, K), (E, R, _) = x.shape, a.shape
     s = torch.empty(M, R, device=x.device, dtype=dtype)
     if M == 0:
@@ -76,6 +83,7 @@ def grouped_down_project(x: Tensor, a: Tensor, ends: Tensor, dtype: torch.dtype)
         x,
         a,
         ends,
+        order,
         s,
         M,
         K,
@@ -84,6 +92,7 @@ def grouped_down_project(x: Tensor, a: Tensor, ends: Tensor, dtype: torch.dtype)
         *a.stride(),
         DTYPE=TRITON_DTYPE[dtype],
         PRECISION=dot_precision(dtype, x.dtype, dtype),
+        HAS_ORDER=order is not None,
         GROUPS=E,
         BLOCK_E=block_of(E),
         BLOCK_M=config.BLOCK_M,

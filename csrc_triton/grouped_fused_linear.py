@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import batch_invariance, configs
 from .configs import cdiv
-from .groups import block_of, group_tile, most_tiles
+from .groups import block_of, group_strides, group_tile, most_tiles, rows_at
 from .launching import launch
 from .tiling import TRITON_DTYPE, add_low_rank, dot, dot_precision, grouped_tile, narrow, offsets
 
@@ -20,6 +20,7 @@ def _grouped_fused_linear_kernel(
     s_ptr,
     b_ptr,
     ends_ptr,
+    order_ptr,
     y_ptr,
     M,
     N,
@@ -46,6 +47,8 @@ def _grouped_fused_linear_kernel(
     LOW_RANK_PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    SHARED: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -54,7 +57,8 @@ def _grouped_fused_linear_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """``y[m] = x[m] W_eᵀ + bias_e + S[m] B_eᵀ`` for m in group e; zeros where m is in no group.
+    """``y[m] = x[m] W_eᵀ + bias_e + S[m] B_eᵀ`` for m in group e; zeros where m is in no group, but
+    ``x[m] Wᵀ + bias`` where W and bias are SHARED by all rows. With an order x and y are indexed by order[m].
 
     x [M, K], W [E, N, K], bias [E, N], S [M, R], B [E, N, R], y [M, N]. One program writes one [BLOCK_M, BLOCK_N] tile of one
     group, or none: TILES_M is the most tiles that M rows can have. Accumulates in fp32, rounds once.
@@ -63,14 +67,16 @@ def _grouped_fused_linear_kernel(
     group, start, stop = group_tile(pid_m, ends_ptr, M, BLOCK_M, GROUPS, BLOCK_E)
     if start >= stop:
         return
-    real = group < GROUPS
+    adapted = group < GROUPS
+    real = adapted | SHARED
     e = group.to(tl.int64)
     offs_m = offsets(start, BLOCK_M)
     offs_n = offsets(pid_n * BLOCK_N, BLOCK_N)
     mask_m = offs_m < stop
     mask_n = offs_n < N
     offs_k = offsets(0, BLOCK_K)
-    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    rows = rows_at(order_ptr, offs_m, mask_m, HAS_ORDER)
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k[None, :] * stride_xk
     w_ptrs = w_ptr + e * stride_we + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
     step = tl.full((), BLOCK_K, tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -90,8 +96,8 @@ def _grouped_fused_linear_kernel(
         (b_ptr + e * stride_be, stride_bn, stride_br),
         offs_m,
         offs_n,
-        mask_m & real,
-        mask_n & real,
+        mask_m & adapted,
+        mask_n & adapted,
         R,
         LOW_RANK_DTYPE,
         LOW_RANK_PRECISION,
@@ -100,17 +106,27 @@ def _grouped_fused_linear_kernel(
     if HAS_BIAS:
         bias_ptrs = bias_ptr + e * stride_bias_e + offs_n * stride_bias
         acc += tl.load(bias_ptrs, mask=mask_n & real, other=0.0).to(tl.float32)[None, :]
-    y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn
+    y_ptrs = y_ptr + rows[:, None] * stride_ym + offs_n[None, :] * stride_yn
     tl.store(y_ptrs, narrow(acc, DTYPE), mask=mask_m[:, None] & mask_n[None, :])
 
 
-def grouped_fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+def grouped_fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    b: Tensor,
+    ends: Tensor,
+    order: Tensor | None = None,
+) -> Tensor:
     """``y = x W_eᵀ + bias_e + S B_eᵀ [M, N]`` in x's dtype; ``(g, Wᵀ, None, ds, Aᵀ, ends)`` gives ``dX = g W_e + dS A_e``.
 
     x [M, K] and weight [E, N, K] share a dtype; s [M, R] sets the one of the low-rank product; b [E, N, R], bias [E, N], any
-    strides; ends [E] (int32).
+    strides; ends [E] (int32). A weight [N, K] and a bias [N] are those of every row, also of those in no group.
+
+    With `order` [M] (int32) row m of s is that of row order[m] of x and y.
     """
-    (M, K), (E, N, _), R = x.shape, weight.shape, s.shape[1]
+    (M, K), (E, N, R) = x.shape, b.shape
     y = torch.empty(M, N, device=x.device, dtype=x.dtype)
     if M == 0:
         return y
@@ -127,14 +143,15 @@ def grouped_fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tens
         s,
         b,
         ends,
+        order,
         y,
         M,
         N,
         K,
         R,
         *x.stride(),
-        *weight.stride(),
-        *((0, 0) if bias is None else bias.stride()),
+        *group_strides(weight),
+        *group_strides(bias, 1),
         *s.stride(),
         *b.stride(),
         *y.stride(),
@@ -145,6 +162,8 @@ def grouped_fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tens
         LOW_RANK_PRECISION=dot_precision(s.dtype, x.dtype, x.dtype),
         HAS_BIAS=bias is not None,
         EVEN_K=K % config.BLOCK_K == 0,
+        HAS_ORDER=order is not None,
+        SHARED=weight.dim() == 2,
         GROUPS=E,
         BLOCK_E=block_of(E),
         BLOCK_M=config.BLOCK_M,

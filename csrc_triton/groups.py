@@ -2,6 +2,9 @@
 
 `ends` [E] (int32) says where each group of rows ends; the next one starts there. Rows after the last end belong to no group:
 they get zeros, and give nothing to any sum.
+
+Where rows are not sorted by group, `order` [M] (int32) sorts them: the row at place m of the groups is row ``order[m]`` of x, G
+and y, which stay as they are. What is as small as S lies in the groups' order, so that it is read and written in a run.
 """
 
 import torch
@@ -35,6 +38,15 @@ def group_tile(tile, ends_ptr, M, ROWS, GROUPS: tl.constexpr, BLOCK_E: tl.conste
     stop = tl.sum(tl.where(mine, ends, 0), axis=0)
     start = tl.sum(tl.where(mine, starts + (tile - after + tiles) * ROWS, 0), axis=0)
     return group, tl.minimum(start, stop), stop
+
+
+@triton.jit
+def rows_at(order_ptr, offs_m, mask_m, HAS_ORDER: tl.constexpr):
+    """The rows of x, G or y at the places `offs_m` of the groups."""
+    rows = offs_m
+    if HAS_ORDER:
+        rows = tl.load(order_ptr + offs_m, mask=mask_m, other=0).to(tl.int64)
+    return rows
 
 
 @triton.jit(do_not_specialize=["M"])

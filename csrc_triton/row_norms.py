@@ -6,7 +6,8 @@ Nothing here forms the N x K product BA: ``‖(BA)[i,:]‖² = B[i,:] (A Aᵀ) B
 A Gram matrix stays in parts, one a run of columns; the kernel that needs it adds them, in order, as it loads them. So C is
 cheap enough to be computed in every backward pass: two launches, for "factor" one.
 
-Factors may have a dimension for groups in front, a [E, R, K] and b [E, N, R]: the same launches then give every group's.
+Factors may have a dimension for groups in front, a [E, R, K] and b [E, N, R]: the same launches then give every group's, with
+an η for all or 1/η² [E] (fp32) of each.
 """
 
 import math
@@ -108,6 +109,7 @@ def _add_parts(ptr, offs, mask, PARTS, stride_part):
 def _quadratic_coefficient_kernel(
     v_ptr,
     q_ptr,
+    inv_etas_squared_ptr,
     c_ptr,
     L,
     R,
@@ -116,6 +118,7 @@ def _quadratic_coefficient_kernel(
     stride_vl,
     stride_vr,
     inv_eta_squared,
+    HAS_ETAS: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -147,11 +150,14 @@ def _quadratic_coefficient_kernel(
         v_ptrs = v_ptr + offs_l[:, None] * stride_vl + offs_j[None, :] * stride_vr
         v = tl.load(v_ptrs, mask=mask_l[:, None] & mask_j[None, :], other=0.0).to(tl.float32)
         form += tl.sum(product * v, axis=1)
+    if HAS_ETAS:
+        # Here and not before the loops, which need the register.
+        inv_eta_squared = tl.load(inv_etas_squared_ptr + tl.program_id(1))
     c = coefficient(sqrt_of_square(form), inv_eta_squared)
     tl.store(c_ptr + offs_l, c, mask=mask_l)
 
 
-def quadratic_coefficient(v: Tensor, q: Tensor, eta: float) -> Tensor:
+def quadratic_coefficient(v: Tensor, q: Tensor, eta: float, inv_etas_squared: Tensor | None = None) -> Tensor:
     """``C(√(v[l,:] Q v[l,:]ᵀ)) [L]`` in fp32 for v [L, R] of any strides and a Gram matrix in parts q [P, R, R]; [E, L] for v
     [E, L, R] and q [E, P, R, R]."""
     *groups, L, R = v.shape
@@ -163,17 +169,20 @@ def quadratic_coefficient(v: Tensor, q: Tensor, eta: float) -> Tensor:
         (cdiv(L, _BLOCK_L), math.prod(groups)),
         v,
         q,
+        inv_etas_squared,
         c,
         L,
         R,
         q.shape[-3],
         *group_strides(v),
         eta**-2,
+        HAS_ETAS=inv_etas_squared is not None,
         BLOCK_L=_BLOCK_L,
         # Wider tiles spill: an IEEE dot runs on the scalar units, out of registers.
         BLOCK_R=16,
         num_warps=8,
         num_stages=1,
+        **(configs.all_registers(configs.arch_of(v.device)) if groups else {}),
     )
     return c
 
@@ -182,17 +191,21 @@ def quadratic_coefficient(v: Tensor, q: Tensor, eta: float) -> Tensor:
 def _matrix_coefficient_kernel(
     gram_a_ptr,
     gram_b_ptr,
+    inv_etas_squared_ptr,
     c_ptr,
     NUMEL,
     PARTS_A,
     PARTS_B,
     inv_eta_squared,
+    HAS_ETAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``c = C(√(Σ (A Aᵀ) ⊙ (BᵀB)))`` for two Gram matrices of NUMEL elements in contiguous parts; c [1], a program a group."""
     group = tl.program_id(0).to(tl.int64)
     gram_a_ptr += group * PARTS_A * NUMEL
     gram_b_ptr += group * PARTS_B * NUMEL
+    if HAS_ETAS:
+        inv_eta_squared = tl.load(inv_etas_squared_ptr + group)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, NUMEL, BLOCK):
         offs = start + tl.arange(0, BLOCK)
@@ -223,6 +236,7 @@ def _row_coefficients(
 def _factor_coefficient_kernel(
     a_ptr,
     b_ptr,
+    inv_etas_squared_ptr,
     c_ptr,
     N,
     K,
@@ -234,6 +248,7 @@ def _factor_coefficient_kernel(
     stride_bn,
     stride_br,
     inv_eta_squared,
+    HAS_ETAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -246,6 +261,8 @@ def _factor_coefficient_kernel(
     a_ptr += group * stride_ag
     b_ptr += group * stride_bg
     c_ptr += group * (N + R)
+    if HAS_ETAS:
+        inv_eta_squared = tl.load(inv_etas_squared_ptr + group)
     blocks = tl.cdiv(N, BLOCK_N)
     block = tl.program_id(0)
     if block < blocks:
@@ -254,7 +271,7 @@ def _factor_coefficient_kernel(
         _row_coefficients(a_ptr, c_ptr + N, block - blocks, R, K, stride_ar, stride_ak, inv_eta_squared, 1, BLOCK_K)
 
 
-def factor_coefficient(a: Tensor, b: Tensor, eta: float) -> Tensor:
+def factor_coefficient(a: Tensor, b: Tensor, eta: float, inv_etas_squared: Tensor | None = None) -> Tensor:
     """``[C(‖b[n,:]‖), C(‖a[r,:]‖)] [N + R]`` in fp32 for a [R, K] and b [N, R] of any strides; with groups [E, N + R]."""
     *groups, R, K = a.shape
     N = b.shape[-2]
@@ -264,6 +281,7 @@ def factor_coefficient(a: Tensor, b: Tensor, eta: float) -> Tensor:
         (cdiv(N, _BLOCK_L) + R, math.prod(groups)),
         a,
         b,
+        inv_etas_squared,
         c,
         N,
         K,
@@ -271,6 +289,7 @@ def factor_coefficient(a: Tensor, b: Tensor, eta: float) -> Tensor:
         *group_strides(a),
         *group_strides(b),
         eta**-2,
+        HAS_ETAS=inv_etas_squared is not None,
         BLOCK_N=_BLOCK_L,
         BLOCK_R=16,
         BLOCK_K=1024,
@@ -280,22 +299,33 @@ def factor_coefficient(a: Tensor, b: Tensor, eta: float) -> Tensor:
     return c
 
 
-def weight_coefficient(a: Tensor, b: Tensor, eta: float, norm: str) -> Tensor:
+def weight_coefficient(a: Tensor, b: Tensor, eta: float, norm: str, inv_etas_squared: Tensor | None = None) -> Tensor:
     """C in fp32 of a weight-dependent rule, for a [R, K] and b [N, R] of any strides: ``"row"`` [N]; ``"matrix"`` [1];
     ``"factor"`` [N + R], first the coefficients of b's rows, then those of a's. For a [E, R, K] and b [E, N, R] with E in
-    front."""
+    front; `inv_etas_squared` [E] (fp32) then stands for `eta`."""
     if norm == "row":
-        return quadratic_coefficient(b, gram_parts(a), eta)
+        return quadratic_coefficient(b, gram_parts(a), eta, inv_etas_squared)
     if norm == "matrix":
         gram_a, gram_b = gram_parts(a), gram_parts(b.mT)
         c, numel = torch.empty(*a.shape[:-2], 1, device=a.device, dtype=torch.float32), a.shape[-2] ** 2
         parts = (gram_a.shape[-3], gram_b.shape[-3])
         launch(
-            _matrix_coefficient_kernel, (c.numel(),), gram_a, gram_b, c, numel, *parts, eta**-2, BLOCK=1024, num_warps=4
+            _matrix_coefficient_kernel,
+            (c.numel(),),
+            gram_a,
+            gram_b,
+            inv_etas_squared,
+            c,
+            numel,
+            *parts,
+            eta**-2,
+            HAS_ETAS=inv_etas_squared is not None,
+            BLOCK=1024,
+            num_warps=4,
         )
         return c
     assert norm == "factor", norm
-    return factor_coefficient(a, b, eta)
+    return factor_coefficient(a, b, eta, inv_etas_squared)
 
 
 def token_coefficient(s: Tensor, b: Tensor, eta: float) -> Tensor:

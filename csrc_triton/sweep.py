@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import configs
 from .configs import cdiv
-from .groups import block_of, group_strides, group_tile
+from .groups import block_of, group_strides, group_tile, rows_at
 from .launching import launch
 from .tiling import TRITON_DTYPE, dot, dot_precision, entry_coefficient, offsets
 
@@ -26,6 +26,8 @@ def _sweep_kernel(
     scale_ptr,
     row_scale_ptr,
     pieces_ptr,
+    order_ptr,
+    inv_etas_squared_ptr,
     outer_ptr,
     squares_ptr,
     projected_ptr,
@@ -56,6 +58,8 @@ def _sweep_kernel(
     SCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     HAS_PIECES: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_ETAS: tl.constexpr,
     GROUPS: tl.constexpr,
     OUTER: tl.constexpr,
     SQUARES: tl.constexpr,
@@ -73,7 +77,8 @@ def _sweep_kernel(
     One program owns PER_PROGRAM segments in a row, BLOCK_L columns of V and BLOCK_R of the rank: it writes their tiles
     of outer [P, L, R], or with SQUARES each tile's sum of squares [P, tiles] and the sum of them all; and its columns'
     share of projected and scaled [L/BLOCK_L, M, R]. Every tile of V is loaded once; accumulates in fp32. With GROUPS each
-    segment is a piece of a group (`groups.group_tile`), which has its own F and scale.
+    segment is a piece of a group (`groups.group_tile`), which has its own F and scale, and its 1/η² with HAS_ETAS; with
+    HAS_ORDER row m of U, projected and scaled is that of V's row order[m].
     """
     pid_l = tl.program_id(0)
     offs_l = offsets(pid_l * BLOCK_L, BLOCK_L)
@@ -84,13 +89,15 @@ def _sweep_kernel(
         group, group_start, group_stop = group_tile(tl.program_id(1), pieces_ptr, M, SEGMENT_M, GROUPS, BLOCK_E)
         if group_start >= group_stop:
             return
-        # What belongs to no group is read as zeros, with the last group's factors.
-        in_group = group < GROUPS
+        # What belongs to no group is read as zeros, and so are its factors; its sums over rows are not written.
+        mask_l = mask_l & (group < GROUPS)
         group = tl.minimum(group, GROUPS - 1).to(tl.int64)
         if PROJECT or PROJECT_SCALED or NORM == "entry":
             f_ptr += group * stride_fg
         if SCALE != "" or NORM == "row":
             scale_ptr += group * stride_scale_g
+        if HAS_ETAS:
+            inv_eta_squared = tl.load(inv_etas_squared_ptr + group)
     if PROJECT or PROJECT_SCALED:
         f_ptrs = f_ptr + offs_l[:, None] * stride_fl + offs_r[None, :] * stride_fr
         f = tl.load(f_ptrs, mask=mask_l[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_L, BLOCK_R]
@@ -119,11 +126,9 @@ def _sweep_kernel(
         for m in range(start, stop, BLOCK_M):
             offs_m = offsets(m, BLOCK_M)
             mask_m = offs_m < stop
-            v_ptrs = v_ptr + offs_m[:, None] * stride_vm + offs_l[None, :] * stride_vl
-            mask_v = mask_m
-            if GROUPS > 0:
-                mask_v = mask_m & in_group
-            v = tl.load(v_ptrs, mask=mask_v[:, None] & mask_l[None, :], other=0.0)  # [BLOCK_M, BLOCK_L]
+            rows = rows_at(order_ptr, offs_m, mask_m, HAS_ORDER)
+            v_ptrs = v_ptr + rows[:, None] * stride_vm + offs_l[None, :] * stride_vl
+            v = tl.load(v_ptrs, mask=mask_m[:, None] & mask_l[None, :], other=0.0)  # [BLOCK_M, BLOCK_L]
             v_scaled = v
             if NORM == "entry":
                 u_args, f_args = (u_ptr, stride_um, stride_ur), (f_ptr, stride_fl, stride_fr)
@@ -181,7 +186,8 @@ def _sweep_kernel(
 class Cut(NamedTuple):
     """The segments of one launch: `segments` of them, `per_program` to a program. Segment p starts at ``pieces[p]`` and
     stops at ``pieces[p + 1]`` (int32), or lies in sample ``p // parts`` of `sample_rows` rows, `segment_rows` of it. With
-    `ends` [E] (int32) segment p is the p-th piece of `segment_rows` rows of the groups that end there, if there are so many."""
+    `ends` [E] (int32) segment p is the p-th piece of `segment_rows` rows of the groups that end there, if there are so many;
+    the rows are v's in this `order` [M] (int32), None where they lie in it."""
 
     segments: int
     per_program: int
@@ -190,17 +196,20 @@ class Cut(NamedTuple):
     segment_rows: int
     pieces: Tensor | None = None
     ends: Tensor | None = None
+    order: Tensor | None = None
 
 
 class Rule(NamedTuple):
     """What the coefficient multiplies: `norm` is "entry" for a factor of V's tile, "row" where `scale` also multiplies
-    F's rows; `scale` of the sum over rows runs over `axis` "columns" (of V) or "rank"; `row_scale` [M] multiplies U's rows."""
+    F's rows; `scale` of the sum over rows runs over `axis` "columns" (of V) or "rank"; `row_scale` [M] multiplies U's rows.
+    `inv_etas_squared` [E] (fp32) has every group's 1/η² where `eta` is not that of all."""
 
     norm: str | None = None
     scale: Tensor | None = None
     axis: str = ""
     row_scale: Tensor | None = None
     eta: float = 1.0
+    inv_etas_squared: Tensor | None = None
 
 
 def sweep(
@@ -217,8 +226,8 @@ def sweep(
 ) -> None:
     """One launch of the kernel on v [M, L] and u [M, R] of any strides: fills `outer` [P, L, R] (with `squares` a sum a
     program), `squares` [P, tiles], and the shares `projected` and `scaled` [tiles of L, M, R], where they are given. For a cut
-    into groups f is [E, L, R], and the rule's scale [E, L] or [E, R]."""
-    (M, L), R = v.shape, u.shape[1]
+    into groups f is [E, L, R], and the rule's scale [E, L] or [E, R]; u has a row for each of the order's."""
+    (M, R), L = u.shape, v.shape[1]
     tiles_l, tiles_r = cdiv(L, config.BLOCK_N), cdiv(R, config.BLOCK_R)
     groups = 0 if cut.ends is None else cut.ends.shape[0]
     launch(
@@ -230,6 +239,8 @@ def sweep(
         rule.scale,
         rule.row_scale,
         cut.pieces if cut.ends is None else cut.ends,
+        cut.order,
+        rule.inv_etas_squared,
         outer,
         squares,
         projected,
@@ -253,6 +264,8 @@ def sweep(
         SCALE=rule.axis,
         HAS_ROW_SCALE=rule.row_scale is not None,
         HAS_PIECES=cut.pieces is not None,
+        HAS_ORDER=cut.order is not None,
+        HAS_ETAS=rule.inv_etas_squared is not None,
         GROUPS=groups,
         OUTER=outer is not None,
         SQUARES=squares is not None,

@@ -12,7 +12,15 @@ from tiny_models import pretend_to_train  # noqa: E402
 from tiny_training import make_model  # noqa: E402
 from torch import nn  # noqa: E402
 
-from allora_kernels import adapter_layers, apply_allora, load_adapter, merge_adapter  # noqa: E402
+from allora_kernels import (  # noqa: E402
+    adapter_layers,
+    adapter_parameters,
+    add_adapter,
+    apply_allora,
+    load_adapter,
+    merge_adapter,
+    set_adapter,
+)
 from allora_kernels.training import AdapterCheckpoints, AdapterTrainer  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -191,3 +199,29 @@ def test_what_it_cannot_do_is_refused_at_once(base, tmp_path, monkeypatch):
             with pytest.raises(ValueError, match=rf"(?i){engine} is on.*save_adapter"):
                 AdapterTrainer(model=model, args=arguments(tmp_path))
     assert len(adapter_layers(model)) > 0
+
+
+def test_of_several_adapters_a_trainer_takes_the_one_that_it_names(base, tmp_path):
+    def several(cls, output, **changes):
+        transformers.set_seed(0)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+        apply_allora(model, r=2, modules_to_save=["classifier"], adapter_name="a")
+        add_adapter(model, "b", r=3)
+        set_adapter(model, "b")
+        own = dict(train_dataset=rows(), data_collator=transformers.default_data_collator)
+        return cls(model=model, args=arguments(output, **changes), **own)
+
+    class OfB(AdapterTrainer):
+        adapter = "b"
+
+    with pytest.raises(ValueError, match="has adapters 'a', 'b', and a checkpoint holds one"):
+        several(AdapterTrainer, tmp_path / "none")
+    whole = several(OfB, tmp_path / "whole")
+    before = {name: [p.detach().clone() for p in adapter_parameters(whole.model, name)] for name in "ab"}
+    whole.train()
+    for name, moved in (("a", False), ("b", True)):
+        after = adapter_parameters(whole.model, name)
+        assert all(torch.equal(p, was) != moved for p, was in zip(after, before[name], strict=True))
+    again = several(OfB, tmp_path / "whole")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    assert same(trained(again.model), trained(whole.model))

@@ -60,6 +60,10 @@ def test_the_command_prints_the_table_as_computed():
     console = Console(record=True, width=140, file=io.StringIO())
     assert budget.main([], console) == 0
     text = console.export_text()
-    assert text.count("computed for 800 TFLOP/s and 3 TB/s") == 3 and "1.103" in text and "not yet measured" in text
+    assert (
+        text.count("computed for 800 TFLOP/s and 3 TB/s, cost over the frozen layer") == 3
+        and "1.103" in text
+        and "not yet measured" in text
+    )
     budget.main(["--passes", "ours", "--shapes", "M=512,N=4096,K=4096,R=16"], console)
     assert "dS, u and dB from one sweep over G" in console.export_text()

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from bench import __main__ as bench
-from bench import measured, report, results, sample_report, samples, targets
+from bench import measured, report, results, samples, step_report, targets
 from bench.sample_providers import PROVIDERS, Batch, Judge, typical_norm
 from bench.samples import CPU_CASES, GPU_CASES, SampleCase
 
@@ -130,9 +130,9 @@ def test_targets_and_table_of_made_up_results():
     assert "| on a CPU: clipped step faster than `opacus-hooks`, worst b x T | ≥ 1x | not yet measured |  |" in table
     assert "| on a CPU: clipped step faster than `opacus-ghost`, worst b x T | ≥ 1x | 0.5x | **no** |" in table
 
-    text = sample_report.block([gpu, cpu])
+    text = step_report.block(step_report.SAMPLES, [gpu, cpu])
     assert "| `ours` | 2.2 (2.2 to 2.2) = 1.10x, 13 MiB |" in text and "not yet measured" not in text
     assert "On one core of a CPU, ms" in text and "wrong: dA is off by 1" in text and "commit cccccccccc" in text
-    alone = sample_report.block([cpu])
+    alone = step_report.block(step_report.SAMPLES, [cpu])
     assert f"| `ours` |{' not yet measured |' * len(GPU_CASES)}" in alone and "| `ours` | 22.0" in alone
     assert "| `ours` | not yet measured |" in report.blocks({}, {})["per-sample"]

@@ -296,7 +296,10 @@ BAD_CONFIGS = {
     "lora_bias": ({"lora_bias": True}, "lora_bias=True is another layer"),
     "replication": ({"layer_replication": [[0, 2]]}, "layer_replication="),
     "tokens": ({"trainable_token_indices": [3]}, "trainable_token_indices="),
-    "parameters": ({"target_parameters": ["w"]}, "target_parameters="),
+    "parameters": (
+        {"target_parameters": ["w"]},
+        "target_parameters: the model has no parameter .w.: the model has no experts",
+    ),
     "bias": ({"bias": "all"}, "bias must be 'none'.*'all'"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base weights"),
     "norm": ({"allora_norm": "rows"}, "norm must be one of .*'rows'"),

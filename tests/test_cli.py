@@ -231,6 +231,34 @@ def test_a_dry_run_tells_what_the_run_then_does(folder, tmp_path, options):
     assert f"{mib:,.1f} MiB trained, {mib:,.1f} MiB gradients, {moments * mib:,.1f} MiB optimizer" in looked.output
 
 
+def test_experts_are_adapted_trained_and_saved_where_they_are_asked_for(folder, tmp_path):
+    mixture = make_model(tmp_path / "mixtral", "Mixtral")
+    options = {
+        "model": mixture,
+        "task": "causal-lm",
+        "target_modules": ["q_proj"],
+        "experts": True,
+        "eval_fraction": 0.3,
+    }
+    looked = finetune(folder, tmp_path / "run", dry_run=True, **options)
+    assert looked.exit_code == 0, looked.output
+    assert "2 x model.layers.*.mlp.experts.down_proj 3 experts of [16, 32], r=2" in looked.output
+    assert not (tmp_path / "run").exists()
+    result = finetune(folder, tmp_path / "run", **options)
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert len(config["target_parameters"]) == 4 and len(config["target_modules"]) == 2
+    model = transformers.MixtralForCausalLM.from_pretrained(mixture)
+    report = load_adapter(model, tmp_path / "run" / "adapter")
+    assert len(report.experts) == 4
+    assert any(p.any() for name, p in model.named_parameters() if name.endswith("allora.down_proj.lora_B"))
+    shown = allora("explain", mixture, "--experts", "--r", 2)
+    assert shown.exit_code == 0 and "3 experts of [16, 32], r=2" in shown.output
+    refused = finetune(folder, tmp_path / "other", experts=True)
+    assert refused.exit_code != 0 and "no experts in 3-D parameters" in refused.output
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("kind", ["yaml", "toml"])
 def test_settings_from_a_file_and_what_the_command_line_says_counts_more(folder, tmp_path, kind):
     settings = {

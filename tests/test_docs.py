@@ -47,7 +47,7 @@ def test_a_pages_snippets_run_one_after_the_other(page, tmp_path, monkeypatch, c
 
 
 def test_the_readme_has_its_example():
-    assert len(snippets(ROOT / "README.md")) == 2
+    assert len(snippets(ROOT / "README.md")) == 4
 
 
 @pages

@@ -274,7 +274,7 @@ def test_a_torn_checkpoint_is_passed_over(settings, tmp_path):
 def test_a_run_killed_in_its_last_evaluation_trains_no_further(settings, monkeypatch, tmp_path):
     config = settings()
     whole = finetune(replace(config, output=str(tmp_path / "whole")))
-    evaluate, calls = module._evaluate, []
+    evaluate, calls = module.evaluate, []
 
     def killed_the_second_time(trainer):
         calls.append(trainer)
@@ -283,7 +283,7 @@ def test_a_run_killed_in_its_last_evaluation_trains_no_further(settings, monkeyp
         return evaluate(trainer)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(module, "_evaluate", killed_the_second_time)
+        patched.setattr(module, "evaluate", killed_the_second_time)
         finetune(config)
     assert outcome(finetune(replace(config, resume=True))) == outcome(whole)
 

@@ -273,6 +273,13 @@ def test_a_trainer_without_our_checkpoints_writes_the_adapter_and_does_not_misre
         make(SFTTrainer, again, base, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
+@pytest.mark.parametrize("trainer", [SFTTrainer, DPOTrainer])
+def test_nor_does_it_pass_by_an_adapter_on_the_head(base, tmp_path, trainer):
+    model = applied(base, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(RuntimeError, match=r"lm_head has an adapter, but .* forward pass did not call it"):
+        make(trainer, model, base, tmp_path).train()
+
+
 # --- the examples ---------------------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,15 @@ _CONFIGS = {
         "num_experts_per_tok": 2,
     },
     "Olmoe": {**_SIZES, "num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 2},
+    "GptOss": {
+        **_SIZES, "num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "intermediate_size": 24,
+    },
+    "DeepseekV3": {
+        **_SIZES, "num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+        "v_head_dim": 8, "first_k_dense_replace": 1, "moe_intermediate_size": 12, "n_routed_experts": 4, "n_shared_experts": 1,
+        "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    },
     "ViT": {**_SIZES, "image_size": 8, "patch_size": 4},
     "Mamba": {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
     "WavLM": {
@@ -53,6 +62,27 @@ def llama(**config) -> nn.Module:
 
 def gpt2(**config) -> nn.Module:
     return transformer("GPT2", "LMHeadModel", **config)
+
+
+MIXTURES = {
+    "Qwen3Moe": {"moe_intermediate_size": 12},
+    "Mixtral": {"num_local_experts": 3},
+    "Olmoe": {},
+    "GptOss": {},
+    "DeepseekV3": {},
+}
+"""Architectures with experts in 3-D parameters, none of them square."""
+
+
+@torch.no_grad()
+def mixture(family: str, **config) -> nn.Module:
+    """A language model with experts that differ, biases too."""
+    model = transformer(family, "ForCausalLM", **{**MIXTURES[family], **config})
+    generator = torch.Generator().manual_seed(2)
+    for name, p in model.named_parameters():
+        if "experts" in name or "router" in name or name.endswith("gate.weight"):
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    return model
 
 
 @torch.no_grad()

@@ -20,11 +20,14 @@ _SIZES = {
 
 
 def make_model(folder: Path, family: str) -> str:
-    """A random ``"Bert"`` (without a head) or ``"Llama"`` (with one) and its tokenizer, in `folder`."""
+    """A random ``"Bert"`` (without a head), ``"Llama"`` or ``"Mixtral"`` (with one) and its tokenizer, in `folder`."""
     torch.manual_seed(0)
     if family == "Bert":
         # Dropout stays on: what draws random numbers is what resuming can get wrong.
         model = transformers.BertModel(transformers.BertConfig(**_SIZES))
+    elif family == "Mixtral":
+        config = transformers.MixtralConfig(**_SIZES, num_key_value_heads=1, num_local_experts=3)
+        model = transformers.MixtralForCausalLM(config)
     else:
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SIZES, num_key_value_heads=1))
     model.save_pretrained(folder)

@@ -13,7 +13,7 @@ class GroupedSteps:
     """The steps of one backend with the groups' ends filled in: `reference`'s functions by name."""
 
     def __init__(self, backend: str, ends: Tensor) -> None:
-        self._steps, self._ends = _steps(backend), ends
+        self._steps, self._ends = steps_of(backend), ends
         self.weight_coefficient = self._steps.weight_coefficient
 
     def adapted_linear(self, x, weight, bias, lora_A, lora_B, dtype):
@@ -30,7 +30,8 @@ class GroupedSteps:
         return self._steps.grouped_adapter_grads(g, x, s, lora_B, c, self._ends, *settings)
 
 
-def _steps(backend: str) -> ModuleType:
+def steps_of(backend: str) -> ModuleType:
+    """The module whose functions are the steps of groups on a backend: `reference`, or the ops (loaded on first use)."""
     if backend == "eager":
         return reference
     from . import ops

@@ -46,7 +46,7 @@ def grad_sample(layer: ALLoRALayer, activations: list[Tensor], backprops: Tensor
     Zero for a forward pass with the adapter disabled."""
     name, common, samples = _inputs(layer, activations, backprops)
     needs = (layer.lora_A.requires_grad, layer.lora_B.requires_grad)
-    if not state_of_call(layer, layer.enabled):
+    if not state_of_call(layer, layer._state).enabled:
         trained = [p for p in (layer.lora_A, layer.lora_B) if p.requires_grad]
         return {p: p.new_zeros(samples.count, *p.shape) for p in trained}
     _, *grads = sample_steps(name).sample_grads(*common, False, *needs, samples)
@@ -59,7 +59,7 @@ def norm_sample(layer: ALLoRALayer, activations: list[Tensor], backprops: Tensor
     """``{lora_A: [b], lora_B: [b]}``: the norms of `grad_sample`'s tensors."""
     name, common, samples = _inputs(layer, activations, backprops)
     steps = sample_steps(name)
-    if not state_of_call(layer, layer.enabled):
+    if not state_of_call(layer, layer._state).enabled:
         trained = [p for p in (layer.lora_A, layer.lora_B) if p.requires_grad]
         return {p: p.new_zeros(samples.count) for p in trained}
     norms = {}
@@ -75,7 +75,16 @@ def reasons_against(model: nn.Module) -> list[str]:
     reasons, owners = [], {}
     for name, module in model.named_modules():
         if isinstance(module, ALLoRALayer):
+            if len(module.adapter_names) > 1:
+                reasons.append(
+                    f"layer {name!r} has several adapters, of which those that take no part get no per-sample gradient: "
+                    "remove_adapter(model, name) all but the one to train"
+                )
             trained = [p for p in (module.lora_A, module.lora_B) if p.requires_grad]
+            if trained and module.grouped:
+                reasons.append(
+                    f"{name!r} adapts the experts of a mixture, whose rows are sorted by expert and not by sample"
+                )
             if trained and not module.training:
                 reasons.append(
                     f"layer {name!r} is in eval mode, where Opacus does not look at its inputs: call train()"

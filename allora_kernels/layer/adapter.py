@@ -1,11 +1,41 @@
 """`ALLoRALayer`: what every layer with an ALLoRA adapter has, whoever computes its frozen product."""
 
 import math
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import switching
+
+DEFAULT_ADAPTER = "default"
+"""The name of an adapter that was given none, as in PEFT."""
+
+
+class CallState(NamedTuple):
+    """What a call of a layer computes with."""
+
+    enabled: bool = True
+    adapter: str = DEFAULT_ADAPTER
+    """The active adapter's name."""
+    rows: Any = None
+    """Of a batch in which each sample names its adapter: what runs such a call, by `rows.linear(layer, x)`."""
+
+
+class NamedAdapter(nn.Module):
+    """One of several adapters of a layer: lora_A ``[r, K]``, lora_B ``[N, r]`` and their rule."""
+
+    def __init__(self, lora_A: nn.Parameter, lora_B: nn.Parameter, eta: float, norm: str | None) -> None:
+        super().__init__()
+        self.lora_A, self.lora_B, self.eta, self.norm = lora_A, lora_B, float(eta), norm
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return self.lora_A.shape[0]
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, eta={self.eta}, norm={self.norm!r}"
 
 
 class ALLoRALayer(nn.Module):
@@ -14,6 +44,10 @@ class ALLoRALayer(nn.Module):
 
     `FusedALLoRALinear` holds the frozen weight itself; `WrappedALLoRALinear` leaves it to the layer that it wraps. Both have a
     `weight` and a `bias` (or None) to look at, `merge()` and `explain(rows)`.
+
+    A layer may have several adapters. `lora_A`, `lora_B`, `r`, `eta` and `norm` are always those of the active one. All of them
+    are in `adapters`, a `ModuleDict` that exists only where there is more than one: the active one's parameters are then in the
+    layer under two names, as tied weights are.
     """
 
     in_features: int
@@ -25,7 +59,10 @@ class ALLoRALayer(nn.Module):
     fan_in_fan_out = False
     """True where `weight` is stored [in_features, out_features], as in transformers' Conv1D."""
 
-    _enabled = True
+    grouped = False
+    """True where it adapts a mixture's E experts: lora_A [E, r, in_features], lora_B [E, out_features, r]."""
+
+    _state = CallState()
     _recording = None
     """The `per_sample.record` this layer is in, if it is in one."""
 
@@ -37,18 +74,110 @@ class ALLoRALayer(nn.Module):
 
     def reset_adapter(self) -> None:
         """Initialise the adapter as PEFT does: A Kaiming-uniform(a=√5), B zero. The layer then equals its frozen one."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+        _initialise(self.lora_A, self.lora_B)
+
+    # --- the state of a call ---
 
     @property
     def enabled(self) -> bool:
         """False where the layer computes as its frozen one alone, to the same bits, and its adapter gets no gradient. What
         checkpointing runs again has the state of its first run. TypeError unless set to a bool."""
-        return self._enabled
+        return self._state.enabled
 
     @enabled.setter
     def enabled(self, on: bool) -> None:
         if not isinstance(on, bool):
             raise TypeError(f"enabled must be a bool, got {type(on).__name__}")
-        switching.note_switch(self, self._enabled, on)
-        self._enabled = on
+        self._change(enabled=on)
+
+    def _change(self, **fields) -> None:
+        """Give the calls from here on another state."""
+        state = self._state._replace(**fields)
+        switching.note_switch(self, self._state, state)
+        self._state = state
+
+    # --- several adapters ---
+
+    @property
+    def adapter_name(self) -> str:
+        """The name of the active adapter."""
+        return self._state.adapter
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The names of all adapters, in the order in which they were added."""
+        return tuple(self.adapters) if "adapters" in self._modules else (self.adapter_name,)
+
+    def adapter(self, name: str) -> "ALLoRALayer | NamedAdapter":
+        """What has lora_A, lora_B, r, eta and norm of the adapter `name`.
+
+        Raises:
+            RuntimeError: it is gone, so that a call from before cannot be run again.
+        """
+        if name == self.adapter_name:
+            return self
+        if name not in self.adapter_names:
+            raise RuntimeError(
+                f"a checkpointed forward pass with adapter {name!r} is run again, but that adapter was removed since: call "
+                "backward before remove_adapter"
+            )
+        return self.adapters[name]
+
+    def add_named_adapter(self, name: str, r: int, eta: float, norm: str | None) -> None:
+        """Add an adapter beside the others, initialised as the first one was and in the active one's dtype; not active."""
+        a, b = (
+            torch.empty(*size, device=self.lora_A.device, dtype=self.lora_A.dtype)
+            for size in ((r, self.in_features), (self.out_features, r))
+        )
+        _initialise(a, b)
+        if "adapters" not in self._modules:
+            self.adapters = nn.ModuleDict({self.adapter_name: self._named()})
+            self.register_load_state_dict_post_hook(_tie_again)
+        self.adapters[name] = NamedAdapter(nn.Parameter(a), nn.Parameter(b), eta, norm)
+
+    def activate_adapter(self, name: str) -> None:
+        """Make the adapter `name` the one that the layer computes with."""
+        if name == self.adapter_name:
+            return
+        # Its rule may have been set anew while it was active.
+        self.adapters[self.adapter_name] = self._named()
+        self._change(adapter=name)
+        chosen = self.adapters[name]
+        self.r, self.eta, self.norm = chosen.r, chosen.eta, chosen.norm
+        self._tie()
+
+    def remove_named_adapter(self, name: str) -> None:
+        """Remove an adapter that is not active."""
+        del self.adapters[name]
+        if len(self.adapters) == 1:
+            del self.adapters
+
+    def _named(self) -> NamedAdapter:
+        return NamedAdapter(self.lora_A, self.lora_B, self.eta, self.norm)
+
+    def _tie(self) -> None:
+        if "adapters" in self._modules:
+            active = self.adapters[self.adapter_name]
+            self.lora_A, self.lora_B = active.lora_A, active.lora_B
+
+    def _apply(self, fn, recurse: bool = True):
+        # Moving to another device may make new parameters, of the two names of one, two.
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+        # Where another adapter was active when the state was saved, lora_A and lora_B in it are that one's.
+        own = {prefix + factor: f"{prefix}adapters.{self.adapter_name}.{factor}" for factor in ("lora_A", "lora_B")}
+        if "adapters" in self._modules and all(key in state_dict for key in own.values()):
+            state_dict = state_dict | {key: state_dict[source] for key, source in own.items()}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _initialise(lora_A: Tensor, lora_B: Tensor) -> None:
+    nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+    nn.init.zeros_(lora_B)
+
+
+def _tie_again(layer: ALLoRALayer, _) -> None:
+    layer._tie()

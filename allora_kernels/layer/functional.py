@@ -46,7 +46,8 @@ def check_scaling(scaling: float, norm: str | None) -> None:
         )
 
 
-def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> None:
+def check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> None:
+    """Raise ValueError or TypeError unless the tensors fit together, on one device, and what is frozen needs no gradient."""
     named = {"x": x, "weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B}
     for name, t in named.items():
         if t is None and name == "bias":
@@ -205,7 +206,7 @@ def choose_backend(x: Tensor, widest: torch.dtype, asked: str | None) -> str:
 
 def apply(x, weight, bias, lora_A, lora_B, eta, norm, backend=None, sink=None, scaling=1.0) -> Tensor:
     """`allora_linear`, and what takes the step `adapter_grads` over to see more of it."""
-    _check_tensors(x, weight, bias, lora_A, lora_B)
+    check_tensors(x, weight, bias, lora_A, lora_B)
     check_rule(lora_A.shape[0], eta, norm)
     check_scaling(scaling, norm)
     if scaling != 1:

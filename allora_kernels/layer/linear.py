@@ -114,7 +114,8 @@ class FusedALLoRALinear(ALLoRALayer, nn.Linear):
         """The frozen weight as ``[out_features, in_features]``, whichever way it is stored."""
         return self.weight.mT if self.fan_in_fan_out else self.weight
 
-    def _frozen(self, input: Tensor) -> Tensor:
+    def frozen_linear(self, input: Tensor) -> Tensor:
+        """What the layer computes without an adapter."""
         if batch_invariance.enabled():
             # The frozen layer's kernel is the adapted one's, with a zero factor.
             zero = torch.zeros_like(self.lora_B, requires_grad=False)
@@ -128,11 +129,15 @@ class FusedALLoRALinear(ALLoRALayer, nn.Linear):
         return y.reshape(*input.shape[:-1], self.out_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not switching.state_of_call(self, self._enabled):
-            return self._frozen(input)
+        enabled, name, rows = switching.state_of_call(self, self._state)
+        if not enabled:
+            return self.frozen_linear(input)
+        if rows is not None:
+            return rows.linear(self, input)
         sink = None if self._recording is None else self._recording.sink(self, input)
+        own = self if name == self._state.adapter else self.adapter(name)
         return functional.apply(
-            input, self.frozen_weight, self.bias, self.lora_A, self.lora_B, self.eta, self.norm, sink=sink
+            input, self.frozen_weight, self.bias, own.lora_A, own.lora_B, own.eta, own.norm, sink=sink
         )
 
     @torch.no_grad()

@@ -60,14 +60,14 @@ low_rank_add: Callable[..., None] = define(
 )
 
 
-def _weight_coefficient_fake(a, b, eta, norm):
+def _weight_coefficient_fake(a, b, eta, norm, inv_etas_squared=None):
     *groups, n, r = b.shape
     size = {"row": n, "matrix": 1, "factor": n + r}[norm]
     return a.new_empty(*groups, size, dtype=torch.float32)
 
 
 weight_coefficient: Callable[..., Tensor] = define(
-    "weight_coefficient(Tensor a, Tensor b, float eta, str norm) -> Tensor",
+    "weight_coefficient(Tensor a, Tensor b, float eta, str norm, Tensor? inv_etas_squared=None) -> Tensor",
     csrc_triton.weight_coefficient,
     _weight_coefficient_fake,
 )

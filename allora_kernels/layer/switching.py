@@ -1,32 +1,36 @@
-"""Whether the adapter of a layer takes part in a call: the state that is set, or in a call that checkpointing runs again, the
-state that the first run had.
+"""What a layer's call computes with (whether its adapter takes part, which one, whose rows): the state that is set, or in a
+call that checkpointing runs again, the state that the first run had. States are compared by ``==``.
 
 A call that a backward pass runs again is asked for by a node of the first run's graph. Nodes are numbered as they are made, so
 the node's number against the numbers at which the layer was switched tells the state then.
 """
 
 from collections import deque
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+State = TypeVar("State")
+
 _KEPT = 64
 
 # By layer, the latest switches: (number of the first node after it, what held before). Not on the layer, because the numbers
 # mean nothing in a copy or in another process.
-_switches: WeakKeyDictionary[nn.Module, deque[tuple[int, bool]]] = WeakKeyDictionary()
+_switches: WeakKeyDictionary[nn.Module, deque[tuple[int, Any]]] = WeakKeyDictionary()
 # By layer, the state that a switch inside a backward pass gave it, and the innermost graph task then.
-_inside: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
+_inside: WeakKeyDictionary[nn.Module, tuple[int, Any]] = WeakKeyDictionary()
 # By layer, the state found last for a call run again.
-_found: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_found: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 # The graph tasks that run now, the outermost first, as far as they called a layer, and those that ended in an error since the
 # last call outside; and whether a layer was switched in them.
 _tasks: list[int] = []
 _switched_in_task = False
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether autograd is running: what is called now is called by a backward pass."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -49,28 +53,29 @@ def _leave_task(task: int) -> None:
         _inside.clear()
 
 
-def note_switch(layer: nn.Module, before: bool, after: bool) -> None:
+def note_switch(layer: nn.Module, before: State, after: State) -> None:
     """`layer` is switched from `before` to `after`."""
     global _switched_in_task
-    if _in_backward():
+    if in_backward():
         # Part of what is run again, which replays it: it counts for the calls after it there and for nothing else.
         _enter_task()
         _switched_in_task = True
         _inside[layer] = (torch._C._current_graph_task_id(), after)
-    elif before is not after:
+    elif before != after:
         _switches.setdefault(layer, deque(maxlen=_KEPT)).append((torch.autograd._get_sequence_nr(), before))
 
 
-def switch(layer: nn.Module, on: bool) -> tuple:
-    """Set `layer.enabled`; what `switch_back` takes."""
-    before = (layer.enabled, _inside.get(layer))
-    layer.enabled = on
+def switch(layer: nn.Module, **fields) -> tuple:
+    """Set these fields of `layer`'s state; what `switch_back` takes."""
+    before = ({name: getattr(layer._state, name) for name in fields}, _inside.get(layer))
+    layer._change(**fields)
     return before
 
 
 def switch_back(layer: nn.Module, before: tuple) -> None:
     """Undo a `switch`."""
-    layer.enabled, inside = before
+    fields, inside = before
+    layer._change(**fields)
     if inside is not None:
         _inside[layer] = inside
     else:
@@ -78,28 +83,28 @@ def switch_back(layer: nn.Module, before: tuple) -> None:
         _inside.pop(layer, None)
 
 
-def state_of_call(layer: nn.Module, enabled: bool) -> bool:
-    """The state for a call of `layer`, where `enabled` is set now.
+def state_of_call(layer: nn.Module, now: State) -> State:
+    """The state for a call of `layer`, where it is `now`.
 
     Raises:
         RuntimeError: which state the first run had cannot be told: see the messages.
     """
     if torch.compiler.is_compiling():
-        return enabled
-    if not _in_backward():
+        return now
+    if not in_backward():
         if _tasks:
             _tasks.clear()
             _inside.clear()
-        return enabled
+        return now
     if layer not in _switches and layer not in _inside:
-        return enabled
+        return now
     nested = _enter_task()
-    task, state = _inside.get(layer, (-1, enabled))
+    task, state = _inside.get(layer, (-1, now))
     if task != torch._C._current_graph_task_id():
-        state = _state_then(layer, torch._C._current_autograd_node()._sequence_nr(), enabled)
+        state = _state_then(layer, torch._C._current_autograd_node()._sequence_nr(), now)
     # Inside another task the node was made when the outer checkpoint was run again, and its number says nothing; but that run
     # has just called each layer of the inner one. After a task that failed it is the other way round. Both must agree.
-    if nested and (_switched_in_task or state is not _found.get(layer, enabled)):
+    if nested and (_switched_in_task or state != _found.get(layer, now)):
         raise RuntimeError(
             "adapters were switched between a forward pass and this backward pass, and which state they had in what is run "
             "again cannot be told, inside another backward pass (of re-entrant checkpoints inside one another: pass "
@@ -109,11 +114,11 @@ def state_of_call(layer: nn.Module, enabled: bool) -> bool:
     return state
 
 
-def _state_then(layer: nn.Module, number: int, enabled: bool) -> bool:
+def _state_then(layer: nn.Module, number: int, now: State) -> State:
     switches = _switches.get(layer, ())
     if len(switches) == _KEPT and number < switches[0][0]:
         raise RuntimeError(
             f"a checkpointed forward pass is run again after {_KEPT} or more switches of its adapters: which state it had is "
             "forgotten; call backward earlier"
         )
-    return next((before for first, before in switches if number < first), enabled)
+    return next((before for first, before in switches if number < first), now)

@@ -71,10 +71,12 @@ class WrappedALLoRALinear(ALLoRALayer):
         own = bases.gives_own_tensors(self.base_layer)
         if not own and (reason := bases.damage_of(self.base_layer)):
             raise RuntimeError(f"base_layer: {reason}")
-        if not switching.state_of_call(self, self._enabled):
+        enabled, name, _ = switching.state_of_call(self, self._state)
+        if not enabled:
             return self.base_layer(input)
         sink = None if self._recording is None else self._recording.sink(self, input)
-        return add_adapter(self.base_layer, input, self.lora_A, self.lora_B, self.eta, self.norm, own, sink)
+        chosen = self if name == self._state.adapter else self.adapter(name)
+        return add_adapter(self.base_layer, input, chosen.lora_A, chosen.lora_B, chosen.eta, chosen.norm, own, sink)
 
     def merge(self) -> nn.Linear:
         """Always raises: a sum rounded to the quantized weight's few bits would lose the adapter.

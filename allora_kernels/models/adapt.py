@@ -6,12 +6,15 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import nn
 
-from ..layer.adapter import ALLoRALayer
+from ..layer.adapter import DEFAULT_ADAPTER, ALLoRALayer, CallState
 from ..layer.bases import kind_of
 from ..layer.functional import check_rule
 from ..layer.linear import FusedALLoRALinear
 from ..layer.wrapped import WrappedALLoRALinear
 from .adapted import SAVED_WHOLE, AdaptReport, report
+from .expert_selection import Stack, beside_experts, select_stacks
+from .experts import put_adapters
+from .head import watch_head
 from .saving import save_adapters_alone
 from .selection import (
     check_unadapted,
@@ -41,6 +44,9 @@ def apply_allora(
     *,
     autocast_adapter_dtype: bool = True,
     rank_pattern: Mapping[str, int] | None = None,
+    experts: bool = False,
+    target_parameters: Collection[str] | None = None,
+    adapter_name: str = DEFAULT_ADAPTER,
 ) -> AdaptReport:
     """Replace the linear layers of `model` that `target_modules` names by `FusedALLoRALinear`s, in place.
 
@@ -63,7 +69,12 @@ def apply_allora(
             their dtype.
         autocast_adapter_dtype: on a float16 or bfloat16 layer, make the adapter float32 (else the layer's dtype).
         rank_pattern: regular expression of a module's name, or of its end: rank, where it is not r. The first that
-            matches counts.
+            matches counts. Of experts, the name is the parameter's.
+        experts: also adapt all experts of a mixture that transformers keeps as 3-D parameters, a pair of factors each. The
+            routers stay frozen. What a model without linear layers to adapt takes is ``target_modules=[]``.
+        target_parameters: adapt these of them: names of parameters, or what such a name ends in after a dot, as
+            ``["mlp.experts.down_proj"]``.
+        adapter_name: what the adapter is called, where `add_adapter` puts others beside it.
 
     Returns:
         AdaptReport: what was replaced, and what was left alone and why: other quantized layers, layers with a forward pass of
@@ -75,15 +86,30 @@ def apply_allora(
         ValueError: nothing matches; the model is itself a linear layer, already has adapters, or is wrapped for
             distributed training; a name in `modules_to_save` or a pattern in `rank_pattern` matches nothing; a module
             to save shares a parameter with one that is not saved; an invalid regular expression; r, eta or norm out
-            of range. The model is untouched then.
+            of range; experts that can get no adapter, where they were asked for. The model is untouched then.
         TypeError: an argument of the wrong type. The model is untouched then.
     """
     check_rule(r, eta, norm)
+    check_adapter_name(adapter_name)
     model = check_unadapted(model)
     saved = find_saved(model, modules_to_save)
+    stacks, left_alone = select_stacks(model, experts, target_parameters, exclude_modules, saved)
     layers, skipped = select_layers(model, target_modules, exclude_modules, saved)
-    if not layers:
+    if stacks:
+        layers, skipped = beside_experts(model, target_modules, layers, skipped | left_alone, stacks)
+    if not (layers or stacks):
         raise ValueError(nothing_matches(model, target_modules, skipped))
+    ranks = ranks_of((*layers, *stacks), r, eta, norm, rank_pattern)
+    for target, near in missing_targets(model, target_modules).items():
+        warnings.warn(f"target_modules: the model has no module {target!r}{near}", stacklevel=2)
+    attach(model, layers, ranks, eta, norm, saved, autocast_adapter_dtype, stacks, adapter_name)
+    return report(model, skipped)
+
+
+def ranks_of(
+    layers: Collection[str], r: int, eta: float, norm: str | None, rank_pattern: Mapping[str, int] | None
+) -> dict[str, int]:
+    """The rank of each of `layers`, by name; ValueError or TypeError where `rank_pattern` is wrong or matches none of them."""
     ranks = {name: pattern_value(rank_pattern, name, r, "rank_pattern") for name in layers}
     for key, rank in (rank_pattern or {}).items():
         try:
@@ -92,10 +118,19 @@ def apply_allora(
             raise type(error)(f"rank_pattern[{key!r}]: {error}") from None
         if not any(matches_end(key, name, "rank_pattern") for name in layers):
             raise ValueError(f"rank_pattern[{key!r}] matches none of the layers to adapt: {some(layers)}")
-    for target, near in missing_targets(model, target_modules).items():
-        warnings.warn(f"target_modules: the model has no module {target!r}{near}", stacklevel=2)
-    attach(model, layers, ranks, eta, norm, saved, autocast_adapter_dtype)
-    return report(model, skipped)
+    return ranks
+
+
+def check_adapter_name(name: str) -> None:
+    """ValueError or TypeError unless `name` can be an adapter's, which is a part of its parameters' names."""
+    if not isinstance(name, str):
+        raise TypeError(f"an adapter's name must be a str, got {type(name).__name__}")
+    if not name or "." in name:
+        raise ValueError(f"an adapter's name must not be empty or contain a dot, got {name!r}")
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"an adapter cannot be called {name!r}, which is an attribute of torch.nn.ModuleDict: choose another"
+        )
 
 
 # --- replacing ------------------------------------------------------------------------------------------------------
@@ -115,16 +150,26 @@ def attach(
     norm: str | None,
     saved: Mapping[str, nn.Module],
     autocast_adapter_dtype: bool = True,
+    stacks: Mapping[str, Stack] = {},
+    adapter_name: str = DEFAULT_ADAPTER,
 ) -> None:
-    """Replace `layers` by adapted ones and freeze all but them and `saved`. On an error nothing has changed."""
+    """Replace `layers` by adapted ones, put adapters on `stacks`, freeze all but them and `saved`; on an error, do nothing."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    adapted = {}
+    adapted: dict[nn.Module, nn.Module] = {}
+    on_experts: dict[nn.Module, dict[str, nn.Module]] = {}
+
+    def dtype_for(layer: nn.Module | Stack) -> torch.dtype | None:
+        widen = autocast_adapter_dtype and layer.weight.dtype in (torch.float16, torch.bfloat16)
+        return torch.float32 if widen else None
+
     try:
         for name, linear in layers.items():
-            widen = autocast_adapter_dtype and linear.weight.dtype in (torch.float16, torch.bfloat16)
             adapter = (ranks[name], eta, norm)
             make = FusedALLoRALinear.from_linear if kind_of(linear) is None else WrappedALLoRALinear
-            adapted[linear] = make(linear, *adapter, adapter_dtype=torch.float32 if widen else None)
+            adapted[linear] = make(linear, *adapter, adapter_dtype=dtype_for(linear))
+        for name, stack in stacks.items():
+            adapter = stack.new_adapter(ranks[name], eta, norm, dtype_for(stack))
+            on_experts.setdefault(stack.module, {})[stack.parameter] = adapter
     except BaseException:
         # Out of memory, most likely: the layers made so far have frozen their weights.
         for p, requires_grad in flags:
@@ -134,12 +179,18 @@ def attach(
     for p, _ in flags:
         p.requires_grad_(False)
     for linear, layer in adapted.items():
+        layer._state = CallState(adapter=adapter_name)
         put(slots[linear], layer)
+    for module, adapters in on_experts.items():
+        for adapter in adapters.values():
+            adapter._state = CallState(adapter=adapter_name)
+        put_adapters(module, nn.ModuleDict(adapters))
     for module in saved.values():
         setattr(module, SAVED_WHOLE, True)
         module.requires_grad_(True)
     leave_fast_paths(model, ALLoRALayer)
     save_adapters_alone(model)
+    watch_head(model)
     _say_that_adapters_are_on_it(model)
 
 

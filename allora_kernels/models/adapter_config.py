@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from ..layer.adapter import ALLoRALayer
 from ..layer.functional import check_rule
 from .adapter_files import CONFIG_FILE, adapter_file
-from .selection import matches_end, module_names, pattern_value
+from .selection import clean_name, matches_end, module_names, pattern_value
 
 # PEFT's task of a transformers class, by the end of its name, and the heads PEFT then insists on finding in the file.
 _TASKS = {
@@ -27,23 +27,29 @@ _TASKS = {
 # Settings of PEFT's LoraConfig under which its layer computes something else than W x + scaling * B(A x).
 _OTHER_LAYERS = (
     "use_dora", "use_qalora", "use_bdlora", "lora_bias", "kasa_config", "monteclora_config", "arrow_config",
-    "alora_invocation_tokens", "trainable_token_indices", "target_parameters", "layer_replication", "megatron_config",
+    "alora_invocation_tokens", "trainable_token_indices", "layer_replication", "megatron_config",
 )  # fmt: skip
 # Initialisations that leave the base weights alone; the others (PiSSA, OLoRA, LoftQ, ...) subtract from them.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def config_for(
-    root: nn.Module, layers: Mapping[str, ALLoRALayer], saved: Mapping[str, nn.Module], base: str | None
+    root: nn.Module,
+    layers: Mapping[str, ALLoRALayer],
+    saved: Mapping[str, nn.Module],
+    base: str | None,
+    adapter: str,
 ) -> dict[str, Any]:
-    """The config of a model with these adapted layers and modules to save; ValueError if they differ in eta or norm."""
-    rules = {(layer.eta, layer.norm) for layer in layers.values()}
+    """The config of `adapter` on these layers, with these modules to save; ValueError if layers differ in eta or norm."""
+    own = {name: layer.adapter(adapter) for name, layer in layers.items()}
+    rules = {(of.eta, of.norm) for of in own.values()}
     if len(rules) > 1:
         raise ValueError(f"the file holds one (eta, norm) for all layers, but they have {sorted(rules, key=str)}")
     ((eta, norm),) = rules
-    r = Counter(layer.r for layer in layers.values()).most_common(1)[0][0]
+    r = Counter(of.r for of in own.values()).most_common(1)[0][0]
     # The caret keeps PEFT, which matches the ends of names, from giving a layer another one's rank.
-    other_ranks = {f"^{re.escape(name)}": layer.r for name, layer in layers.items() if layer.r != r}
+    other_ranks = {f"^{re.escape(name)}": of.r for name, of in own.items() if of.r != r}
+    stacks = {name for name, layer in layers.items() if layer.grouped}
     return {
         "peft_type": "LORA",
         "task_type": _task_type(root, saved),
@@ -52,7 +58,7 @@ def config_for(
         "lora_alpha": r,
         "rank_pattern": other_ranks,
         "alpha_pattern": other_ranks,
-        "target_modules": _exact_target(root, layers),
+        "target_modules": _exact_target(root, {name: layer for name, layer in layers.items() if name not in stacks}),
         "modules_to_save": list(saved) or None,
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         "bias": "none",
@@ -63,6 +69,7 @@ def config_for(
         "inference_mode": True,
         "allora_eta": eta,
         "allora_norm": norm,
+        **({"target_parameters": _exact_parameters(root, stacks)} if stacks else {}),
     }
 
 
@@ -72,6 +79,15 @@ def _exact_target(root: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]
     if any(names[0].endswith(ends) for names in module_names(root).values() if names[0] not in layers):
         return "|".join(re.escape(name) for name in layers)
     return sorted(layers)
+
+
+def _exact_parameters(root: nn.Module, wanted: Collection[str]) -> list[str]:
+    """What makes PEFT adapt these parameters; ValueError where it would adapt others too, as it knows only ends of names."""
+    for name in map(clean_name, dict(root.named_parameters())):
+        for end in wanted:
+            if name.endswith(f".{end}") and name not in wanted:
+                raise ValueError(f"PEFT's target_parameters cannot name {end} without {name}, which has no adapter")
+    return sorted(wanted)
 
 
 def _task_type(root: nn.Module, saved: Mapping[str, nn.Module]) -> str | None:
@@ -94,12 +110,15 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float]
     rslora: bool
     target_modules: str | list[str]
+    target_parameters: list[str] | None
     exclude_modules: str | list[str] | None
     modules_to_save: list[str] | None
     narrowed: bool
     """Whether target_modules is narrowed further by layer numbers."""
     eta: float
     norm: str | None
+    oriented: bool
+    """Whether who saved it is known to tell in- and output of experts by how they are stored (PEFT before 0.20 did not)."""
 
     def rank(self, name: str) -> int:
         """r of the layer called `name`."""
@@ -149,6 +168,10 @@ def _parse_config(config: Mapping[str, Any]) -> AdapterConfig:
         raise ValueError("allora_eta and allora_norm must be there together, or neither (plain LoRA)")
     eta, norm = config.get("allora_eta", 2.0), config.get("allora_norm")
     target, excluded, saved = (config.get(key) for key in ("target_modules", "exclude_modules", "modules_to_save"))
+    stacks = config.get("target_parameters")
+    if not (stacks is None or _is_list_of(stacks, str)):
+        raise ValueError(f"target_parameters must be a list of names, got {stacks!r}")
+    target = [] if target is None and stacks else target
     if not (isinstance(target, str) or _is_list_of(target, str)):
         raise ValueError(f"target_modules must be a list of names or a regular expression, got {target!r}")
     if not (excluded is None or isinstance(excluded, str) or _is_list_of(excluded, str)):
@@ -172,12 +195,19 @@ def _parse_config(config: Mapping[str, Any]) -> AdapterConfig:
         alpha_pattern=alphas,
         rslora=bool(config.get("use_rslora")),
         target_modules=target,
+        target_parameters=stacks or None,
         exclude_modules=excluded,
         modules_to_save=saved,
         narrowed=config.get("layers_to_transform") is not None,
         eta=eta,
         norm=norm,
+        oriented="allora_eta" in config or _version(config.get("peft_version")) >= (0, 20),
     )
+
+
+def _version(text: Any) -> tuple[int, ...]:
+    found = re.match(r"(\d+)\.(\d+)", text) if isinstance(text, str) else None
+    return tuple(map(int, found.groups())) if found else ()
 
 
 def _is_list_of(value: Any, kind: type) -> bool:

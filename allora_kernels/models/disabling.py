@@ -37,7 +37,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model has no adapters.
     """
-    before = [(layer, switching.switch(layer, False)) for layer in _layers(model)]
+    before = [(layer, switching.switch(layer, enabled=False)) for layer in _layers(model)]
     try:
         yield
     finally:

@@ -7,15 +7,16 @@ from torch import nn
 
 from ..layer.adapter import ALLoRALayer
 from ..layer.wrapped import WrappedALLoRALinear
-from .adapted import grouped, saved_modules
+from .adapted import grouped, layers_of, saved_modules
 from .selection import clean_name, looks_linear, module_slots, obstacle, unwrap
 
 
 @dataclass(frozen=True)
 class LayerExplanation:
-    """One linear layer: ``shape`` is (out_features, in_features); `r` None where it has no adapter."""
+    """One linear layer: ``shape`` is (out_features, in_features), of experts (E, out_features,
+    in_features); `r` None where it has no adapter."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     r: int | None
     fused: bool
     """Whether the kernels run it, the frozen product too."""
@@ -25,9 +26,8 @@ class LayerExplanation:
     """What runs each step, where the kernels do."""
 
     def __str__(self) -> str:
-        n, k = self.shape
         rank = "no adapter" if self.r is None else f"r={self.r}"
-        return f"[{n}, {k}], {rank}, {'fused' if self.fused else 'not fused'}: {self.reason}"
+        return f"{list(self.shape)}, {rank}, {'fused' if self.fused else 'not fused'}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,16 @@ def explain(model: nn.Module, rows: int = 2048, device: torch.device | str | Non
         device: where the calls would run; None for where each layer is. A model on the meta device costs no memory.
 
     Raises:
-        ValueError: the model has no linear layer or is PEFT's, or `rows` is below 1.
+        ValueError: the model has no linear layer or is PEFT's, `rows` is below 1, or inside `adapter_rows`.
         TypeError: `model` is no nn.Module.
     """
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
     root = unwrap(model)
+    if any(isinstance(m, ALLoRALayer) and m._state.rows is not None for m in root.modules()):
+        raise ValueError(
+            "inside adapter_rows layers call multi_adapter_linear, which is not explained: explain outside"
+        )
     if any(cls.__name__ == "BaseTunerLayer" for module in root.modules() for cls in type(module).__mro__):
         raise ValueError("the model has PEFT's adapters: allora_kernels.integrations.peft.explain(model) tells of them")
     device = None if device is None else torch.device(device)
@@ -86,6 +90,7 @@ def explain(model: nn.Module, rows: int = 2048, device: torch.device | str | Non
     saved = {module for top in saved_modules(root).values() for module in top.modules()}
     # A wrapped layer is told of with its adapter.
     inside = {layer.base_layer for layer in root.modules() if isinstance(layer, WrappedALLoRALinear)}
+    names = {layer: name for name, layer in layers_of(root).items()}
     layers = {}
     for name, module in root.named_modules():
         if module in inside:
@@ -93,12 +98,14 @@ def explain(model: nn.Module, rows: int = 2048, device: torch.device | str | Non
         if isinstance(module, ALLoRALayer):
             found = module.explain(rows, device)
             fused, reason = found.backend == "triton", found.reason
+            if len(module.adapter_names) > 1:
+                reason = f"{reason}; adapter {module.adapter_name!r} of {len(module.adapter_names)}"
             plan = tuple(found.plan.items()) if fused else ()
-            shape = (module.out_features, module.in_features)
+            shape = (*((module.experts,) if module.grouped else ()), module.out_features, module.in_features)
             if isinstance(module, WrappedALLoRALinear):
                 reason = f"{module.base_kind} computes y and dx, the adapter is added by {found.backend}: {reason}"
                 fused = False
-            layers[clean_name(name)] = LayerExplanation(shape, module.r, fused, reason, plan)
+            layers[names[module]] = LayerExplanation(shape, module.r, fused, reason, plan)
         elif looks_linear(module):
             if module in saved:
                 reason = "trained whole (modules_to_save)"

@@ -10,20 +10,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..layer.adapter import ALLoRALayer
+from ..layer.adapter import DEFAULT_ADAPTER, ALLoRALayer
 from ..layer.linear import is_conv1d
-from .adapt import attach
-from .adapted import AdaptReport, report, saved_modules
+from .adapt import attach, check_adapter_name
+from .adapted import AdaptReport, adapter_names, chosen_adapter, layers_of, report, saved_modules
 from .adapter_config import AdapterConfig, read_config
 from .adapter_files import WEIGHTS_FILE, adapter_file
-from .saving import PREFIX, layers_of, state_of
+from .adapters import add_adapter
+from .expert_files import file_names, from_file, shapes_in_file, turned_round
+from .expert_selection import Stack, adapted_stacks, beside_experts, select_stacks
+from .saving import PREFIX, state_of
 from .selection import check_unadapted, find_saved, select_layers, some, unwrap
 from .sharded import copy_into
 
 _FACTOR = re.compile(r"(.+)\.(lora_A|lora_B)\.weight")
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike) -> AdaptReport:
+def load_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str | None = None) -> AdaptReport:
     """Load an adapter that `save_adapter` or PEFT saved into `model`, in place.
 
     A model without adapters gets those the files describe, with the eta and norm of the config (plain LoRA,
@@ -36,6 +39,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> AdaptReport:
     Args:
         model: the base model, or one with adapters of the same shape.
         path: the folder.
+        adapter: into which adapter, where the model has several (see `add_adapter`). A name that is new to the model adds
+            one, with the ranks, eta and norm of the config; on a model without adapters it is the name of the first.
 
     Returns:
         AdaptReport: what is adapted now.
@@ -44,31 +49,56 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> AdaptReport:
         FileNotFoundError: the folder or one of its files does not exist.
         ValueError: the adapter is a pickle (only safetensors are read) or broken; the config describes another kind of
             layer (DoRA, trained biases, ...); names, shapes or dtypes do not fit the model; the model cannot be
-            adapted. The model is untouched then.
+            adapted; it has several adapters and `adapter` does not say which. The model is untouched then.
     """
     root, folder = unwrap(model), Path(path)
     config = read_config(folder)
     factors, whole = _read_tensors(folder)
-    layers: Mapping[str, nn.Module] = layers_of(root)
-    saved, skipped = saved_modules(root), {}
+    layers: Mapping[str, nn.Module] = {name: layer for name, layer in layers_of(root).items() if not layer.grouped}
+    stacks = adapted_stacks(root)
+    names = adapter_names(root)
+    added = adapter is not None and bool(names) and adapter not in names
+    if adapter is not None:
+        check_adapter_name(adapter)
+    into = (
+        adapter
+        if added
+        else chosen_adapter(root, adapter if names else None, f"load_adapter(model, {str(path)!r}, adapter=name)")
+    )
+    saved, skipped = saved_modules(root, None if added else into), {}
     declared = find_saved(root, config.modules_to_save, must_match=False)
-    fresh = not layers
+    fresh = not (layers or stacks)
     if fresh:
         check_unadapted(model)
         saved = declared
         layers, skipped = select_layers(root, config.target_modules, config.exclude_modules, saved)
+        stacks, _ = select_stacks(root, False, config.target_parameters, None, saved)
         if config.narrowed:
             layers = {name: layer for name, layer in layers.items() if name in factors}
-    problems = [*_layer_problems(config, factors, layers, skipped), *_whole_problems(whole, saved, declared)]
+        if stacks:
+            layers, skipped = beside_experts(root, [], layers, skipped, stacks)
+    factors, by_stack = _apart(factors, stacks)
+    problems = [
+        *_stack_problems(config, by_stack, stacks),
+        *_layer_problems(config, factors, layers, skipped, None if added else into),
+        *_whole_problems(whole, saved, declared),
+    ]
     if problems:
         raise ValueError(f"{folder} does not fit the model: {some(problems, separator='; ')}")
 
     if fresh:
-        attach(root, layers, {name: config.rank(name) for name in layers}, config.eta, config.norm, saved)
-        layers = layers_of(root)
-    for name, layer in layers.items():
-        copy_into(layer.lora_A, factors[name]["lora_A"])
-        copy_into(layer.lora_B, _scaled(factors[name]["lora_B"], config.scaling(name)))
+        into = adapter or DEFAULT_ADAPTER
+        ranks = {name: config.rank(name) for name in (*layers, *stacks)}
+        attach(root, layers, ranks, config.eta, config.norm, saved, stacks=stacks, adapter_name=into)
+    elif added:
+        pattern = {f"^{re.escape(name)}": config.rank(name) for name in layers}
+        add_adapter(root, into, config.r, config.eta, config.norm, rank_pattern=pattern)
+        saved = saved_modules(root, into)
+    for name, layer in layers_of(root).items():
+        own, found = layer.adapter(into), by_stack[name] if layer.grouped else factors[name]
+        a, b = found["lora_A"], _scaled(found["lora_B"], config.scaling(name))
+        copy_into(own.lora_A, from_file(layer, "lora_A", a) if layer.grouped else a)
+        copy_into(own.lora_B, from_file(layer, "lora_B", b) if layer.grouped else b)
     for key, target in state_of(saved).items():
         copy_into(target, whole[key])
     return report(root, skipped)
@@ -104,11 +134,50 @@ def _read_tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     return factors, whole
 
 
+def _apart(factors: Mapping[str, Mapping[str, Tensor]], stacks: Mapping[str, Stack]) -> tuple[dict, dict]:
+    """``(the factors of layers, those of stacks by the name of their parameter)``."""
+    in_file = file_names(stacks)
+    taken = set(in_file.values())
+    return (
+        {name: found for name, found in factors.items() if name not in taken},
+        {name: factors[key] for name, key in in_file.items() if key in factors},
+    )
+
+
+def _stack_problems(
+    config: AdapterConfig, factors: Mapping[str, Mapping[str, Tensor]], stacks: Mapping[str, Stack]
+) -> Iterable[str]:
+    for name, stack in stacks.items():
+        r = config.rank(name)
+        if name not in factors:
+            yield f"it has no lora_A and lora_B for {name}"
+        elif stack.adapter is not None and stack.adapter.r != r:
+            yield f"{name} has r={stack.adapter.r} in the model and r={r} in the file"
+        elif reason := turned_round(stack, r, factors[name], config.oriented):
+            yield f"{name}: {reason}"
+        else:
+            yield from _factor_problems(name, factors[name], shapes_in_file(stack, r))
+        if stack.weight.is_meta:
+            yield f"{name} is on the meta device: load the model's weights first"
+
+
+def _factor_problems(name: str, factors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]) -> Iterable[str]:
+    for factor, shape in shapes.items():
+        t = factors.get(factor)
+        if t is None:
+            yield f"it has no {factor} for {name}"
+        elif list(t.shape) != shape:
+            yield f"{name}.{factor} must be {shape}, got {list(t.shape)}"
+        elif not t.is_floating_point():
+            yield f"{name}.{factor} must have a floating-point dtype, got {t.dtype}"
+
+
 def _layer_problems(
     config: AdapterConfig,
     factors: Mapping[str, Mapping[str, Tensor]],
     layers: Mapping[str, nn.Module],
     skipped: Mapping[str, str],
+    adapter: str | None,
 ) -> Iterable[str]:
     for name in sorted(factors.keys() - layers.keys()):
         yield f"it adapts {name}: {skipped.get(name, 'not a layer of the model that target_modules names')}"
@@ -118,18 +187,11 @@ def _layer_problems(
             continue
         n, k = (layer.nf, layer.nx) if is_conv1d(layer) else (layer.out_features, layer.in_features)
         r = config.rank(name)
-        if isinstance(layer, ALLoRALayer) and layer.r != r:
-            yield f"{name} has r={layer.r} in the model and r={r} in the file"
+        if isinstance(layer, ALLoRALayer) and adapter is not None and layer.adapter(adapter).r != r:
+            yield f"{name} has r={layer.adapter(adapter).r} in the model and r={r} in the file"
         if layer.weight.is_meta:
             yield f"{name} is on the meta device: load the model's weights first"
-        for factor, shape in (("lora_A", [r, k]), ("lora_B", [n, r])):
-            t = factors[name].get(factor)
-            if t is None:
-                yield f"it has no {factor} for {name}"
-            elif list(t.shape) != shape:
-                yield f"{name}.{factor} must be {shape}, got {list(t.shape)}"
-            elif not t.is_floating_point():
-                yield f"{name}.{factor} must have a floating-point dtype, got {t.dtype}"
+        yield from _factor_problems(name, factors[name], {"lora_A": [r, k], "lora_B": [n, r]})
 
 
 def _whole_problems(
@@ -138,7 +200,7 @@ def _whole_problems(
     """What is wrong with the tensors of modules saved whole: those of the model, and those that the config declares."""
     for name in sorted(saved.keys() ^ declared.keys()):
         yield f"{name} is in modules_to_save of the {'model' if name in saved else 'file'} only"
-    state = state_of({**saved, **declared})
+    state = state_of({**declared, **saved})
     for key in sorted(whole.keys() - state.keys()):
         yield f"it has a tensor {key}, which belongs to no adapter and to no module in modules_to_save"
     for key, target in state.items():

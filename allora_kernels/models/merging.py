@@ -6,7 +6,8 @@ from torch import nn
 from ..layer.adapter import ALLoRALayer
 from ..layer.wrapped import WrappedALLoRALinear
 from .adapt import leave_fast_paths, put, restore_fast_paths
-from .adapted import SAVED_WHOLE, adapter_layers
+from .adapted import SAVED_WHOLE, active_adapter, adapter_layers, adapter_names
+from .experts import dtypes_before_merging, experts_with_adapters, merge_experts, merged_experts, unmerge_experts
 from .saving import save_adapters_alone, save_models_again
 from .selection import module_slots, unwrap
 
@@ -16,7 +17,9 @@ an empty one."""
 
 
 def merge_adapter(model: nn.Module, *, keep: bool = False) -> nn.Module:
-    """Replace every `FusedALLoRALinear` in `model` by the plain layer with weight ``W + BA``, in place.
+    """Replace every `FusedALLoRALinear` in `model` by the plain layer with weight ``W + BA`` (of several adapters, the active
+    one's), in place; likewise the parameters of experts with adapters, whose modules stay and run the implementation that the
+    config names again.
 
     A transformers Conv1D becomes a Conv1D again. Weights are summed in float32 or wider and rounded to their dtype; the
     frozen weights themselves are not written to. Merge for inference or export, not to train on.
@@ -29,8 +32,8 @@ def merge_adapter(model: nn.Module, *, keep: bool = False) -> nn.Module:
         `model`.
 
     Raises:
-        ValueError: the model has no adapters, a disabled one or one on a quantized layer, or is itself a `FusedALLoRALinear`
-            (use its `merge()`). The model is untouched then.
+        ValueError: the model has no adapters, several of them without `keep`, a disabled one or one on a quantized layer; it is
+            in `adapter_rows`, or is itself a `FusedALLoRALinear` (use its `merge()`). The model is untouched then.
     """
     root = unwrap(model)
     layers = adapter_layers(root)
@@ -47,8 +50,20 @@ def merge_adapter(model: nn.Module, *, keep: bool = False) -> nn.Module:
         raise ValueError(
             f"{disabled[0]} is disabled, so W + BA is not what the model computes: set_enabled(model, True) before merging"
         )
+    names = adapter_names(root)
+    if len(names) > 1 and not keep:
+        raise ValueError(
+            f"the model has adapters {', '.join(map(repr, names))}, and merging one would lose the others: remove_adapter "
+            "them, or merge_adapter(model, keep=True), which keeps them all for unmerge_adapter"
+        )
+    if any(layer._state.rows is not None for layer in layers.values()):
+        raise ValueError("inside adapter_rows W + BA is not what the model computes: merge outside")
+    active_adapter(root)
     save_models_again(root)
     slots = module_slots(root)
+    layers = {name: layer for name, layer in layers.items() if not layer.grouped}
+    for experts in experts_with_adapters(root).values():
+        merge_experts(experts, keep)
     while layers:
         # Each layer is let go of before the next is merged, so that at most one more weight is in memory than before.
         _, layer = layers.popitem()
@@ -79,14 +94,15 @@ def unmerge_adapter(model: nn.Module) -> nn.Module:
         raise ValueError("the model has adapters, so they are not merged")
     found = {name: m for name, m in root.named_modules() if _BEFORE_MERGING in m.__dict__}
     merged = {name: m for name, m in found.items() if m.__dict__[_BEFORE_MERGING]}
-    if not merged:
+    experts = merged_experts(root)
+    if not (merged or experts):
         raise ValueError("nothing to unmerge: only merge_adapter(model, keep=True) keeps what that takes")
-    for name, module in merged.items():
-        (layer,) = module.__dict__[_BEFORE_MERGING]
-        if layer.weight.dtype != module.weight.dtype:
-            raise ValueError(
-                f"{name} was {layer.weight.dtype} when it was merged and is {module.weight.dtype} now: cast the model back"
-            )
+    dtypes = {name: (m.__dict__[_BEFORE_MERGING][0].weight.dtype, m.weight.dtype) for name, m in merged.items()}
+    for name, (before, now) in (dtypes | {name: dtypes_before_merging(m) for name, m in experts.items()}).items():
+        if before != now:
+            raise ValueError(f"{name} was {before} when it was merged and is {now} now: cast the model back")
+    for module in experts.values():
+        unmerge_experts(module)
     slots = module_slots(root)
     for module in merged.values():
         (layer,) = module.__dict__[_BEFORE_MERGING]

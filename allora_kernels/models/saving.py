@@ -9,9 +9,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..layer.adapter import ALLoRALayer
-from .adapted import adapter_layers, saved_modules
+from .adapted import adapter_layers, adapter_parameters, chosen_adapter, layers_of, saved_modules
 from .adapter_config import config_for
 from .adapter_files import write_adapter
+from .expert_files import file_names, stacks_to_file
+from .expert_selection import Stack, adapted_stacks
+from .experts import ADAPTERS
+from .saved_whole import ModuleOfEachAdapter
 from .selection import clean_name, module_slots, some, unwrap
 from .sharded import is_sharded, together, whole_on_cpu, writes_files
 
@@ -22,10 +26,11 @@ def save_adapter(
     model: nn.Module,
     path: str | os.PathLike,
     *,
+    adapter: str | None = None,
     base_model_name_or_path: str | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the adapters of `model`, and the modules it was told to save whole, into the folder `path`.
+    """Write an adapter of `model`, and the modules it was told to save whole, into the folder `path`.
 
     The format is PEFT's, so `PeftModel.from_pretrained(base, path)` loads it. Tensors keep their dtypes; lora_A is
     ``[r, K]`` and lora_B ``[N, r]`` also where the layer is a Conv1D. Both files take their places by one rename, when they are
@@ -37,20 +42,22 @@ def save_adapter(
     Args:
         model: a model with adapters; wrappers of torch.compile and data parallelism are seen through.
         path: a folder, made where it does not exist. Other files in it are left alone.
+        adapter: which one, where there are several (see `add_adapter`); a folder holds one.
         base_model_name_or_path: for the config; None for the name that a transformers model carries.
         state_dict: whole values by parameter name, in the place of the model's own, for an engine that gathers them itself.
 
     Raises:
-        ValueError: the model has no adapters, or only one as its root; `path` is a file; layers differ in eta or norm; a
-            parameter is on the meta device, in pieces that are no DTensor, or missing in `state_dict`.
+        ValueError: the model has no adapters, or only one as its root; it has several and `adapter` does not say which, or has
+            none of that name; `path` is a file; layers differ in eta or norm; a parameter is on the meta device, in pieces that
+            are no DTensor, or missing in `state_dict`.
         RuntimeError: it failed in another process.
         OSError: the folder cannot be written.
     """
     root, folder = unwrap(model), Path(path)
     sharded = state_dict is None and any(map(is_sharded, _parameters(root)))
     in_step = together if sharded else lambda act: act()
-    config, tensors = in_step(lambda: _prepare(root, folder, base_model_name_or_path, state_dict))
-    whole = whole_on_cpu(tensors)
+    config, tensors = in_step(lambda: prepare_save(root, folder, adapter, base_model_name_or_path, state_dict))
+    whole = values_in_file(root, tensors)
 
     def write() -> None:
         if writes_files(tensors):
@@ -59,10 +66,14 @@ def save_adapter(
     in_step(write)
 
 
-def _prepare(
-    root: nn.Module, folder: Path, base: str | None, state_dict: Mapping[str, Tensor] | None
+def prepare_save(
+    root: nn.Module,
+    folder: Path,
+    adapter: str | None = None,
+    base: str | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> tuple[str, dict[str, Tensor]]:
-    """``(config as JSON, tensors by their names in the file)``."""
+    """``(config as JSON, tensors by their names in the file)``, the model's own tensors and no copies."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"path must be a folder, but {folder} is a file")
     layers = layers_of(root)
@@ -70,16 +81,18 @@ def _prepare(
         raise ValueError("the model has no adapters to save: apply_allora(model) first")
     if root in layers.values():
         raise ValueError(f"the model is itself a {type(root).__name__}, and a nameless layer has no place in the file")
-    saved = saved_modules(root)
-    config = config_for(root, layers, saved, base)
-    tensors = _tensors_to_save(layers, saved, state_dict)
+    name = chosen_adapter(root, adapter, f"save_adapter(model, {str(folder)!r}, adapter=name)")
+    saved, stacks = saved_modules(root, name), adapted_stacks(root)
+    config = config_for(root, layers, saved, base, name)
+    tensors = _tensors_to_save(layers, stacks, saved, name, state_dict)
     _warn_of_losses(root, layers, saved)
     return json.dumps(config, indent=2, sort_keys=True) + "\n", tensors
 
 
-def layers_of(root: nn.Module) -> dict[str, ALLoRALayer]:
-    """The adapted layers of `root` by their names in the file."""
-    return {clean_name(name): layer for name, layer in adapter_layers(root).items()}
+def values_in_file(root: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `prepare_save` found, on the CPU and as the file has it; `{}` where another process writes."""
+    # Gathered first: the files' layout mixes the experts, over which factors are sharded.
+    return stacks_to_file(whole_on_cpu(tensors), adapted_stacks(root), PREFIX)
 
 
 def state_of(saved: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -88,12 +101,15 @@ def state_of(saved: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def _parameters(root: nn.Module) -> list[Tensor]:
-    factors = [t for layer in adapter_layers(root).values() for t in (layer.lora_A, layer.lora_B)]
-    return factors + [p for module in saved_modules(root).values() for p in module.parameters()]
+    return adapter_parameters(root) + [p for module in saved_modules(root).values() for p in module.parameters()]
 
 
 def _tensors_to_save(
-    layers: Mapping[str, ALLoRALayer], saved: Mapping[str, nn.Module], state_dict: Mapping[str, Tensor] | None
+    layers: Mapping[str, ALLoRALayer],
+    stacks: Mapping[str, Stack],
+    saved: Mapping[str, nn.Module],
+    adapter: str,
+    state_dict: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
     given = None if state_dict is None else {clean_name(key): t for key, t in state_dict.items()}
 
@@ -103,11 +119,19 @@ def _tensors_to_save(
         return own if given is None else given[key]
 
     tensors = {key: value(key, t) for key, t in state_of(saved).items()}
+    in_file = file_names(stacks)
     for name, layer in layers.items():
-        for factor, shape in (("lora_A", (layer.r, layer.in_features)), ("lora_B", (layer.out_features, layer.r))):
-            tensors[f"{name}.{factor}.weight"] = t = value(f"{name}.{factor}", getattr(layer, factor))
+        own = layer.adapter(adapter)
+        place = name if own is layer else f"{name}.adapters.{adapter}"
+        owner, _, parameter = name.rpartition(".")
+        place = f"{owner}.{ADAPTERS}.{parameter}" if layer.grouped else place
+        experts = (layer.experts,) if layer.grouped else ()
+        for factor, shape in (("lora_A", (own.r, layer.in_features)), ("lora_B", (layer.out_features, own.r))):
+            t, shape = value(f"{place}.{factor}", getattr(own, factor)), (*experts, *shape)
             if tuple(t.shape) != shape:
-                raise ValueError(f"{name}.{factor} is {list(t.shape)} and not {list(shape)}: gather its shards first")
+                raise ValueError(f"{place}.{factor} is {list(t.shape)} and not {list(shape)}: gather its shards first")
+            key = f"{in_file.get(name, name)}.{factor}.weight"
+            tensors[key] = t
     for key, t in tensors.items():
         if t.is_meta:
             raise ValueError(f"{key} is on the meta device: gather its values first")
@@ -115,7 +139,9 @@ def _tensors_to_save(
 
 
 def _warn_of_losses(root: nn.Module, layers: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]) -> None:
-    kept = {p for module in (*layers.values(), *saved.values()) for p in module.parameters()}
+    # What belongs to another adapter is saved with that one.
+    of_others = [m for m in root.modules() if isinstance(m, ModuleOfEachAdapter)]
+    kept = {p for module in (*layers.values(), *saved.values(), *of_others) for p in module.parameters()}
     lost = [clean_name(name) for name, p in root.named_parameters() if p.requires_grad and p not in kept]
     if lost:
         warnings.warn(f"trained but not saved, as modules_to_save does not name them: {some(lost)}", stacklevel=5)

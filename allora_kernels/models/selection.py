@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from ..layer import bases
 from ..layer.adapter import ALLoRALayer
 from ..layer.linear import is_conv1d
+from .experts import goes_through_registry
 
 ADAPTABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -53,16 +54,21 @@ def _matcher(names: str | Collection[str], argument: str) -> Callable[[str], boo
     if isinstance(names, str):
         pattern = _compile(names, argument)
         return lambda name: pattern.fullmatch(name) is not None
-    names = _name_list(names, argument)
+    names = name_list(names, argument)
     return lambda name: any(name == n or name.endswith(f".{n}") for n in names)
 
 
-def _name_list(names: Collection[str], argument: str) -> tuple[str, ...]:
+def name_list(names: Collection[str], argument: str) -> tuple[str, ...]:
     if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"{argument} must be a list of module names, got {names!r}")
     if "" in names:
         raise ValueError(f"{argument} must not contain an empty name, got {names!r}")
     return tuple(names)
+
+
+def is_excluded(exclude_modules: str | Collection[str] | None, names: Collection[str]) -> bool:
+    """Whether `exclude_modules` names one of `names`."""
+    return any(map(_matcher(exclude_modules if exclude_modules is not None else (), "exclude_modules"), names))
 
 
 def _compile(pattern: str, argument: str) -> re.Pattern:
@@ -121,7 +127,10 @@ def check_unadapted(model: nn.Module) -> nn.Module:
     for name, module in outermost.named_modules():
         kinds = {cls.__name__ for cls in type(module).__mro__}
         if "ALLoRALayer" in kinds:
-            raise ValueError(f"the model already has adapters (at {name}): merge_adapter(model) first")
+            raise ValueError(
+                f"the model already has adapters (at {name}): merge_adapter(model) first, or "
+                "add_adapter(model, name) for one more beside them"
+            )
         if "BaseTunerLayer" in kinds:
             raise ValueError(f"the model already has PEFT adapters (at {name}): merge_and_unload() them first")
         if kinds & {"DistributedDataParallel", "FullyShardedDataParallel"}:
@@ -135,7 +144,7 @@ def find_saved(
     model: nn.Module, modules_to_save: Collection[str] | None, must_match: bool = True
 ) -> dict[str, nn.Module]:
     """The outermost modules whose name ends in one of `modules_to_save`, by name."""
-    wanted = _name_list(modules_to_save, "modules_to_save") if modules_to_save is not None else ()
+    wanted = name_list(modules_to_save, "modules_to_save") if modules_to_save is not None else ()
     all_names = module_names(model)
     found = {ns[0]: m for m, ns in all_names.items() if any(n.endswith(w) for n in ns for w in wanted)}
     inner = {child for module in found.values() for child in module.modules() if child is not module}
@@ -208,7 +217,7 @@ def missing_targets(model: nn.Module, target_modules: str | Collection[str]) -> 
         if any(name.endswith(f".{target}") for name in dotted):
             continue
         if owner := next((n for n in stacked if f".{clean_name(n)}".endswith(f".{target}")), None):
-            missing[target] = f": it is a 3-D parameter ({clean_name(owner)}), which gets no adapter here"
+            missing[target] = f": it is a 3-D parameter ({clean_name(owner)}), which target_parameters names"
             continue
         # Compared with the ends of names that have as many parts as what was written.
         parts = target.count(".") + 1
@@ -252,7 +261,12 @@ def obstacle(module: nn.Module, slots: Mapping[nn.Module, list[tuple[nn.Module, 
         return bases.obstacle_of(module) or _reader_of_weight(slots[module])
     if stacked := stacked_weights(module):
         shapes = ", ".join(f"{name} {list(p.shape)}" for name, p in stacked.items())
-        return f"{kind} holds stacks of weights as 3-D parameters ({shapes}), which get no adapter here"
+        remedy = (
+            "unless asked for by experts=True"
+            if goes_through_registry(module)
+            else "here, as transformers does not dispatch it"
+        )
+        return f"{kind} holds stacks of weights as 3-D parameters ({shapes}), which get no adapter {remedy}"
     if not (isinstance(module, nn.Linear) or is_conv1d(module)):
         return f"{kind} is neither nn.Linear nor transformers' Conv1D"
     weight = module._parameters.get("weight")

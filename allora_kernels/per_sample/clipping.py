@@ -1,6 +1,7 @@
 """Norms of the recorded gradients, and their clipped sum."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,25 @@ def grad_samples(layer: nn.Module) -> list[nn.Parameter]:
     return [p for p in (layer.lora_A, layer.lora_B) if getattr(p, "grad_sample", None) is not None]
 
 
+def _check_active(layers: Iterable[nn.Module]) -> None:
+    """RuntimeError where what was recorded is another adapter's than the one that is active."""
+    for layer in layers:
+        for other in layer.adapter_names:
+            own = layer.adapter(other)
+            recorded = layer in records and records[layer][0].adapter == other
+            if other != layer.adapter_name and (recorded or grad_samples(own)):
+                raise RuntimeError(
+                    f"gradients of adapter {other!r} were recorded, and {layer.adapter_name!r} is active now: call clip_ and "
+                    "clear before set_adapter"
+                )
+
+
 def squared_norms(model: nn.Module) -> Tensor:
     """The squares of `norms`."""
     squares, found = [], {}
-    for layer, name in adapted_layers(model).items():
+    layers = adapted_layers(model)
+    _check_active(layers)
+    for layer, name in layers.items():
         if layer in records:
             parts = [torch.cat([call.squares for call in records[layer]])]
         else:
@@ -71,6 +87,7 @@ def clip_(model: nn.Module, max_norm: float) -> Tensor:
     layers = adapted_layers(model)
     adapters = {p for layer in layers for p in (layer.lora_A, layer.lora_B)}
     loose = [name for name, p in model.named_parameters() if p.grad is not None and p not in adapters]
+    _check_active(layers)
     if loose:
         raise ValueError(f"{loose[0]!r} has a gradient but is no adapter's: it would stay unclipped; freeze it")
     if any(call.weigh is None for layer in layers for call in records.get(layer, ())):

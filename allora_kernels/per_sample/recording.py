@@ -21,6 +21,8 @@ class Call:
     into the weighted sums (dA, dB) and keeps what that takes."""
 
     samples: Samples
+    adapter: str
+    """The name of the adapter that was active."""
     a: Tensor | None = None
     b: Tensor | None = None
     squares: Tensor | None = None
@@ -145,12 +147,12 @@ class Recording:
                 return steps.weighted_grads(*common, samples.spread(weights), dtype_a, dtype_b)
 
             totals = tuple(t for t in (da, db) if t is not None)
-            call = Call(samples, squares=squares, totals=totals, weigh=weigh)
+            call = Call(samples, layer.adapter_name, squares=squares, totals=totals, weigh=weigh)
         else:
             ds, a, b = steps.sample_grads(*common, need_ds, dtype_a is not None, dtype_b is not None, samples)
             da = None if a is None else steps.weighted_sum(a, None, dtype_a)
             db = None if b is None else steps.weighted_sum(b, None, dtype_b)
-            call = Call(samples, a, b)
+            call = Call(samples, layer.adapter_name, a, b)
         self._keep(layer, forward, call)
         return ds if ds is None else rows.as_they_lay(ds), da, db
 
@@ -187,7 +189,7 @@ class Recording:
                 "without norms_only"
             )
         a, b = (None if p is None else p + q for p, q in ((one.a, other.a), (one.b, other.b)))
-        return Call(one.samples, a, b)
+        return Call(one.samples, one.adapter, a, b)
 
     def calls(self, layer: nn.Module) -> list[Call]:
         """What was kept of `layer`, a call a run of samples, in the order of the forward passes.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 from ..layer.functional import check_rule
 from ..training.config import FinetuneConfig
 from .doctor import default_device, diagnose
+from .runs_file import read_runs
 from .settings_file import read_settings
 
 if TYPE_CHECKING:
@@ -26,12 +27,15 @@ if TYPE_CHECKING:
 _INSTALL = "the command line needs more packages: pip install 'allora-kernels[train]'"
 
 
-def finetune(*, dry_run: bool = False, **settings: Any) -> int:
+def finetune(*, dry_run: bool = False, runs: "dict[str, FinetuneConfig] | None" = None, **settings: Any) -> int:
     """Fine-tune a transformers model with ALLoRA adapters on text.
 
     Writes the adapter (PEFT's format), metrics.json, loss.png and checkpoints into --output. Ctrl-C saves and stops.
-    --model, --data and --output are needed, on the command line or in the file that --config names.
+    --model, --data and --output are needed, on the command line or in the file that --config names. With --adapters, several
+    runs share one base model, each in a folder of its own in --output.
     """
+    if runs is not None:
+        return _finetune_together(runs, dry_run)
     for field in fields(FinetuneConfig):
         if field.default is MISSING and settings[field.name] is None:
             raise ValueError(
@@ -65,6 +69,35 @@ def finetune(*, dry_run: bool = False, **settings: Any) -> int:
     return 0
 
 
+def _finetune_together(configs: dict[str, FinetuneConfig], dry_run: bool) -> int:
+    console = _console()
+    _quiet_transformers()
+    say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    if dry_run:
+        from ..training.dry_run import dry_run_together
+
+        say(str(dry_run_together(configs)))
+        return 0
+    from ..training import finetune_together
+
+    found = finetune_together(configs, console=console)
+    for name, metrics in found.items():
+        for measure, before in metrics["before"].items():
+            after = f"{metrics['after'][measure]:.4f} after" if metrics["after"] else metrics["status"]
+            say(f"{name}: {measure} {before:.4f} before, {after} {metrics['steps']} steps")
+    last = next(iter(found.values()))
+    tokens, seconds = sum(m["tokens"] for m in found.values()), max(m["seconds"] for m in found.values())
+    memory = last["peak_memory_bytes"] / 2**30
+    say(f"{seconds:.0f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s in all, {memory:.1f} GiB at most")
+    say(f"adapters: {', '.join(str(Path(config.output, 'adapter')) for config in configs.values())}")
+    if diverged := [name for name, metrics in found.items() if metrics["status"] == "diverged"]:
+        steps = ", ".join(f"{name} at step {found[name]['steps']}" for name in diverged)
+        raise FloatingPointError(
+            f"the loss became nan or infinite: {steps}; lower the learning rate or eta, or warm up"
+        )
+    return 130 if any(metrics["status"] == "interrupted" for metrics in found.values()) else 0
+
+
 def explain(
     model: Annotated[str, "Folder of a transformers model, or its name on the hub; only its config is read."],
     *,
@@ -74,6 +107,7 @@ def explain(
     target_modules: Annotated[list[str], "Layers to adapt: a name (repeat the option for more) or all-linear."] = (
         "all-linear",
     ),
+    experts: Annotated[bool, "Also adapt the experts of a mixture."] = False,
     dtype: Annotated[str | None, "Of the weights: bfloat16, float16 or float32; the checkpoint's if not given."] = None,
 ) -> int:
     """Show what would be adapted in a model, and which kernels would run each layer on this device."""
@@ -82,7 +116,9 @@ def explain(
     targets = "all-linear" if list(target_modules) == ["all-linear"] else list(target_modules)
     weights = None if dtype is None else _dtype(dtype)
     _quiet_transformers()
-    explain_model(_console(), model, rows, r, None if norm == "none" else norm, targets, weights, default_device())
+    explain_model(
+        _console(), model, rows, r, None if norm == "none" else norm, targets, weights, default_device(), experts
+    )
     return 0
 
 
@@ -145,6 +181,13 @@ _CONFIG = inspect.Parameter(
 )
 """A command that has this parameter takes the others from a file, too."""
 
+_ADAPTERS = inspect.Parameter(
+    "adapters",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[str | None, "YAML or TOML file with 'runs', which are trained together over one base model."],
+)
+
 _DRY_RUN = inspect.Parameter(
     "dry_run",
     inspect.Parameter.KEYWORD_ONLY,
@@ -168,7 +211,7 @@ _COMMANDS: dict[Callable[..., int], Iterable[inspect.Parameter] | None] = {
         )
         for field in fields(FinetuneConfig)
     ]
-    + [_CONFIG, _DRY_RUN],
+    + [_CONFIG, _ADAPTERS, _DRY_RUN],
     explain: None,
     doctor: None,
     bench: None,
@@ -216,7 +259,7 @@ def _command(function: Callable[..., int], parameters: list[inspect.Parameter]) 
     def command(context: typer.Context, **arguments: Any) -> None:
         try:
             if _CONFIG.name in arguments:
-                arguments = _with_file(context, arguments.pop(_CONFIG.name), arguments)
+                arguments = _with_files(context, arguments)
             code = function(**arguments)
         except (ValueError, TypeError, FileNotFoundError) as error:
             code = _complain(error, 2)
@@ -231,13 +274,19 @@ def _command(function: Callable[..., int], parameters: list[inspect.Parameter]) 
     return command
 
 
-def _with_file(context: "typer.Context", file: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    """`arguments`, with what `file` says in the place of those that the command line did not give."""
-    if file is None:
+def _with_files(context: "typer.Context", arguments: dict[str, Any]) -> dict[str, Any]:
+    """`arguments`, with what the file of --config says in the place of those that the command line did not give; and with the
+    runs of --adapters."""
+    config, adapters = (arguments.pop(parameter.name) for parameter in (_CONFIG, _ADAPTERS))
+    known = [name for name in arguments if name != _DRY_RUN.name]
+    given = {name for name in known if context.get_parameter_source(name).name == "COMMANDLINE"}
+    settings = {} if config is None else read_settings(config, known)
+    arguments |= {name: value for name, value in settings.items() if name not in given}
+    if adapters is None:
         return arguments
-    settings = read_settings(file, arguments.keys() - {_DRY_RUN.name})
-    given = {name for name in arguments if context.get_parameter_source(name).name == "COMMANDLINE"}
-    return arguments | {name: value for name, value in settings.items() if name not in given}
+    of_all = {name: arguments[name] for name in given}
+    runs = read_runs(adapters, known, of_all, {name: arguments[name] for name in known})
+    return {_DRY_RUN.name: arguments[_DRY_RUN.name], "runs": runs}
 
 
 def _complain(error: Exception, code: int) -> int:

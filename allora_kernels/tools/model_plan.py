@@ -41,6 +41,7 @@ def explain_model(
     target_modules: str | list[str],
     dtype: torch.dtype | None,
     device: torch.device,
+    experts: bool = False,
 ) -> None:
     """Print on `console` (a rich Console) what `apply_allora` would do to the model, and a table of its linear layers.
 
@@ -48,7 +49,7 @@ def explain_model(
         ValueError: as `meta_model`, `apply_allora` and `explain`.
     """
     model = meta_model(name, dtype)
-    report = apply_allora(model, r, norm=norm, target_modules=target_modules)
+    report = apply_allora(model, r, norm=norm, target_modules=target_modules, experts=experts)
     explanation = explain(model, rows, device)
     console.print(str(report), highlight=False, soft_wrap=True)
     console.print(_table(explanation, rows, device))
@@ -67,6 +68,6 @@ def _table(explanation: ModelExplanation, rows: int, device: torch.device):
     )
     for count, name, layer in explanation.grouped():
         plan = f", plan {plans.index(layer.plan) + 1}" if layer.plan else ""
-        shape, rank = f"{layer.shape[0]}, {layer.shape[1]}", "" if layer.r is None else str(layer.r)
+        shape, rank = ", ".join(map(str, layer.shape)), "" if layer.r is None else str(layer.r)
         table.add_row(str(count), name, shape, rank, "yes" if layer.fused else "no", f"{layer.reason}{plan}")
     return table

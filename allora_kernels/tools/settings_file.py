@@ -24,16 +24,21 @@ def read_settings(path: str, known: Collection[str]) -> dict[str, Any]:
         found = _toml(file)
     else:
         raise ValueError(f"a settings file must end in .yaml, .yml or .toml, got {path}")
+    return check_settings(found, known, path)
+
+
+def check_settings(found: Any, known: Collection[str], where: str) -> dict[str, Any]:
+    """`found` with underscores for the dashes of its keys; ValueError as `read_settings`, saying `where`."""
     if not isinstance(found, dict):
-        raise ValueError(f"{path} must have one setting a line, such as 'r: 16'")
+        raise ValueError(f"{where} must have one setting a line, such as 'r: 16'")
     settings = {}
     for key, value in found.items():
         name = str(key).replace("-", "_")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(f"{path}: there is no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(f"{where}: there is no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         if name in settings:
-            raise ValueError(f"{path} has {name!r} twice")
+            raise ValueError(f"{where} has {name!r} twice")
         settings[name] = value
     return settings
 

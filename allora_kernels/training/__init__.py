@@ -1,11 +1,12 @@
-"""Fine-tuning as one call: ``from allora_kernels.training import FinetuneConfig, finetune``; and a Trainer of your own with
+"""Fine-tuning as one call: ``from allora_kernels.training import FinetuneConfig, finetune``, or several
+runs over one base model: `finetune_together`; and a Trainer of your own with
 checkpoints that hold the adapters alone: `AdapterTrainer`, `AdapterCheckpoints`."""
 
 from typing import Any
 
 from .config import FinetuneConfig
 
-__all__ = ["AdapterCheckpoints", "AdapterTrainer", "FinetuneConfig", "finetune"]
+__all__ = ["AdapterCheckpoints", "AdapterTrainer", "FinetuneConfig", "finetune", "finetune_together"]
 
 
 def __getattr__(name: str) -> Any:
@@ -14,6 +15,10 @@ def __getattr__(name: str) -> Any:
         from .run import finetune
 
         return finetune
+    if name == "finetune_together":
+        from .together import finetune_together
+
+        return finetune_together
     if name in ("AdapterCheckpoints", "AdapterTrainer"):
         from . import adapter_trainer
 

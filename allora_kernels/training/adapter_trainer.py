@@ -8,7 +8,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..layer.adapter import ALLoRALayer
-from ..models.adapted import adapter_layers, adapter_parameters
+from ..models.adapted import adapter_layers, adapter_names, adapter_parameters
 from ..models.loading import load_adapter
 from ..models.saving import save_adapter
 from ..models.selection import unwrap
@@ -25,17 +25,25 @@ class AdapterCheckpoints:
     processes too.
 
     Raises:
-        ValueError: the model has no adapters; or accelerate's FSDP or DeepSpeed plugin is on: they write checkpoints of their
-            own, with the whole model; or a trainer of TRL would pass by an adapter on the output head.
+        ValueError: the model has no adapters, or several and `adapter` is None; or accelerate's FSDP or DeepSpeed plugin is on:
+            they write checkpoints of their own, with the whole model; or a trainer of TRL would pass by an adapter on the
+            output head.
     """
 
     base_model_name_or_path: str | None = None
     """For adapter_config.json; None for the name that the model carries."""
+    adapter: str | None = None
+    """Whose checkpoints these are, where the model has several adapters."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if not adapter_layers(unwrap(self.model)):
             raise ValueError("the model has no adapters: apply_allora(model) before the trainer gets it")
+        if self.adapter is None and len(names := adapter_names(unwrap(self.model))) > 1:
+            raise ValueError(
+                f"the model has adapters {', '.join(map(repr, names))}, and a checkpoint holds one: set `adapter` of the "
+                "trainer's class to the one it trains, and call set_adapter before train"
+            )
         self._check_head()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
@@ -69,7 +77,11 @@ class AdapterCheckpoints:
         sharded = state_dict is None and any(map(is_sharded, adapter_parameters(self.model)))
         if self.args.should_save or sharded:
             save_adapter(
-                self.model, output_dir, base_model_name_or_path=self.base_model_name_or_path, state_dict=state_dict
+                self.model,
+                output_dir,
+                adapter=self.adapter,
+                base_model_name_or_path=self.base_model_name_or_path,
+                state_dict=state_dict,
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -83,10 +95,10 @@ class AdapterCheckpoints:
         torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        load_adapter(self.model if model is None else model, resume_from_checkpoint)
+        load_adapter(self.model if model is None else model, resume_from_checkpoint, adapter=self.adapter)
 
     def _load_best_model(self) -> None:
-        load_adapter(self.model, self.state.best_model_checkpoint)
+        load_adapter(self.model, self.state.best_model_checkpoint, adapter=self.adapter)
 
 
 class AdapterTrainer(AdapterCheckpoints, Trainer):

@@ -44,6 +44,9 @@ class FinetuneConfig:
     target_modules: Annotated[list[str], "Layers to adapt: a name (repeat the option for more) or all-linear."] = (
         "all-linear",
     )
+    experts: Annotated[
+        bool, "Also adapt the experts of a mixture, where transformers keeps them as 3-D parameters."
+    ] = False
     optimizer: Annotated[str, "adamw or sgd."] = "adamw"
     learning_rate: Annotated[float | None, "Peak learning rate; by default 1e-3 for adamw, 0.1 for sgd."] = None
     head_learning_rate: Annotated[float | None, "The classification head's; by default --learning-rate."] = None

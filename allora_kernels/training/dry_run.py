@@ -1,7 +1,6 @@
 """`allora finetune --dry-run`: what a run would do, found by doing all of it that comes before the first step."""
 
-import math
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 
@@ -12,6 +11,8 @@ from ..models.explained import ModelExplanation, explain
 from .config import FinetuneConfig
 from .preparing import prepare
 from .run import check_output
+from .steps import processes, steps
+from .together_preparing import check_together, prepare_together
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def dry_run(config: FinetuneConfig) -> DryRun:
         eval_rows=len(prepared.evaluation),
         tokens=sum(lengths),
         longest=max(lengths),
-        rows_of_a_step=config.batch_size * config.grad_accumulation * _processes(),
+        rows_of_a_step=config.batch_size * config.grad_accumulation * processes(),
         steps=steps(config, len(prepared.train)),
         weight_bytes=frozen,
         trained_bytes=trained,
@@ -84,13 +85,61 @@ def dry_run(config: FinetuneConfig) -> DryRun:
     )
 
 
-def steps(config: FinetuneConfig, rows: int) -> int:
-    """Optimizer steps of a run on `rows` rows, as transformers' Trainer counts them."""
-    if config.max_steps is not None:
-        return config.max_steps
-    batches = math.ceil(rows / (config.batch_size * _processes()))
-    return math.ceil(config.epochs * math.ceil(batches / config.grad_accumulation))
+@dataclass(frozen=True)
+class DryRunTogether:
+    """`str()` of it is meant to be read."""
+
+    report: AdaptReport
+    explanation: ModelExplanation
+    runs: dict[str, str]
+    """What each run would do, in a line."""
+    shared: int
+    """Bytes of everything that is not trained."""
+    trained: int
+    """Bytes of all adapters and heads."""
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                str(self.report),
+                str(self.explanation),
+                f"{len(self.runs)} runs over one base model, a mixed batch a step:",
+                *(f"  {name}: {line}" for name, line in self.runs.items()),
+                f"memory, computed: {self.shared / 2**20:,.1f} MiB frozen, {self.trained / 2**20:,.1f} MiB trained; gradients, "
+                "optimizers and activations come on top",
+                "nothing was written",
+            ]
+        )
 
 
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+def dry_run_together(configs: Mapping[str, FinetuneConfig]) -> DryRunTogether:
+    """What `finetune_together` with these runs would do.
+
+    Raises:
+        ValueError, TypeError: what `finetune_together` would raise before its first step.
+    """
+    check_together(configs)
+    for config in configs.values():
+        check_output(config)
+    prepared = prepare_together(configs)
+    model = next(iter(prepared.values())).model
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    lines, rows = {}, 0
+    for name, config in configs.items():
+        lengths = [len(ids) for ids in prepared[name].train["input_ids"]]
+        rows += config.batch_size * max(lengths)
+        lines[name] = (
+            f"r={config.r}, eta={config.eta:g}, norm={config.norm}, {config.optimizer}, learning rate "
+            f"{config.learning_rate:g}, seed {config.seed}; {config.data}: {len(lengths):,} rows to train on "
+            f"({sum(lengths):,} tokens), {len(prepared[name].evaluation):,} to evaluate on; "
+            f"{config.batch_size * config.grad_accumulation} rows a step, {steps(config, len(lengths)):,} steps; into "
+            f"{config.output}"
+        )
+    parameters = list(model.parameters())
+    return DryRunTogether(
+        report=next(iter(prepared.values())).report,
+        explanation=explain(model, rows, device),
+        runs=lines,
+        shared=sum(t.nbytes for t in chain(parameters, model.buffers()) if not t.requires_grad),
+        trained=sum(p.nbytes for p in parameters if p.requires_grad),
+    )

@@ -8,9 +8,10 @@ import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..layer.adapter import DEFAULT_ADAPTER
 from ..models.adapt import apply_allora
 from ..models.adapted import AdaptReport, saved_modules
-from .base_model import computes_in_bf16, enable_checkpointing, length_limit, load_base
+from .base_model import Base, computes_in_bf16, enable_checkpointing, length_limit, load_base
 from .config import FinetuneConfig
 from .data import (
     Texts,
@@ -62,21 +63,62 @@ def prepare(config: FinetuneConfig) -> Prepared:
         ValueError, TypeError: data and model that do not work or do not fit together.
     """
     texts = read(config)
-    names = label_names(*texts) if config.task == "classification" else None
+    base = load(config, class_names(config, texts))
+    return on_base(config, base, texts, put_adapter(config, base))
+
+
+def class_names(config: FinetuneConfig, texts: tuple[Texts, Texts]) -> list[str] | None:
+    """The classes in the training texts; None for a language model."""
+    return label_names(*texts) if config.task == "classification" else None
+
+
+def load(config: FinetuneConfig, names: list[str] | None) -> Base:
+    """The base model, its head drawn from the run's seed."""
     transformers.set_seed(config.seed)
-    dtype = torch.bfloat16 if computes_in_bf16(config) else torch.float32
-    model, tokenizer, names, heads = load_base(config.model, config.task, names, dtype)
-    max_length = length_limit(config, model, tokenizer)
-    train, evaluation = (tokenize(part, names, tokenizer, max_length) for part in texts)
-    evaluation = by_length(evaluation)
+    return load_base(config.model, config.task, names, dtype_of(config))
+
+
+def dtype_of(config: FinetuneConfig) -> torch.dtype:
+    """Of the frozen weights."""
+    return torch.bfloat16 if computes_in_bf16(config) else torch.float32
+
+
+def put_adapter(config: FinetuneConfig, base: Base, name: str = DEFAULT_ADAPTER) -> AdaptReport:
+    """Put the run's adapter on the base model, in place, and set it up for training."""
     targets = "all-linear" if config.target_modules == ("all-linear",) else list(config.target_modules)
-    report = apply_allora(model, config.r, config.eta, config.norm, targets, modules_to_save=heads or None)
-    for head in saved_modules(model).values():
+    report = apply_allora(
+        base.model,
+        config.r,
+        config.eta,
+        config.norm,
+        targets,
+        modules_to_save=base.heads or None,
+        experts=config.experts,
+        adapter_name=name,
+    )
+    for head in saved_modules(base.model).values():
         # A head in bfloat16 would round small updates away, as the adapters would.
         head.float()
     if config.gradient_checkpointing:
-        enable_checkpointing(model)
-    return Prepared(model, tokenizer, names, texts, train, evaluation, max_length, dtype, report)
+        enable_checkpointing(base.model)
+    return report
+
+
+def on_base(config: FinetuneConfig, base: Base, texts: tuple[Texts, Texts], report: AdaptReport) -> Prepared:
+    """What a run works on: `base` with its adapter, and `texts` as token ids."""
+    max_length = length_limit(config, base.model, base.tokenizer)
+    train, evaluation = (tokenize(part, base.classes, base.tokenizer, max_length) for part in texts)
+    return Prepared(
+        base.model,
+        base.tokenizer,
+        base.classes,
+        texts,
+        train,
+        by_length(evaluation),
+        max_length,
+        dtype_of(config),
+        report,
+    )
 
 
 def read(config: FinetuneConfig) -> tuple[Texts, Texts]:

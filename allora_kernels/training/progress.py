@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 
 import torch
 from rich.console import Console
@@ -56,6 +57,35 @@ class ProgressBar(TrainerCallback):
         rate = (state.num_input_tokens_seen - self.tokens_before) / (self.bar.get_time() - self.started)
         memory = peak_memory() / 2**30
         self.bar.update(self.task, completed=state.global_step, loss=logs["loss"], rate=rate, memory=memory)
+
+
+class RunBars:
+    """A line for each of several runs that train together; a context manager, so that errors end it too."""
+
+    def __init__(self, console: Console, totals: Mapping[str, int]):
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.tasks = {name: self.bar.add_task(name, total=total, loss=0, note="") for name, total in totals.items()}
+
+    def __enter__(self) -> "RunBars":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.stop()
+
+    def show(self, losses: Mapping[str, tuple[int, float]], tokens_per_second: float) -> None:
+        """The (steps done, last loss) of each run that is not over, and the speed of all together."""
+        note = f"{tokens_per_second:,.0f} tokens/s in all, {peak_memory() / 2**30:.1f} GiB"
+        for name, (done, loss) in losses.items():
+            self.bar.update(self.tasks[name], completed=done, loss=loss, note=note)
 
 
 def _processes() -> int:

@@ -15,14 +15,14 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..layer import backend as _backend
-from ..models.adapted import saved_modules
+from ..models.adapted import adapter_parameters, saved_modules
 from ..models.loading import load_adapter
 from ..models.saving import save_adapter
 from .adapter_trainer import AdapterTrainer
 from .base_model import computes_in_bf16
 from .config import FinetuneConfig
 from .loss_plot import plot_loss
-from .preparing import collator, prepare
+from .preparing import Prepared, collator, prepare
 from .progress import ProgressBar, StopOnInterrupt, StopOnNonFinite, peak_memory
 from .versions import versions
 
@@ -69,8 +69,61 @@ def finetune(
     if former and former["status"] == "finished":
         return former
     prepared = prepare(config)
-    model, tokenizer, names = prepared.model, prepared.tokenizer, prepared.names
-    metrics = {
+    model, tokenizer = prepared.model, prepared.tokenizer
+    metrics = first_metrics(config, prepared, processes)
+    if former and (changed := [key for key in ("data", "parameters", "processes") if former[key] != metrics[key]]):
+        raise ValueError(f"cannot resume: {changed} in {config.output}/{METRICS_FILE} are not those of this run")
+    if console is not None:
+        console.print(str(prepared.report), highlight=False)
+
+    trainer = trainer_for(config, prepared, [StopOnNonFinite(), *callbacks])
+    metrics["before"] = former["before"] if former else evaluate(trainer)
+    # Before the first process writes, all of them have looked at what is there.
+    trainer.accelerator.wait_for_everyone()
+    output, writes = make_folder(config.output), trainer.is_world_process_zero()
+    if writes:
+        write_json(metrics, output / METRICS_FILE)
+    _train(trainer, _last_checkpoint(output) if former else None, console, metrics)
+    if writes:
+        save_adapter(model, output / ADAPTER_FOLDER, base_model_name_or_path=config.model)
+        # PEFT's format has no place for the names of the classes; the model's config has.
+        model.config.save_pretrained(output / ADAPTER_FOLDER)
+        tokenizer.save_pretrained(output / ADAPTER_FOLDER)
+    if metrics["status"] == "finished":
+        metrics["after"] = evaluate(trainer)
+    if writes:
+        plot_loss(metrics, output / PLOT_FILE)
+        write_json(metrics, output / METRICS_FILE)
+    trainer.accelerator.wait_for_everyone()
+    return metrics
+
+
+# --- pieces that another training run can use too -------------------------------------------------------------------
+
+
+def trainer_for(
+    config: FinetuneConfig, prepared: Prepared, callbacks: Iterable[TrainerCallback] = (), adapter: str | None = None
+) -> "FinetuneTrainer":
+    """The trainer of a run on what was prepared for it, which prints nothing."""
+    trainer = FinetuneTrainer(
+        config,
+        adapter,
+        model=prepared.model,
+        args=training_arguments(config),
+        train_dataset=prepared.train,
+        eval_dataset=prepared.evaluation,
+        data_collator=collator(prepared.tokenizer, prepared.names),
+        processing_class=prepared.tokenizer,
+        callbacks=[*callbacks],
+        **classification_hooks(bool(prepared.names)),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def first_metrics(config: FinetuneConfig, prepared: Prepared, processes: int = 1) -> dict[str, Any]:
+    """What metrics.json holds when training begins."""
+    return {
         "status": "running",
         "config": config.as_json(),
         "versions": versions(),
@@ -81,45 +134,6 @@ def finetune(
         "before": None,
         "after": None,
     }
-    if former and (changed := [key for key in ("data", "parameters", "processes") if former[key] != metrics[key]]):
-        raise ValueError(f"cannot resume: {changed} in {config.output}/{METRICS_FILE} are not those of this run")
-    if console is not None:
-        console.print(str(prepared.report), highlight=False)
-
-    trainer = FinetuneTrainer(
-        config,
-        model=model,
-        args=training_arguments(config),
-        train_dataset=prepared.train,
-        eval_dataset=prepared.evaluation,
-        data_collator=collator(tokenizer, names),
-        processing_class=tokenizer,
-        callbacks=[StopOnNonFinite(), *callbacks],
-        **classification_hooks(bool(names)),
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    metrics["before"] = former["before"] if former else _evaluate(trainer)
-    # Before the first process writes, all of them have looked at what is there.
-    trainer.accelerator.wait_for_everyone()
-    output, writes = _make_folder(config.output), trainer.is_world_process_zero()
-    if writes:
-        _write_json(metrics, output / METRICS_FILE)
-    _train(trainer, _last_checkpoint(output) if former else None, console, metrics)
-    if writes:
-        save_adapter(model, output / ADAPTER_FOLDER, base_model_name_or_path=config.model)
-        # PEFT's format has no place for the names of the classes; the model's config has.
-        model.config.save_pretrained(output / ADAPTER_FOLDER)
-        tokenizer.save_pretrained(output / ADAPTER_FOLDER)
-    if metrics["status"] == "finished":
-        metrics["after"] = _evaluate(trainer)
-    if writes:
-        plot_loss(metrics, output / PLOT_FILE)
-        _write_json(metrics, output / METRICS_FILE)
-    trainer.accelerator.wait_for_everyone()
-    return metrics
-
-
-# --- pieces that another training run can use too -------------------------------------------------------------------
 
 
 def training_arguments(config: FinetuneConfig, **overrides) -> TrainingArguments:
@@ -190,9 +204,10 @@ def classification_hooks(classification: bool) -> dict[str, Any]:
 
 
 class FinetuneTrainer(AdapterTrainer):
-    """An `AdapterTrainer` with `config`'s optimizer."""
+    """An `AdapterTrainer` with `config`'s optimizer, of one adapter where the model has several."""
 
-    def __init__(self, config: FinetuneConfig, **kwargs):
+    def __init__(self, config: FinetuneConfig, adapter: str | None = None, **kwargs):
+        self.adapter = adapter
         super().__init__(**kwargs)
         self.config, self.base_model_name_or_path = config, config.model
 
@@ -200,8 +215,9 @@ class FinetuneTrainer(AdapterTrainer):
         if self.optimizer is not None:
             return self.optimizer
         config = self.config
-        in_heads = {p for head in saved_modules(self.model).values() for p in head.parameters()}
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        in_heads = {p for head in saved_modules(self.model, self.adapter).values() for p in head.parameters()}
+        own = in_heads.union(adapter_parameters(self.model, self.adapter))
+        trained = [p for p in self.model.parameters() if p.requires_grad and p in own]
         groups = [
             {"params": [p for p in trained if p not in in_heads], "lr": config.learning_rate},
             {"params": [p for p in trained if p in in_heads], "lr": config.head_learning_rate or config.learning_rate},
@@ -257,7 +273,8 @@ def _device(dtype: torch.dtype) -> dict[str, str | bool]:
 # --- during and after -----------------------------------------------------------------------------------------------
 
 
-def _evaluate(trainer: Trainer) -> dict[str, float]:
+def evaluate(trainer: Trainer) -> dict[str, float]:
+    """Loss on the evaluation data, and accuracy or perplexity."""
     measured = trainer.evaluate()
     result = {"loss": measured["eval_mean_loss"]}
     if "eval_accuracy" in measured:
@@ -312,7 +329,8 @@ def _state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))
 
 
-def _make_folder(path: str) -> Path:
+def make_folder(path: str) -> Path:
+    """The folder `path`; ValueError where it cannot be made."""
     folder = Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -321,7 +339,8 @@ def _make_folder(path: str) -> Path:
     return folder
 
 
-def _write_json(values: dict[str, Any], file: Path) -> None:
+def write_json(values: dict[str, Any], file: Path) -> None:
+    """Write a whole file in one rename."""
     aside = file.with_name(f".{file.name}")
     aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     os.replace(aside, file)

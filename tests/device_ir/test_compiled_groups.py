@@ -42,43 +42,77 @@ def down_project_in_order(x, a, offsets, dtype):
     return s.to(dtype)
 
 
-@over("arch", "few_sms", "dtypes", "shape", "layout", cut=CUTS)
-def test_products(arch, few_sms, dtypes, shape, layout, cut):
+def some_order(x):
+    """An order of x's rows (int32)."""
+    return torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).int()
+
+
+def some_etas(groups):
+    """1/η² of each group."""
+    return torch.linspace(0.3, 2.0, groups)
+
+
+@over("arch", "few_sms", "dtypes", "shape", "layout", cut=CUTS, rows=["sorted", "in any order", "of one weight"])
+def test_products(arch, few_sms, dtypes, shape, layout, cut, rows):
     x, weight, bias, a, b, g, offsets = make(cut, shape, dtypes, layout)
     compute = torch.promote_types(*dtypes)
-    s = csrc_triton.grouped_down_project(x, a, offsets, compute)
-    exact = grouped.grouped_down_project(*doubles(x, a), offsets, torch.float64)
-    eager = down_project_in_order(x, a, offsets, compute)
+    order = None if rows == "sorted" else some_order(x)
+    if rows != "sorted":
+        weight, bias = weight[0], bias[0]
+    s = csrc_triton.grouped_down_project(x, a, offsets, compute, order)
+    exact = grouped.grouped_down_project(*doubles(x, a), offsets, torch.float64, order)
+    eager = down_project_in_order(x if order is None else x[order], a, offsets, compute)
     assert_close(s, eager, exact, "s")
-    ds = grouped.grouped_down_project(g, b.mT, offsets, compute)
+    if rows == "of one weight":
+        order = None
+    ds = grouped.grouped_down_project(g, b.mT, offsets, compute, order)
     for name, args in (("y", (x, weight, bias, eager, b)), ("dx", (g, weight.mT, None, ds, a.mT))):
-        ours = csrc_triton.grouped_fused_linear(*args, offsets)
-        exact = grouped.grouped_fused_linear(*doubles(*args), offsets)
-        assert_close(ours, grouped.grouped_fused_linear(*args, offsets), exact, name)
+        ours = csrc_triton.grouped_fused_linear(*args, offsets, order)
+        exact = grouped.grouped_fused_linear(*doubles(*args), offsets, order)
+        assert_close(ours, grouped.grouped_fused_linear(*args, offsets, order), exact, name)
 
 
-@over("arch", "few_sms", "dtypes", "norm", "shape", "layout", cut=CUTS, form=["planned", "chunked"])
-def test_gradients(arch, few_sms, dtypes, norm, shape, layout, cut, form, monkeypatch):
+@over(
+    "arch", "few_sms", "dtypes", "norm", "shape", "layout", cut=CUTS, form=["planned", "chunked"], ordered=[False, True]
+)
+def test_gradients(arch, few_sms, dtypes, norm, shape, layout, cut, form, ordered, monkeypatch):
     if form == "chunked":
         monkeypatch.setattr(configs, "SCRATCH_BYTES", 32 * 4 * 3)
     x, _, _, a, b, g, offsets = make(cut, shape, dtypes, layout)
-    s, c = grouped.grouped_down_project(x, a, offsets, torch.promote_types(*dtypes)), None
+    order, etas = (some_order(x), some_etas(len(a))) if ordered else (None, None)
+    s, c = grouped.grouped_down_project(x, a, offsets, torch.promote_types(*dtypes), order), None
     if norm in reference.WEIGHT_NORMS:
-        c = reference.weight_coefficient(a, b, ETA, norm)
+        c = reference.weight_coefficient(a, b, ETA, norm, etas)
     args = (g, x, s, b, c, offsets)
-    ours = csrc_triton.grouped_adapter_grads(*args, ETA, norm, True, a.dtype, b.dtype)
-    eager = grouped.grouped_adapter_grads(*args, ETA, norm, True, a.dtype, b.dtype)
-    exact = grouped.grouped_adapter_grads(*doubles(*args), ETA, norm, True, torch.float64, torch.float64)
+    ours = csrc_triton.grouped_adapter_grads(*args, ETA, norm, True, a.dtype, b.dtype, order, etas)
+    eager = grouped.grouped_adapter_grads(*args, ETA, norm, True, a.dtype, b.dtype, order, etas)
+    exact = grouped.grouped_adapter_grads(*doubles(*args), ETA, norm, True, torch.float64, torch.float64, order, etas)
     for name, *results in zip(("ds", "da", "db"), ours, eager, exact):
         assert_close(*results, name)
 
 
-@over("arch", norm=list(reference.WEIGHT_NORMS), shape=[(1, 45, 67, 40), (1, 130, 700, 3)], groups=[1, 5])
-def test_coefficients(arch, norm, shape, groups):
+@over(
+    "arch",
+    norm=list(reference.WEIGHT_NORMS),
+    shape=[(1, 45, 67, 40), (1, 130, 700, 3)],
+    groups=[1, 5],
+    own=[False, True],
+)
+def test_coefficients(arch, norm, shape, groups, own):
     _, _, _, a, b, _, _ = make(((0,) * groups, 1), shape, (torch.float32, torch.float32), "rows")
-    ours = csrc_triton.weight_coefficient(a, b, ETA, norm)
-    exact = reference.weight_coefficient(a.double(), b.double(), ETA, norm)
-    assert_close(ours, reference.weight_coefficient(a, b, ETA, norm), exact, "c")
+    etas = some_etas(groups) if own else None
+    ours = csrc_triton.weight_coefficient(a, b, ETA, norm, etas)
+    exact = reference.weight_coefficient(a.double(), b.double(), ETA, norm, etas)
+    assert_close(ours, reference.weight_coefficient(a, b, ETA, norm, etas), exact, "c")
+
+
+def test_an_order_past_the_rows_is_a_fault_and_not_a_wrong_value():
+    x, _, _, a, *_ = make(((3, 4), 0), (1, 16, 16, 3), (torch.float32, torch.float32), "rows")
+    from ttsem.sanitize import KernelFault
+
+    ends, order = torch.tensor([3, 7], dtype=torch.int32), torch.tensor([0, 1, 2, 3, 4, 5, 7], dtype=torch.int32)
+    with pytest.raises(KernelFault):
+        csrc_triton.grouped_down_project(x, a, ends, torch.float32, order)
 
 
 def test_an_offset_past_the_rows_is_a_fault_and_not_a_wrong_value():

@@ -63,6 +63,14 @@ def grouped():
     module("grouped_fused_linear").grouped_fused_linear(x, weight, bias, s, b, ends)
 
 
+def in_any_order():
+    x, weight, bias, a, b, _ = make_inputs(70, 136, 64, 16, F16)
+    a, b = (torch.stack([t, t]) for t in (a, b))
+    ends, order = torch.tensor([33, 70], dtype=torch.int32), torch.arange(69, -1, -1, dtype=torch.int32)
+    s = module("grouped_down_project").grouped_down_project(x, a, ends, F16, order)
+    module("grouped_fused_linear").grouped_fused_linear(x, weight, bias, s, b, ends, order)
+
+
 def first_pieces():
     module("groups").first_pieces(torch.tensor([3, 9, 9, 9], dtype=torch.int32), 12, 2)
 
@@ -113,8 +121,12 @@ FAULTS = [
          "s_ptr + (offs_m - start)[:, None] * R", grouped),
     write("_grouped_down_project_kernel", "grouped_down_project", "mask=mask_m[:, None] & mask_r[None, :])\n\n\ndef",
           "mask=mask_r[None, :])\n\n\ndef", grouped),
-    race("_grouped_fused_linear_kernel", "grouped_fused_linear", "y_ptr + offs_m[:, None]", "y_ptr + (offs_m - start)[:, None]",
+    race("_grouped_fused_linear_kernel", "grouped_fused_linear", "y_ptr + rows[:, None]", "y_ptr + (rows - start)[:, None]",
          grouped),
+    read("_grouped_down_project_kernel", "grouped_down_project", "order_ptr, offs_m, mask_m,",
+         "order_ptr, offs_m, mask_m | True,", in_any_order),
+    read("_grouped_fused_linear_kernel", "grouped_fused_linear", "order_ptr, offs_m, mask_m,",
+         "order_ptr, offs_m, mask_m | True,", in_any_order),
     write("_grouped_fused_linear_kernel", "grouped_fused_linear",
           "narrow(acc, DTYPE), mask=mask_m[:, None] & mask_n[None, :])", "narrow(acc, DTYPE), mask=mask_n[None, :])", grouped),
     race("_first_pieces_kernel", "groups", ("_kernel, (1,)", "axis=0) - tiles, mask"),

@@ -1,0 +1,146 @@
+"""`BatchRows`: which adapter each row of a layer's input goes through, in a batch whose samples name their adapters."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from ..groups import Adapter, multi_adapter_linear
+from ..layer.adapter import ALLoRALayer
+
+
+class InputsHook:
+    """Before the model's forward pass. A copy of the model is in no block, and its hook does nothing."""
+
+    def __init__(self, rows: "BatchRows") -> None:
+        self.rows: BatchRows | None = rows
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """`BatchRows.note_inputs`."""
+        if self.rows is not None:
+            self.rows.note_inputs(args, kwargs)
+
+
+class BatchRows:
+    """The state of one ``with adapter_rows(...)``, held by every layer of the model while it lasts, and by what checkpointing
+    may run again afterwards."""
+
+    def __init__(self, names: Sequence[str | None], layers: Mapping[str, nn.Module]) -> None:
+        self.names = tuple(names)
+        self.used = tuple(dict.fromkeys(name for name in names if name is not None))
+        number = {name: i for i, name in enumerate(self.used)} | {None: -1}
+        self._numbers = [number[name] for name in self.names]
+        self._layer_names = WeakKeyDictionary({layer: name for name, layer in layers.items()})
+        self._tokens: set[int] = set()
+        self._spread: dict[tuple, Tensor] = {}
+
+    def __reduce__(self):
+        # A copy of the model, here or in another process, is not in the block that this belongs to.
+        return type(None), ()
+
+    def note_inputs(self, args: tuple, kwargs: dict) -> None:
+        """How many tokens a sample of this batch has, from the inputs of the model.
+
+        Raises:
+            ValueError: no input has as many samples as there are names.
+        """
+        tensors = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
+        count = len(self.names)
+        if tensors and all(t.shape[0] != count for t in tensors):
+            sizes = sorted({t.shape[0] for t in tensors})
+            raise ValueError(
+                f"adapter_rows names the adapters of {count} samples, but the model's inputs have {sizes} as their leading "
+                "dimensions: give a name for each sample of the batch"
+            )
+        self._tokens.update(t.shape[1] for t in tensors if t.dim() > 1 and t.shape[0] == count)
+
+    def tokens_of(self, module: nn.Module, x: Tensor, trailing: int) -> int:
+        """How many rows in succession each sample has in x, whose rows lie in all dimensions but the `trailing` last.
+
+        Raises:
+            ValueError: that cannot be told.
+        """
+        lead, count = x.shape[: x.dim() - trailing], len(self.names)
+        name = self._layer_names.get(module, type(module).__name__)
+        routed = "experts" in name.split(".") and len(lead) == 1
+        if lead and not routed:
+            if lead[0] == count:
+                return lead[1:].numel()
+            if len(lead) == 1 and lead[0] % count == 0 and lead[0] // count in self._tokens:
+                return lead[0] // count
+        lengths = f", of {sorted(self._tokens)} tokens each" if self._tokens else ""
+        why = "they were routed to an expert of a mixture" if routed else f"it is neither {count} nor samples * tokens"
+        raise ValueError(
+            f"which sample each row is of cannot be told: adapter_rows names {count} samples{lengths}, but the input of {name} "
+            f"is {list(x.shape)} ({why}). Keep the samples in the leading dimension, or run each adapter's samples on their "
+            "own after set_adapter"
+        )
+
+    def _row_adapter(self, layer: ALLoRALayer, x: Tensor) -> Tensor:
+        tokens, shape = self.tokens_of(layer, x, trailing=1), x.shape[:-1]
+        if (found := self._spread.get((shape, x.device))) is None:
+            numbers = torch.tensor(self._numbers, dtype=torch.int32).repeat_interleave(tokens)
+            found = self._spread[shape, x.device] = numbers.reshape(shape).to(x.device)
+        return found
+
+    def linear(self, layer: ALLoRALayer, x: Tensor) -> Tensor:
+        """What `layer` computes for x [..., K], each row by its sample's adapter.
+
+        Raises:
+            ValueError: as `tokens_of`.
+            RuntimeError: `layer` is being recorded.
+        """
+        if layer._recording is not None:
+            raise RuntimeError(
+                "per_sample.record takes the gradients of one adapter, and adapter_rows mixes several: record each adapter's "
+                "samples on their own after set_adapter"
+            )
+        row_adapter = self._row_adapter(layer, x)
+        if not self.used:
+            return layer.frozen_linear(x)
+        adapters = [Adapter(a.lora_A, a.lora_B, a.eta, a.norm) for a in map(layer.adapter, self.used)]
+        return multi_adapter_linear(x, layer.frozen_weight, layer.bias, adapters, row_adapter)
+
+    def each(self, module: nn.Module, copies: Mapping[str, nn.Module], args: tuple, kwargs: dict) -> Tensor:
+        """``copies[name](...)`` of each name's samples, put together again in the order of the batch.
+
+        Raises:
+            ValueError: which samples an input has cannot be told, or the outputs do not fit together.
+        """
+        repeats = {1}
+
+        def part(t, samples: Tensor):
+            if not isinstance(t, Tensor) or not t.dim():
+                return t
+            repeat = 1 if t.shape[0] == len(self.names) else self.tokens_of(module, t, trailing=t.dim() - 1)
+            repeats.add(repeat)
+            return t.index_select(0, _spread(samples, repeat).to(t.device))
+
+        name_of_module = self._layer_names.get(module, type(module).__name__)
+        outputs, order = [], []
+        for number, name in enumerate(self.used):
+            samples = torch.tensor([i for i, n in enumerate(self._numbers) if n == number])
+            taken = _pytree.tree_map(functools.partial(part, samples=samples), (args, kwargs))
+            y = copies[name](*taken[0], **taken[1])
+            repeat = y.shape[0] // len(samples) if isinstance(y, Tensor) and y.dim() else 0
+            if repeat not in repeats or repeat * len(samples) != y.shape[0]:
+                raise ValueError(
+                    f"{name_of_module} is trained whole for each adapter, and what it returns for a mixed batch is no Tensor "
+                    "with the samples of its inputs in its leading dimension: run each adapter's samples on their own after "
+                    "set_adapter"
+                )
+            outputs.append(y)
+            order.append(_spread(samples, repeat))
+        if len(shapes := {tuple(y.shape[1:]) for y in outputs}) > 1:
+            raise ValueError(
+                f"{name_of_module} gives rows of {sorted(shapes)} for adapters {list(self.used)}: no one tensor"
+            )
+        return torch.cat(outputs).index_select(0, torch.argsort(torch.cat(order)).to(outputs[0].device))
+
+
+def _spread(samples: Tensor, repeat: int) -> Tensor:
+    """The rows of these samples, where each has `repeat` of them in succession."""
+    return (samples[:, None] * repeat + torch.arange(repeat)).reshape(-1)

@@ -1,0 +1,66 @@
+"""The adapters of experts in PEFT's files, where they are those of `target_parameters`.
+
+PEFT wraps a module once for each adapted parameter, so of two parameters of a module the first is called ``base_layer``. Its
+lora_A ``[E·r, K]`` runs over experts slowest, as ours does, but its lora_B ``[N, r·E]`` over experts fastest.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from .expert_selection import Stack
+from .experts import ExpertsAdapter
+
+
+def file_names(stacks: Mapping[str, Stack]) -> dict[str, str]:
+    """What PEFT calls each of `stacks`, which are in the order of their modules' parameters."""
+    owners = {name: name.rpartition(".")[0] for name in stacks}
+    names, wrappers = {}, dict.fromkeys(owners.values(), 0)
+    for name in reversed(stacks):
+        owner = owners[name]
+        names[name] = owner + ".base_layer" * wrappers[owner]
+        wrappers[owner] += 1
+    return names
+
+
+def to_file(adapter: ExpertsAdapter, factor: str, value: Tensor) -> Tensor:
+    """PEFT's ``[E·r, K]`` of our lora_A ``[E, r, K]``, or ``[N, r·E]`` of our lora_B ``[E, N, r]``."""
+    if factor == "lora_A":
+        return value.reshape(-1, adapter.in_features)
+    return value.permute(1, 2, 0).reshape(adapter.out_features, -1)
+
+
+def stacks_to_file(tensors: Mapping[str, Tensor], stacks: Mapping[str, Stack], prefix: str) -> dict[str, Tensor]:
+    """`tensors` by their keys in the file, with our factors of `stacks` among them as `to_file` makes them."""
+    made = {}
+    for name, wrapper in file_names(stacks).items():
+        for factor in ("lora_A", "lora_B"):
+            key = f"{prefix}{wrapper}.{factor}.weight"
+            if key in tensors:
+                made[key] = to_file(stacks[name].adapter, factor, tensors[key]).contiguous()
+    return {**tensors, **made}
+
+
+def from_file(adapter: ExpertsAdapter, factor: str, value: Tensor) -> Tensor:
+    """Undo `to_file`."""
+    if factor == "lora_A":
+        return value.reshape(adapter.experts, adapter.r, adapter.in_features)
+    return value.reshape(adapter.out_features, adapter.r, adapter.experts).permute(2, 0, 1)
+
+
+def shapes_in_file(stack: Stack, r: int) -> dict[str, list[int]]:
+    """What the factors of `stack` must be in the file."""
+    experts, n, k = stack.sizes
+    return {"lora_A": [experts * r, k], "lora_B": [n, r * experts]}
+
+
+def turned_round(stack: Stack, r: int, factors: Mapping[str, Tensor], oriented: bool) -> str | None:
+    """Why factors are, or may be, those of a PEFT that took in- and output of such a stack the other way round: before 0.20 it
+    always took the parameter's second dimension for the input, in 0.19 the third where the module is transposed. `oriented`:
+    they come from a program that is known not to."""
+    experts, n, k = stack.sizes
+    other = {"lora_A": [experts * r, n], "lora_B": [k, r * experts]}
+    if {factor: list(t.shape) for factor, t in factors.items()} != other or (n == k and oriented):
+        return None
+    how = "its in- and output may be" if n == k else "its in- and output are"
+    return f"{how} the other way round, as PEFT before 0.20 saved experts: train it again with a newer one"

@@ -1,0 +1,75 @@
+"""A block of the report for a section of steps: a table for each device, a row for each provider, a column for each case."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from . import adapter_providers, adapters, expert_providers, experts, sample_providers, samples
+from .markdown import provenance, table
+from .measured import median, records
+from .steps import StepCase, StepSpec
+
+NO_GPU = "not yet measured"
+
+
+class Shown(NamedTuple):
+    """A section of steps as it stands in the report: `what` names a step, `floor` what the others are compared with."""
+
+    section: str
+    what: str
+    floor: str
+    providers: Mapping[str, StepSpec]
+    gpu_cases: Sequence[StepCase]
+    case_type: type
+
+
+SAMPLES = Shown(
+    "per-sample", "a clipped step", "plain", sample_providers.PROVIDERS, samples.GPU_CASES, samples.SampleCase
+)
+EXPERTS = Shown(
+    "experts", "forward and backward", "frozen", expert_providers.PROVIDERS, experts.GPU_CASES, experts.ExpertCase
+)
+ADAPTERS = Shown(
+    "adapters", "forward and backward", "frozen", adapter_providers.PROVIDERS, adapters.GPU_CASES, adapters.AdaptersCase
+)
+
+
+def block(shown: Shown, devices: list[dict]) -> str:
+    """The tables of each device that has the section, and where they come from; of a GPU at least that there is none."""
+    measured = [data for data in devices if any(True for _ in records(data, shown.section))]
+    parts = [_device(shown, data) for data in measured]
+    if not any(_name(data) != "cpu" for data in measured):
+        rows = [[f"`{name}`", *([NO_GPU] * len(shown.gpu_cases))] for name in shown.providers]
+        heading = f"On a GPU, ms and peak MiB of {shown.what}:"
+        parts.insert(0, f"{heading}\n\n{table(['', *map(str, shown.gpu_cases)], rows)}")
+    return "\n\n".join(parts)
+
+
+def _name(data: dict) -> str:
+    return data["runs"][-1]["device"]
+
+
+def _device(shown: Shown, data: dict) -> str:
+    newest: dict[StepCase, dict] = {}
+    for record in records(data, shown.section):
+        newest.setdefault(shown.case_type(**record["case"]), record)
+    # As they were added, the oldest first.
+    cases = list(reversed(newest))
+    rows = [[f"`{name}`", *(_cell(newest[case], name, shown.floor) for case in cases)] for name in shown.providers]
+    used = {record["run"] for record in newest.values()}
+    source = provenance({"runs": [run for i, run in enumerate(data["runs"]) if i in used]})
+    where = "On one core of a CPU" if _name(data) == "cpu" else f"On {_name(data)}"
+    heading = (
+        f"{where}, ms of {shown.what} (p20 to p80), its ratio to `{shown.floor}`, peak memory where it is counted:"
+    )
+    return f"{heading}\n\n{table(['', *map(str, cases)], rows)}\n\n{source}"
+
+
+def _cell(record: dict, name: str, over: str) -> str:
+    row = record["providers"].get(name, {"status": "not run"})
+    time, floor = median(record, name, "step"), median(record, over, "step")
+    if time is None:
+        return f"{row['status']}: {row['reason']}" if "reason" in row else row["status"]
+    text = f"{time:.1f} ({row['step']['p20_ms']:.1f} to {row['step']['p80_ms']:.1f})"
+    text += f" = {time / floor:.2f}x" if floor else ""
+    peak = row.get("step_peak_bytes")
+    return text if peak is None else f"{text}, {peak / 2**20:,.0f} MiB"

@@ -1,0 +1,784 @@
+"""Several adapters on one model: added, switched, removed, and in one batch what each of them does alone."""
+
+import copy
+import functools
+import itertools
+import pickle
+
+import pytest
+import torch
+from foreign_layers import Foreign
+from tiny_models import VOCAB, bert, gpt2, llama, logits, photograph, pretend_to_train, transformer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from allora_kernels import (
+    FusedALLoRALinear,
+    WrappedALLoRALinear,
+    active_adapter,
+    adapter_layers,
+    adapter_names,
+    adapter_parameters,
+    adapter_rows,
+    add_adapter,
+    apply_allora,
+    disable_adapters,
+    explain,
+    load_adapter,
+    merge_adapter,
+    per_sample,
+    remove_adapter,
+    save_adapter,
+    set_adapter,
+    set_enabled,
+    unmerge_adapter,
+)
+from allora_kernels.models.saved_whole import ModuleOfEachAdapter
+
+RULES = {"default": {"r": 3}, "wide": {"r": 5, "eta": 1.0, "norm": "matrix"}, "plain": {"r": 1, "norm": None}}
+NAMES = ["wide", None, "default", "wide", "plain", "default"]
+IDS = torch.arange(6 * 7).reshape(6, 7) * 5 % VOCAB
+
+
+def with_values(model):
+    """Random values in every adapter, whichever is active."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    return model
+
+
+def several(build=llama, rules=RULES, **arguments):
+    """A model with an adapter for each of `rules`, whose values are random and the same at every call."""
+    model = build()
+    (first, rule), *others = rules.items()
+    apply_allora(model, **rule, adapter_name=first, **arguments)
+    for name, rule in others:
+        add_adapter(model, name, **rule)
+    return with_values(model)
+
+
+def alone(model, name, ids=IDS, **inputs):
+    """What `model` computes with one adapter, or with none."""
+    if name is None:
+        with disable_adapters(model):
+            return model(input_ids=ids, **inputs).logits
+    before = active_adapter(model)
+    set_adapter(model, name)
+    y = model(input_ids=ids, **inputs).logits
+    set_adapter(model, before)
+    return y
+
+
+def gradients(model, name):
+    return [None if p.grad is None else p.grad.clone() for p in adapter_parameters(model, name)]
+
+
+# --- adding, switching, removing ------------------------------------------------------------------------------------
+
+
+def test_a_new_adapter_changes_nothing_until_it_is_trained():
+    model = llama()
+    base = logits(model)
+    apply_allora(model, r=3)
+    pretend_to_train(model)
+    want = logits(model)
+    report = add_adapter(model, "other", r=5, norm="token", rank_pattern={"q_proj": 2})
+    assert adapter_names(model) == ("default", "other") == report.adapters
+    assert active_adapter(model) == "default" == report.active
+    assert "adapter default is active, beside other" in str(report)
+    assert torch.equal(logits(model), want)
+    set_adapter(model, "other")
+    assert torch.equal(logits(model), base)
+    layers = adapter_layers(model)
+    assert {layer.r for name, layer in layers.items() if "q_proj" in name} == {2}
+    assert {layer.r for name, layer in layers.items() if "q_proj" not in name} == {5}
+    assert {(layer.eta, layer.norm) for layer in layers.values()} == {(2.0, "token")}
+    set_adapter(model, "default")
+    assert torch.equal(logits(model), want)
+    assert {layer.r for layer in layers.values()} == {3}
+
+
+def test_a_model_with_one_adapter_is_as_it_was_before_there_were_others():
+    model = pretend_to_train((lambda m: (apply_allora(m, r=3), m)[1])(bert()))
+    keys, tree = list(model.state_dict()), [name for name, _ in model.named_modules()]
+    add_adapter(model, "other")
+    assert list(model.state_dict()) != keys
+    remove_adapter(model, "other")
+    assert list(model.state_dict()) == keys and [name for name, _ in model.named_modules()] == tree
+    add_adapter(model, "other")
+    set_adapter(model, "other")
+    remove_adapter(model, "default")
+    assert list(model.state_dict()) == keys and adapter_names(model) == ("other",)
+    add_adapter(model, "default")
+    assert adapter_names(model) == ("other", "default")
+
+
+def test_parameters_stay_the_same_objects_and_each_adapter_is_a_group():
+    model = several()
+    groups = {name: adapter_parameters(model, name) for name in RULES}
+    everything = [p for group in groups.values() for p in group]
+    assert len(everything) == len({id(p) for p in everything}) == len(adapter_parameters(model)) == 3 * 2 * 14
+    set_adapter(model, "wide")
+    for name, group in groups.items():
+        assert all(a is b for a, b in zip(group, adapter_parameters(model, name), strict=True))
+    layer = adapter_layers(model)["model.layers.0.self_attn.q_proj"]
+    assert layer.lora_A is groups["wide"][0] and layer.adapters["wide"].lora_A is groups["wide"][0]
+    before = [p.detach().clone() for p in everything]
+    optimizer = torch.optim.SGD([{"params": group} for group in groups.values()], lr=0.1)
+    model(input_ids=IDS).logits.square().mean().backward()
+    optimizer.step()
+    changed = {id(p) for p, was in zip(everything, before) if not torch.equal(p, was)}
+    assert changed == {id(p) for p in groups["wide"]}
+
+
+def test_a_rule_that_was_set_anew_is_kept():
+    model = several()
+    for layer in adapter_layers(model).values():
+        layer.eta = 0.5
+    set_adapter(model, "wide")
+    set_adapter(model, "default")
+    assert {layer.eta for layer in adapter_layers(model).values()} == {0.5}
+
+
+@pytest.mark.parametrize(
+    "call, error, match",
+    [
+        (lambda m: set_adapter(m, "wde"), ValueError, "no adapter 'wde'.*did you mean 'wide'"),
+        (lambda m: remove_adapter(m, "defalt"), ValueError, "did you mean 'default'"),
+        (lambda m: adapter_parameters(m, "plan"), ValueError, "did you mean 'plain'"),
+        (lambda m: save_adapter(m, "nowhere", adapter="wild"), ValueError, "did you mean 'wide'"),
+        (lambda m: set_adapter(m, 3), TypeError, "name must be a str, got int"),
+        (lambda m: remove_adapter(m, "default"), ValueError, "'default' is active.*set_adapter"),
+        (lambda m: add_adapter(m, "wide"), ValueError, "has an adapter 'wide' already"),
+        (lambda m: add_adapter(m, ""), ValueError, "must not be empty"),
+        (lambda m: add_adapter(m, "a.b"), ValueError, "contain a dot"),
+        (lambda m: add_adapter(m, "keys"), ValueError, "attribute of torch.nn.ModuleDict"),
+        (lambda m: add_adapter(m, None), TypeError, "must be a str"),
+        (lambda m: add_adapter(m, "new", r=0), ValueError, "r must be between"),
+        (lambda m: add_adapter(m, "new", norm="rows"), ValueError, "norm must be one of"),
+        (lambda m: add_adapter(m, "new", rank_pattern={"nothing": 2}), ValueError, "matches none of the layers"),
+        (lambda m: apply_allora(m), ValueError, r"add_adapter\(model, name\)"),
+        (lambda m: save_adapter(m, "nowhere"), ValueError, "say which one, save_adapter.*adapter=name"),
+        (lambda m: m.save_pretrained("nowhere"), ValueError, "name_or_path"),
+        (lambda m: merge_adapter(m), ValueError, "would lose the others"),
+        (lambda m: add_adapter(nn.DataParallel(m), "new"), ValueError, "DistributedDataParallel"),
+    ],
+)  # fmt: skip
+def test_wrong_calls_are_named_and_change_nothing(call, error, match):
+    model = several()
+    before = photograph(model)
+    with pytest.raises(error, match=match):
+        call(model)
+    assert photograph(model) == before
+
+
+@pytest.mark.parametrize(
+    "call", [add_adapter, set_adapter, remove_adapter, lambda m, name: adapter_rows(m, [name]).__enter__()]
+)
+def test_a_model_without_adapters(call):
+    with pytest.raises(ValueError, match=r"no adapters: apply_allora\(model\) first"):
+        call(llama(), "default")
+
+
+def test_the_only_adapter_is_not_removed():
+    model = several(rules={"one": {}})
+    with pytest.raises(ValueError, match="only adapter"):
+        remove_adapter(model, "one")
+
+
+def test_a_failure_in_the_middle_takes_the_adapter_away_again(monkeypatch):
+    model = several()
+    before = photograph(model)
+    add, calls = FusedALLoRALinear.add_named_adapter, itertools.count()
+
+    def failing(*args):
+        if next(calls) == 5:
+            raise MemoryError
+        add(*args)
+
+    monkeypatch.setattr(FusedALLoRALinear, "add_named_adapter", failing)
+    with pytest.raises(MemoryError):
+        add_adapter(model, "new")
+    assert photograph(model) == before
+
+
+# --- a mixed batch --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, bert])
+def test_each_sample_of_a_batch_goes_through_its_own_adapter(build):
+    model = several(build)
+    with torch.no_grad():
+        want = {name: alone(model, name) for name in {*NAMES}}
+        with adapter_rows(model, NAMES):
+            y = model(input_ids=IDS).logits
+    for i, name in enumerate(NAMES):
+        torch.testing.assert_close(y[i], want[name][i], rtol=1e-5, atol=1e-5)
+        for other in want.keys() - {name}:
+            assert not torch.allclose(y[i], want[other][i], rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        assert torch.equal(alone(model, "default"), want["default"]), "nothing of the block stays"
+
+
+def test_samples_without_an_adapter_have_the_bits_of_the_frozen_model():
+    model = several()
+    base = llama()
+    with torch.no_grad():
+        want = base(input_ids=IDS).logits
+        with adapter_rows(model, NAMES):
+            assert torch.equal(model(input_ids=IDS).logits[1], want[1])
+        with adapter_rows(model, [None] * 6):
+            assert torch.equal(model(input_ids=IDS).logits, want)
+
+
+@pytest.mark.parametrize("norm", ["row", "matrix", "factor", "entry", "token", None])
+def test_each_adapter_gets_the_gradients_that_it_would_get_alone(norm):
+    """fp64: to rounding. fp32: an error of the mixed batch against fp64 is at most twice that of the adapter alone."""
+    rules = {"default": {"r": 3, "norm": norm}, "other": {"r": 4, "norm": norm, "eta": 1.0}}
+    names = ["other", None, "default", "other", "default", "default"]
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        model = several(rules=rules).to(dtype)
+        with adapter_rows(model, names):
+            model(input_ids=IDS).logits.square().mean(dim=(1, 2)).sum().backward()
+        mixed = {name: gradients(model, name) for name in rules}
+        single = {}
+        for name in rules:
+            model.zero_grad()
+            rows = [i for i, n in enumerate(names) if n == name]
+            alone(model, name, IDS[rows]).square().mean(dim=(1, 2)).sum().backward()
+            single[name] = gradients(model, name)
+        found[dtype] = mixed, single
+    for name in rules:
+        exact = found[torch.float64][1][name]
+        for a, b in zip(found[torch.float64][0][name], exact, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        # Over all layers together: a single small tensor may be lucky alone.
+        mixed, single = (
+            sum(float(((a - b).norm() / b.norm()).square()) for a, b in zip(grads[name], exact, strict=True)) ** 0.5
+            for grads in found[torch.float32]
+        )
+        assert 0 < mixed <= 2 * single
+
+
+def test_an_adapter_that_no_sample_names_gets_no_gradient():
+    model = several()
+    with adapter_rows(model, ["wide"] * 5 + [None]):
+        model(input_ids=IDS).logits.square().mean().backward()
+    assert all(g is not None for g in gradients(model, "wide"))
+    assert all(g is None for name in ("default", "plain") for g in gradients(model, name))
+
+
+def test_padding_takes_no_part():
+    """Samples of different lengths, padded to one: the gradients are those of each sample on its own, without padding."""
+    lengths, names = [7, 3, 5], ["wide", "default", "wide"]
+    model = several().double()
+    mask = torch.tensor([[1] * n + [0] * (7 - n) for n in lengths])
+    ids = torch.where(mask.bool(), IDS[:3], 0)
+    with adapter_rows(model, names):
+        y = model(input_ids=ids, attention_mask=mask).logits.square().mean(-1)
+        (y * mask).sum().backward()
+    mixed = {name: gradients(model, name) for name in set(names)}
+    model.zero_grad()
+    for i, (length, name) in enumerate(zip(lengths, names)):
+        alone(model, name, IDS[i : i + 1, :length]).square().mean(-1).sum().backward()
+    for name, grads in mixed.items():
+        for a, b in zip(grads, gradients(model, name), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_accumulate_over_batches_with_other_names():
+    model = several().double()
+    for names in (NAMES, NAMES[::-1], ["plain"] * 6):
+        with adapter_rows(model, names):
+            model(input_ids=IDS).logits.square().mean(dim=(1, 2)).sum().backward()
+    found = {name: gradients(model, name) for name in RULES}
+    model.zero_grad()
+    for names in (NAMES, NAMES[::-1], ["plain"] * 6):
+        for i, name in enumerate(names):
+            if name is not None:
+                alone(model, name, IDS[i : i + 1]).square().mean().backward()
+    for name in RULES:
+        for a, b in zip(found[name], gradients(model, name), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+# --- which rows are whose -------------------------------------------------------------------------------------------
+
+
+class Flat(nn.Module):
+    """Layers that see [B, T, K], [B * T, K] and [B, K]; and what else is asked for."""
+
+    def __init__(self, reshape=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.flat, self.pooled = (nn.Linear(4, 4) for _ in range(3))
+        self.reshape = reshape
+
+    def forward(self, x):
+        x = self.first(x).tanh()
+        if self.reshape is not None:
+            return self.flat(self.reshape(x))
+        x = self.flat(x.reshape(-1, 4)).tanh().reshape(x.shape)
+        return self.pooled(x[:, 0])
+
+
+def flat_model(reshape=None):
+    return several(lambda: Flat(reshape), {"a": {"r": 2}, "b": {"r": 3}})
+
+
+def test_flattened_and_pooled_inputs():
+    model = flat_model()
+    x = torch.randn(3, 5, 4)
+    names = ["b", "a", None]
+    with adapter_rows(model, names):
+        y = model(x)
+    for i, name in enumerate(names):
+        if name is None:
+            with disable_adapters(model):
+                want = model(x)
+        else:
+            set_adapter(model, name)
+            want = model(x)
+        torch.testing.assert_close(y[i], want[i])
+
+
+@pytest.mark.parametrize(
+    "reshape, shape",
+    [
+        (lambda x: x[:, :2].reshape(-1, 4), "[6, 4]"),
+        (lambda x: x[:2], "[2, 5, 4]"),
+        (lambda x: x.transpose(0, 1), "[5, 3, 4]"),
+        (lambda x: x.reshape(1, -1, 4), "[1, 15, 4]"),
+        (lambda x: x[0, 0], "[4]"),
+        (lambda x: x.reshape(-1, 4)[:14], "[14, 4]"),
+    ],
+)
+def test_rows_that_are_no_samples_are_refused_by_name(reshape, shape):
+    model = flat_model(reshape)
+    with adapter_rows(model, ["a", "b", None]), pytest.raises(ValueError, match="cannot be told") as caught:
+        model(torch.randn(3, 5, 4))
+    assert shape in str(caught.value) and "of flat is" in str(caught.value) and "3 samples" in str(caught.value)
+
+
+def test_a_batch_of_another_size_is_refused():
+    model = several()
+    with adapter_rows(model, ["wide", "plain"]), pytest.raises(ValueError, match=r"2 samples.*\[6\]"):
+        model(input_ids=IDS)
+
+
+def test_the_experts_of_a_mixture_are_refused_even_where_the_number_of_rows_fits():
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(4, 4)])
+
+        def forward(self, x):
+            return self.experts[0](x.reshape(-1, 4)[[2, 0, 1]])
+
+    model = several(Mixture, {"a": {"r": 2}, "b": {"r": 2}})
+    with adapter_rows(model, ["a", "b", None]), pytest.raises(ValueError, match="routed to an expert"):
+        model(torch.randn(3, 1, 4))
+
+
+@pytest.mark.parametrize(
+    "names, error, match",
+    [
+        (["wide", "plan"], ValueError, "no adapter 'plan'.*did you mean 'plain'"),
+        ([], ValueError, "names is empty"),
+        ("wide", TypeError, "must be a list"),
+        ({"wide", "plain"}, TypeError, "must be a list"),
+        (["wide", 1], TypeError, "name must be a str"),
+    ],
+)
+def test_wrong_names(names, error, match):
+    model = several()
+    before = photograph(model)
+    with pytest.raises(error, match=match), adapter_rows(model, names):
+        pass
+    assert photograph(model) == before
+
+
+def test_what_takes_one_adapter_a_batch_is_refused():
+    model = nn.Sequential(WrappedALLoRALinear(Foreign(torch.randn(4, 4), torch.randn(4)), r=2))
+    add_adapter(model, "b")
+    set_adapter(model, "b")
+    with (
+        pytest.raises(ValueError, match="0 is on Foreign, which takes one adapter a batch"),
+        adapter_rows(model, ["b"]),
+    ):
+        pass
+    with pytest.raises(ValueError, match=r"nn\.DataParallel"), adapter_rows(nn.DataParallel(several()), NAMES):
+        pass
+
+
+# --- blocks ---------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_nest_and_survive_exceptions():
+    model = several()
+    with torch.no_grad():
+        want = {name: alone(model, name) for name in RULES}
+        with adapter_rows(model, ["wide"] * 6):
+            with pytest.raises(KeyError), adapter_rows(model, ["plain"] * 6):
+                torch.testing.assert_close(model(input_ids=IDS).logits, want["plain"])
+                raise KeyError
+            torch.testing.assert_close(model(input_ids=IDS).logits, want["wide"])
+            with disable_adapters(model):
+                assert torch.equal(model(input_ids=IDS).logits, llama()(input_ids=IDS).logits)
+            torch.testing.assert_close(model(input_ids=IDS).logits, want["wide"])
+        torch.testing.assert_close(model(input_ids=IDS).logits, want["default"])
+    assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    "call", [lambda m: add_adapter(m, "new"), lambda m: set_adapter(m, "wide"), lambda m: remove_adapter(m, "wide")]
+)
+def test_adapters_are_not_changed_inside_a_block(call):
+    model = several()
+    before = photograph(model)
+    with adapter_rows(model, NAMES), pytest.raises(RuntimeError, match="inside adapter_rows"):
+        call(model)
+    assert photograph(model) == before
+
+
+def test_a_disabled_layer_stays_disabled():
+    model = several()
+    set_enabled(model, False)
+    with torch.no_grad(), adapter_rows(model, NAMES):
+        assert torch.equal(model(input_ids=IDS).logits, llama()(input_ids=IDS).logits)
+
+
+# --- checkpointing --------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)) for _ in range(3))
+        self.wrap = wrap
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = self.wrap(block, x).tanh()
+        return x
+
+
+def plainly(function, x):
+    return function(x)
+
+
+WRAPS = {
+    "non-reentrant": functools.partial(checkpoint, use_reentrant=False),
+    "reentrant": functools.partial(checkpoint, use_reentrant=True),
+}
+
+
+def passes(wrap, backward):
+    """Gradients after passes of several kinds, whose backward passes run in an order and a state of their own."""
+    model = several(lambda: Net(wrap), {"a": {"r": 2}, "b": {"r": 3, "norm": "token"}})
+    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    losses = []
+    for names in (["a", "b", None], ["b", "b", "a"]):
+        with adapter_rows(model, names):
+            losses.append(model(x).square().sum())
+    losses.append(model(x).pow(3).sum())
+    set_adapter(model, "b")
+    losses.append(model(2 * x).square().sum())
+    with disable_adapters(model):
+        losses.append(model(x).square().sum())
+    if backward == "sum":
+        sum(losses).backward()
+    elif backward == "inside":
+        with adapter_rows(model, ["a"] * 3):
+            sum(losses).backward()
+    else:
+        for loss in losses if backward == "in order" else reversed(losses):
+            loss.backward()
+    return [x.grad, *gradients(model, "a"), *gradients(model, "b")]
+
+
+@pytest.mark.parametrize("backward", ["sum", "inside", "in order", "reversed"])
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_what_is_run_again_has_the_rows_and_the_adapter_of_its_first_run(wrap, backward):
+    want, found = (passes(how, backward) for how in (plainly, WRAPS[wrap]))
+    assert len(want) == 1 + 2 * 12
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_that_is_gone_cannot_be_run_again():
+    model = several(lambda: Net(WRAPS["non-reentrant"]), {"a": {"r": 2}, "b": {"r": 3}})
+    with adapter_rows(model, ["b", "a", None]):
+        y = model(torch.randn(3, 4, 5))
+    remove_adapter(model, "b")
+    with pytest.raises(RuntimeError, match=r"adapter 'b' is run again.*before remove_adapter"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_a_checkpointed_block_that_switches_adapters_itself(wrap):
+    grads = []
+    for call in (plainly, WRAPS[wrap]):
+        model = several(lambda: Net(plainly), {"a": {"r": 2}, "b": {"r": 3}})
+
+        def block(x, model=model):
+            with adapter_rows(model, ["a", "b", None]):
+                y = model(x)
+            return model(y)
+
+        start = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        call(block, start).square().sum().backward()
+        grads.append([start.grad, *gradients(model, "a"), *gradients(model, "b")])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_checkpointed_function_that_calls_set_adapter_is_refused():
+    model = several(lambda: Net(plainly), {"a": {"r": 2}, "b": {"r": 3}})
+
+    def function(x):
+        set_adapter(model, "b")
+        return model(x)
+
+    y = checkpoint(function, torch.randn(3, 4, 5), use_reentrant=False)
+    with pytest.raises(RuntimeError, match="set_adapter inside a backward pass"):
+        y.sum().backward()
+
+
+# --- modules trained whole ------------------------------------------------------------------------------------------
+
+
+def classifiers(**arguments):
+    return several(
+        lambda: transformer("Bert", "ForSequenceClassification", num_labels=3),
+        modules_to_save=["classifier"],
+        **arguments,
+    )
+
+
+def test_each_adapter_has_its_own_head():
+    model = classifiers()
+    assert isinstance(model.classifier, ModuleOfEachAdapter) and model.classifier.out_features == 3
+    names = ["wide", "default", "wide", "plain", "default", "wide"]
+    with adapter_rows(model, names):
+        y = model(input_ids=IDS).logits
+    heads = {name: model.classifier.copies[name].weight for name in RULES}
+    assert len({id(w) for w in heads.values()}) == 3
+    y.square().sum().backward()
+    mixed = {name: (heads[name].grad.clone(), gradients(model, name)) for name in RULES}
+    model.zero_grad()
+    for i, name in enumerate(names):
+        want = alone(model, name, IDS[i : i + 1])
+        torch.testing.assert_close(y[i], want[0], rtol=1e-4, atol=1e-5)
+        want.square().sum().backward()
+    for name, (head, grads) in mixed.items():
+        torch.testing.assert_close(head, heads[name].grad, rtol=1e-4, atol=1e-4)
+        for a, b in zip(grads, gradients(model, name), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_heads_that_see_all_tokens_and_dropout_of_their_own():
+    model = several(
+        lambda: transformer("Roberta", "ForSequenceClassification"),
+        modules_to_save=["classifier"],
+        rules={"a": {}, "b": {}},
+    )
+    names = ["b", "a", "b", "a", "a", "b"]
+    with torch.no_grad(), adapter_rows(model, names):
+        y = model(input_ids=IDS).logits
+    for i, name in enumerate(names):
+        torch.testing.assert_close(y[i], alone(model, name)[i], rtol=1e-4, atol=1e-5)
+
+
+def test_there_is_no_frozen_head_for_samples_without_an_adapter():
+    with pytest.raises(ValueError, match="classifier is trained whole"), adapter_rows(classifiers(), NAMES):
+        pass
+
+
+def test_a_head_goes_with_its_adapter():
+    model = classifiers()
+    kept = model.classifier.copies["wide"]
+    set_adapter(model, "wide")
+    remove_adapter(model, "default")
+    remove_adapter(model, "plain")
+    assert model.classifier is kept
+    assert [n for n, _ in model.named_parameters() if "classifier" in n] == ["classifier.weight", "classifier.bias"]
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_each_adapter_is_saved_and_peft_loads_it(tmp_path):
+    from test_checkpoint import load_with_peft
+
+    for build, arguments in (
+        (llama, {}),
+        (lambda: transformer("Bert", "ForSequenceClassification"), {"modules_to_save": ["classifier"]}),
+    ):
+        model = several(build, **arguments)
+        for name in RULES:
+            folder = tmp_path / build.__name__ / name
+            save_adapter(model, folder, adapter=name)
+            with torch.no_grad():
+                want = alone(model, name)
+                torch.testing.assert_close(
+                    load_with_peft(build(), folder)(input_ids=IDS).logits, want, rtol=1e-4, atol=1e-5
+                )
+                fresh = build()
+                report = load_adapter(fresh, folder)
+                assert report.adapters == ("default",)
+                torch.testing.assert_close(fresh(input_ids=IDS).logits, want)
+
+
+def test_adapters_are_loaded_beside_and_into_each_other(tmp_path):
+    model = classifiers()
+    for name in RULES:
+        save_adapter(model, tmp_path / name, adapter=name)
+    other = transformer("Bert", "ForSequenceClassification", num_labels=3)
+    load_adapter(other, tmp_path / "wide", adapter="wide")
+    report = load_adapter(other, tmp_path / "default", adapter="default")
+    assert report.adapters == ("wide", "default") and report.active == "wide"
+    with torch.no_grad():
+        for name in ("wide", "default"):
+            assert torch.equal(alone(other, name), alone(model, name))
+    with pytest.raises(ValueError, match="say which one, load_adapter"):
+        load_adapter(other, tmp_path / "wide")
+    before = photograph(other)
+    with pytest.raises(ValueError, match="r=3 in the model and r=5 in the file"):
+        load_adapter(other, tmp_path / "wide", adapter="default")
+    assert photograph(other) == before
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1 if p.requires_grad else 0)
+    load_adapter(other, tmp_path / "default", adapter="default")
+    with torch.no_grad():
+        assert torch.equal(alone(other, "default"), alone(model, "default"))
+        assert not torch.allclose(alone(other, "wide"), alone(model, "wide"))
+
+
+def test_a_state_dict_is_loaded_right_whichever_adapter_was_active():
+    model, other = classifiers(), classifiers()
+    want = {name: alone(model, name).detach() for name in RULES}
+    set_adapter(model, "wide")
+    state = {key: t.clone() for key, t in model.state_dict().items()}
+    for assign in (False, True):
+        with torch.no_grad():
+            for p in adapter_parameters(other):
+                p.zero_()
+        set_adapter(other, "plain")
+        other.load_state_dict(state, assign=assign)
+        assert active_adapter(other) == "plain"
+        layer = next(iter(adapter_layers(other).values()))
+        assert layer.lora_A is layer.adapters["plain"].lora_A
+        for name in RULES:
+            assert torch.equal(alone(other, name), want[name])
+    single = several(llama, {"default": {"r": 3}})
+    with pytest.raises(RuntimeError, match=r"Missing key.*adapters\.wide\.lora_A"):
+        several().load_state_dict(single.state_dict())
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*adapters\.wide\.lora_A"):
+        single.load_state_dict(several().state_dict())
+
+
+def test_copies_are_apart_and_outside_of_any_block():
+    model = several()
+    with adapter_rows(model, NAMES):
+        twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for twin in twins:
+        assert adapter_names(twin) == tuple(RULES)
+        with torch.no_grad():
+            for name in RULES:
+                assert torch.equal(alone(twin, name), alone(model, name))
+        assert not {id(p) for p in twin.parameters()} & {id(p) for p in model.parameters()}
+        layer = next(iter(adapter_layers(twin).values()))
+        assert layer.lora_A is layer.adapters["default"].lora_A
+
+
+def test_a_model_made_on_meta_keeps_its_two_names_of_one_parameter():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4))
+    apply_allora(nn.Sequential(model), r=2)
+    add_adapter(model, "b", r=3)
+    model.to_empty(device="cpu")
+    assert model[0].lora_A is model[0].adapters["default"].lora_A and not model[0].lora_A.is_meta
+
+
+# --- the rest of the library ----------------------------------------------------------------------------------------
+
+
+def test_merging_keeps_the_others():
+    model = several()
+    set_adapter(model, "wide")
+    with torch.no_grad():
+        want = {name: alone(model, name) for name in RULES}
+        merge_adapter(model, keep=True)
+        assert adapter_names(model) == ()
+        torch.testing.assert_close(model(input_ids=IDS).logits, want["wide"])
+        unmerge_adapter(model)
+        for name in RULES:
+            assert torch.equal(alone(model, name), want[name])
+        with adapter_rows(model, NAMES), pytest.raises(ValueError, match="inside adapter_rows"):
+            merge_adapter(model, keep=True)
+        for name in ("default", "plain"):
+            remove_adapter(model, name)
+        torch.testing.assert_close(merge_adapter(model)(input_ids=IDS).logits, want["wide"])
+
+
+def test_explain_says_which_adapter():
+    model = several()
+    assert "adapter 'default' of 3" in str(explain(model))
+    set_adapter(model, "wide")
+    assert "r=5" in str(explain(model)) and "adapter 'wide' of 3" in str(explain(model))
+    with adapter_rows(model, NAMES), pytest.raises(ValueError, match="explain outside"):
+        explain(model)
+
+
+def test_recording_takes_one_adapter():
+    model = several()
+    with pytest.raises(RuntimeError, match="inside per_sample"), per_sample.record(model):
+        adapter_rows(model, NAMES).__enter__()
+    with pytest.raises(RuntimeError, match="set_adapter inside per_sample"), per_sample.record(model):
+        set_adapter(model, "wide")
+    with (
+        adapter_rows(model, NAMES),
+        per_sample.record(model),
+        pytest.raises(RuntimeError, match="takes the gradients of one"),
+    ):
+        model(input_ids=IDS)
+    for norms_only in (False, True):
+        set_adapter(model, "wide")
+        with per_sample.record(model, norms_only=norms_only):
+            model(input_ids=IDS).logits.square().sum().backward()
+        set_adapter(model, "plain")
+        with pytest.raises(RuntimeError, match="adapter 'wide' were recorded, and 'plain' is active"):
+            per_sample.clip_(model, 1.0)
+        set_adapter(model, "wide")
+        assert per_sample.clip_(model, 1.0).shape == (6,)
+        per_sample.clear(model)
+
+
+def test_a_compiled_model_takes_mixed_batches():
+    model = several(lambda: Net(plainly), {"a": {"r": 2}, "b": {"r": 3}})
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(3, 4, 5)
+    for names in (["a", "b", None], ["b", None, "a"]):
+        with adapter_rows(compiled, names):
+            y = compiled(x)
+        with adapter_rows(model, names):
+            torch.testing.assert_close(y, model(x))
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_opacus_refuses_several():
+    pytest.importorskip("opacus")
+    from allora_kernels.integrations.opacus import reasons_against
+
+    model = several().train()
+    assert "has several adapters" in reasons_against(model)[0]
+    for name in ("wide", "plain"):
+        remove_adapter(model, name)
+    assert reasons_against(model) == []

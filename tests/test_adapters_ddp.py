@@ -1,0 +1,98 @@
+"""Several adapters in one batch, in two processes under DistributedDataParallel."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_checks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from allora_kernels import adapter_parameters, adapter_rows, add_adapter, apply_allora, set_adapter
+
+NAMES = [["a", "b", None], ["b", "b", "a"]]
+
+
+class Net(nn.Module):
+    def __init__(self, checkpointed):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(3))
+        self.call = functools.partial(checkpoint, use_reentrant=False) if checkpointed else lambda f, x: f(x)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = self.call(layer, x).tanh()
+        return x
+
+
+def make(checkpointed=False):
+    model = Net(checkpointed)
+    apply_allora(model, r=2, adapter_name="a")
+    add_adapter(model, "b", r=3, norm="token")
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in adapter_parameters(model):
+            p.copy_(torch.randn(p.shape, generator=generator))
+    return model
+
+
+def batches():
+    return torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(1))
+
+
+def grads(model):
+    return [None if p.grad is None else p.grad.clone() for p in adapter_parameters(model)]
+
+
+def whole(names):
+    """The gradients of both processes' batches in one, as the mean of the two."""
+    model = make()
+    with adapter_rows(model, [*names[0], *names[1]]):
+        (model(batches().flatten(0, 1)).square().sum() / 2).backward()
+    return grads(model)
+
+
+def check_mixed(folder, checkpointed):
+    model = DistributedDataParallel(make(checkpointed))
+    with adapter_rows(model, NAMES[dist.get_rank()]):
+        loss = model(batches()[dist.get_rank()]).square().sum()
+    loss.backward()
+    for found, want in zip(grads(model.module), whole(NAMES), strict=True):
+        torch.testing.assert_close(found, want)
+
+
+def check_names_that_differ(folder):
+    names = [["a", "b", "a"], ["b", "b", None]]
+    model = DistributedDataParallel(make(), find_unused_parameters=True)
+    for _ in range(2):
+        model.zero_grad()
+        with adapter_rows(model, names[dist.get_rank()]):
+            loss = model(batches()[dist.get_rank()]).square().sum()
+        loss.backward()
+        for found, want in zip(grads(model.module), whole(names), strict=True):
+            torch.testing.assert_close(found, want)
+    set_adapter(model, "b")
+    assert model.module.layers[0].adapter_name == "b"
+
+
+def check_unused_ones_are_refused(folder):
+    model = DistributedDataParallel(make())
+    x = batches()[dist.get_rank()]
+    with adapter_rows(model, ["a"] * 3):
+        model(x).square().sum().backward()
+        with pytest.raises(RuntimeError, match="find_unused_parameters=True"):
+            model(x)
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
+def test_two_processes_train_what_one_does(tmp_path):
+    checks = {
+        "mixed": functools.partial(check_mixed, checkpointed=False),
+        "checkpointed": functools.partial(check_mixed, checkpointed=True),
+        "names that differ": check_names_that_differ,
+        "unused": check_unused_ones_are_refused,
+    }
+    run_checks(2, checks, tmp_path)

@@ -1,0 +1,206 @@
+"""Several runs over one base model: each result is the single run's, and each folder is one."""
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+
+from safetensors.torch import load_file  # noqa: E402
+from tiny_training import make_model, sentences, write_csv  # noqa: E402
+
+from allora_kernels import load_adapter  # noqa: E402
+from allora_kernels.training import FinetuneConfig, finetune, finetune_together, together  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TASKS = ("classification", "causal-lm")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    models = {task: make_model(folder / task, family) for task, family in zip(TASKS, ("Bert", "Llama"))}
+    # Dropout draws from one stream for all runs, and a single run has its own.
+    config = Path(models["classification"], "config.json")
+    without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+    config.write_text(json.dumps(json.loads(config.read_text()) | without))
+    rows = sentences(96)
+    longer = [(f"{text} w0 w1 w2 w3 w4 w5 w6", label) for text, label in rows[:40]]
+    files = {
+        "data": rows,
+        "longer": longer,
+        "short": [("w0 w1 w2 w3 w4 good", "fresh"), ("w5 w6 w7 w8 w9 bad", "rotten")],
+    }
+    return models, *(write_csv(folder / f"{name}.csv", these) for name, these in files.items())
+
+
+@pytest.fixture
+def configs(inputs, tmp_path):
+    def make(task):
+        models, data, longer, short = inputs
+        common = dict(
+            model=models[task], task=task, max_length=16, save_steps=4, batch_size=8, learning_rate=0.02, max_steps=9
+        )
+        runs = {
+            "first": dict(r=4, data=data),
+            "accumulating": dict(r=2, data=data, eta=1.0, norm="token", grad_accumulation=2, batch_size=4, max_steps=6),
+            "sgd": dict(
+                r=3, data=longer, norm=None, optimizer="sgd", learning_rate=0.5, momentum=0.9, schedule="cosine"
+            ),
+            "seeded": dict(r=4, data=longer, seed=3, epochs=1.5, max_steps=None, warmup_steps=2, weight_decay=0.1),
+        }
+        if task == "causal-lm":
+            # Its blocks are shorter than the others', so that they are padded in the batch.
+            runs["short"] = dict(r=2, data=short, max_steps=5)
+        return {
+            name: FinetuneConfig(output=str(tmp_path / "runs" / name), **(common | own)) for name, own in runs.items()
+        }
+
+    return make
+
+
+def adapter(folder):
+    return load_file(Path(folder, "adapter", "adapter_model.safetensors"))
+
+
+# --- each run is the single one -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_each_result_is_the_single_runs(task, configs, tmp_path):
+    runs = configs(task)
+    found = finetune_together(runs)
+    steps = set()
+    for name, config in runs.items():
+        single = finetune(replace(config, output=str(tmp_path / "single" / name)))
+        mine = found[name]
+        steps.add(mine["steps"])
+        assert mine["status"] == single["status"] == "finished"
+        for key in ("data", "parameters", "device", "steps", "tokens", "versions", "processes"):
+            assert mine[key] == single[key], key
+        for when in ("before", "after"):
+            for measure, value in single[when].items():
+                assert mine[when][measure] == pytest.approx(value, rel=1e-5, abs=1e-5), (name, when, measure)
+        for (i, a), (j, b) in zip(mine["loss_history"], single["loss_history"], strict=True):
+            assert i == j and a == pytest.approx(b, rel=1e-5, abs=1e-5), (name, i)
+        want, got = adapter(tmp_path / "single" / name), adapter(config.output)
+        assert want.keys() == got.keys()
+        for key in want:
+            torch.testing.assert_close(
+                got[key], want[key], rtol=1e-4, atol=1e-5, msg=lambda m, k=key, n=name: f"{n} {k}: {m}"
+            )
+        single_config, own_config = (
+            json.loads(Path(folder, "adapter", "adapter_config.json").read_text())
+            for folder in (tmp_path / "single" / name, config.output)
+        )
+        assert own_config == single_config
+    assert len(steps) > 1, "runs of different lengths"
+
+
+def test_the_folders_are_those_of_single_runs(configs, tmp_path):
+    runs = configs("classification")
+    metrics = finetune_together(runs)
+    single = finetune(replace(runs["first"], output=str(tmp_path / "single"), save_steps=100))
+    for name, config in runs.items():
+        files = {str(p.relative_to(config.output)) for p in Path(config.output).rglob("*") if p.is_file()}
+        wanted = {str(p.relative_to(tmp_path / "single")) for p in (tmp_path / "single").rglob("*") if p.is_file()}
+        assert files == {f for f in wanted if not f.startswith("checkpoint-")}
+        written = json.loads(Path(config.output, "metrics.json").read_text())
+        assert written == json.loads(json.dumps(metrics[name]))
+        assert written.keys() == single.keys() | {"beside"}
+        assert sorted(written["beside"]) == sorted(runs.keys() - {name})
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(config.model)
+        load_adapter(model, Path(config.output, "adapter"))
+
+
+# --- what ends early ------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_ends_all_after_the_step_and_saves_them(configs, monkeypatch):
+    runs, step = configs("causal-lm"), together._mixed_step
+
+    def interrupted(model, active):
+        if active[0].done == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(model, active)
+
+    monkeypatch.setattr(together, "_mixed_step", interrupted)
+    found = finetune_together(runs)
+    assert {m["status"] for m in found.values()} == {"interrupted"} and {m["steps"] for m in found.values()} == {3}
+    assert all(m["after"] is None for m in found.values())
+    for config in runs.values():
+        assert len(adapter(config.output)) and Path(config.output, "loss.png").exists()
+
+
+def test_a_run_that_diverges_ends_and_the_others_are_what_they_would_have_been(configs, tmp_path):
+    runs = configs("causal-lm")
+    healthy = finetune_together(
+        {n: replace(c, output=str(tmp_path / "healthy" / n)) for n, c in runs.items() if n != "sgd"}
+    )
+    mad = {n: replace(c, learning_rate=1e30, max_grad_norm=0.0) if n == "sgd" else c for n, c in runs.items()}
+    found = finetune_together(mad)
+    assert found["sgd"]["status"] == "diverged" and found["sgd"]["after"] is None and found["sgd"]["steps"] < 9
+    assert not Path(runs["sgd"].output, "adapter").exists()
+    for name, metrics in healthy.items():
+        assert found[name]["status"] == "finished"
+        for (_, a), (_, b) in zip(found[name]["loss_history"], metrics["loss_history"], strict=True):
+            assert a == pytest.approx(b, rel=2e-3)
+
+
+def test_adapters_are_written_while_the_runs_go_on(configs, monkeypatch):
+    runs, save, saved = configs("causal-lm"), together._save, []
+
+    def noting(model, due):
+        saved.append({run.name: run.done for run in due})
+        return save(model, due)
+
+    monkeypatch.setattr(together, "_save", noting)
+    finetune_together(runs)
+    assert saved[0] == dict.fromkeys(runs, 4)
+    assert saved[-1].keys() == runs.keys()
+
+
+# --- what does not fit together -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        (dict(max_length=8), "'first' and 'sgd' have max_length 16 and 8, which must be equal"),
+        (dict(target_modules=["query"]), "have target_modules .* must be equal"),
+        (dict(model="elsewhere"), "have model .* must be equal"),
+        (dict(gradient_checkpointing=True), "have gradient_checkpointing False and True"),
+        (dict(resume=True), "run 'sgd': resume is for single runs"),
+        (dict(data="nowhere.csv"), "run 'sgd': no such data file: nowhere.csv"),
+        (dict(text_column="words"), "run 'sgd': .*has no column 'words'"),
+    ],
+)
+def test_runs_that_do_not_fit_together_write_nothing(changes, match, configs, tmp_path):
+    runs = configs("classification")
+    runs["sgd"] = replace(runs["sgd"], **changes)
+    with pytest.raises(ValueError, match=match):
+        finetune_together(runs)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_outputs_names_classes_and_processes(configs, tmp_path, monkeypatch):
+    runs = configs("classification")
+    with pytest.raises(ValueError, match="have one output"):
+        finetune_together(runs | {"sgd": replace(runs["sgd"], output=runs["first"].output + "/.")})
+    with pytest.raises(ValueError, match="no runs"):
+        finetune_together({})
+    with pytest.raises(ValueError, match="contain a dot"):
+        finetune_together({"a.b": runs["first"]})
+    other = write_csv(tmp_path / "other.csv", [("w0 w1", "sweet"), ("w2", "sour")] * 20)
+    with pytest.raises(ValueError, match=r"classes \['fresh', 'rotten'\] and \['sour', 'sweet'\]"):
+        finetune_together(runs | {"sgd": replace(runs["sgd"], data=other)})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="take one process"):
+        finetune_together(runs)
+    assert not (tmp_path / "runs").exists()
