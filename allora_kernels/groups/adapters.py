@@ -64,6 +64,8 @@ class _MultiAdapterLinear(torch.autograd.Function):
     """``y[m] = x[m] Wᵀ + bias + S[m] B_eᵀ``. Saves x, S and the parameters themselves, and packs them again in the backward
     pass; S is an output only so that it can be saved. Differentiable once, as `allora_linear`."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x, weight, bias, order, ends, dtype, layout, backend, *factors):
         steps = steps_of(backend)

@@ -396,3 +396,15 @@ def test_compiled_it_refuses_wrong_numbers_too():
     x, weight, bias, pairs, _, rows = make(mixed(20))
     with pytest.raises(RuntimeError, match="row_adapter must be from -1 to the number of adapters less one"):
         compiled(x, weight, bias, [Adapter(*p) for p in pairs], rows + 5)
+
+
+def test_vmap_over_batches(device):
+    x, weight, bias, pairs, _, rows = make(mixed(24), device=device)
+    adapters = [Adapter(*p) for p in pairs]
+    batches = x.view(3, 8, -1)
+
+    def loss(x):
+        return multi_adapter_linear(x, weight, bias, adapters, rows[:8], backend="eager").square().sum()
+
+    each = torch.stack([torch.func.grad(loss)(batch) for batch in batches])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(batches), each)
