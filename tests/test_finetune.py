@@ -247,6 +247,13 @@ def test_ctrl_c_saves_and_resuming_gives_the_same_bits(settings, tmp_path, task,
     assert same[0] == same[1]
 
 
+def test_settings_that_a_run_did_not_have_yet_were_their_defaults(settings):
+    config = settings("classification")
+    former = {name: value for name, value in config.as_json().items() if name != "experts"}
+    assert config.changed_since(former) == []
+    assert replace(config, experts=True).changed_since(former) == ["experts"]
+
+
 def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_resumes(settings, tmp_path):
     config = settings()
     whole = finetune(replace(config, output=str(tmp_path / "whole")))

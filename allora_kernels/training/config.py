@@ -97,9 +97,11 @@ class FinetuneConfig:
         return values | {"target_modules": list(self.target_modules)}
 
     def changed_since(self, former: dict) -> list[str]:
-        """The settings that differ from a run with `former` settings (an `as_json`) and would make it another run."""
+        """The settings that differ from a run with `former` settings (an `as_json`) and would make it another run. One that
+        `former` lacks did not exist yet: the run had what is its default now."""
         mine = self.as_json()
-        return [name for name in mine if name not in _FREE_ON_RESUME and mine[name] != former.get(name)]
+        before = {field.name: field.default for field in fields(self)} | former
+        return [name for name in mine if name not in _FREE_ON_RESUME and mine[name] != before[name]]
 
 
 def _choice(name: str, value, choices) -> None:
