@@ -733,6 +733,8 @@ def test_explain_says_which_adapter():
     assert "adapter 'default' of 3" in str(explain(model))
     set_adapter(model, "wide")
     assert "r=5" in str(explain(model)) and "adapter 'wide' of 3" in str(explain(model))
+    heads = {name: layer for name, layer in explain(classifiers()).layers.items() if "classifier" in name}
+    assert len(heads) == 3 and all("trained whole" in layer.reason for layer in heads.values())
     with adapter_rows(model, NAMES), pytest.raises(ValueError, match="explain outside"):
         explain(model)
 

@@ -54,7 +54,7 @@ def test_runs_are_trained_together(folder, tmp_path):
     assert (small["r"], small["norm"], small["eta"], small["learning_rate"]) == (2, "row", 2.0, 1e-3)
     assert (large["r"], large["norm"], large["eta"]) == (8, None, 1.0)
     again = allora(tmp_path, common(folder) | {"output": str(out), "runs": RUNS})
-    assert again.exit_code == 2 and "has an earlier run" in again.output
+    assert again.exit_code == 2 and "has an earlier run: name another --output" in again.output
 
 
 def test_the_command_line_counts_more_than_the_file_and_a_run_more_than_both(folder, tmp_path):

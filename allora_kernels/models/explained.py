@@ -8,6 +8,7 @@ from torch import nn
 from ..layer.adapter import ALLoRALayer
 from ..layer.wrapped import WrappedALLoRALinear
 from .adapted import grouped, layers_of, saved_modules
+from .saved_whole import ModuleOfEachAdapter
 from .selection import clean_name, looks_linear, module_slots, obstacle, unwrap
 
 
@@ -87,7 +88,8 @@ def explain(model: nn.Module, rows: int = 2048, device: torch.device | str | Non
         raise ValueError("the model has PEFT's adapters: allora_kernels.integrations.peft.explain(model) tells of them")
     device = None if device is None else torch.device(device)
     slots = module_slots(root) | {root: []}
-    saved = {module for top in saved_modules(root).values() for module in top.modules()}
+    of_each = [module for module in root.modules() if isinstance(module, ModuleOfEachAdapter)]
+    saved = {module for top in (*saved_modules(root).values(), *of_each) for module in top.modules()}
     # A wrapped layer is told of with its adapter.
     inside = {layer.base_layer for layer in root.modules() if isinstance(layer, WrappedALLoRALinear)}
     names = {layer: name for name, layer in layers_of(root).items()}

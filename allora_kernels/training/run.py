@@ -237,8 +237,9 @@ class FinetuneTrainer(AdapterTrainer):
 # --- before training ------------------------------------------------------------------------------------------------
 
 
-def check_output(config: FinetuneConfig) -> dict[str, Any] | None:
-    """The metrics of the run to resume; None for a new run. ValueError where neither can be."""
+def check_output(config: FinetuneConfig, resumable: bool = True) -> dict[str, Any] | None:
+    """The metrics of the run to resume; None for a new run. ValueError where neither can be; it names --resume only where that
+    is `resumable`."""
     output = Path(config.output).expanduser()
     standing = next(p for p in (output, *output.absolute().parents) if p.exists())
     if not standing.is_dir():
@@ -248,6 +249,8 @@ def check_output(config: FinetuneConfig) -> dict[str, Any] | None:
     file = output / METRICS_FILE
     if not config.resume:
         if file.exists() or any(output.glob("checkpoint-*")):
+            if not resumable:
+                raise ValueError(f"{output} has an earlier run: name another --output")
             raise ValueError(f"{output} has an earlier run: continue it with --resume, or name another --output")
         return None
     if not file.exists():

@@ -63,7 +63,7 @@ def finetune_together(
     """
     check_together(configs)
     for config in configs.values():
-        check_output(config)
+        check_output(config, resumable=False)
     prepared = prepare_together(configs)
     model = next(iter(prepared.values())).model
     if console is not None:
