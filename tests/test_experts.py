@@ -244,8 +244,8 @@ def test_unmerging_after_a_cast_is_refused():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("norm", ["row", "token"])
 def test_it_trains(family, norm, backend):
-    if backend == "triton" and family not in ("Qwen3Moe", "GptOss"):
-        pytest.skip("two layouts are enough for the interpreter")
+    if backend == "triton" and (family not in ("Qwen3Moe", "GptOss") or norm == "token"):
+        pytest.skip("two layouts and one rule are enough for the interpreter")
     model = mixture(family)
     frozen = {name: p.clone() for name, p in model.named_parameters()}
     apply_allora(model, r=3, experts=True, target_modules=[], norm=norm)
@@ -353,7 +353,10 @@ def test_checkpointing_and_a_switch_in_between(reentrant):
 
 
 def test_torch_compile(backend):
-    model = adapted()
+    # One layer: a compilation takes seconds.
+    model = mixture("Qwen3Moe", num_hidden_layers=1)
+    apply_allora(model, r=3, experts=True)
+    pretend_to_train(model)
     want = gradients(model)
     torch.compiler.reset()
     step = torch.compile(loss_of, backend="aot_eager", fullgraph=backend == "triton")
