@@ -182,7 +182,7 @@ def quadratic_coefficient(v: Tensor, q: Tensor, eta: float, inv_etas_squared: Te
         BLOCK_R=16,
         num_warps=8,
         num_stages=1,
-        **(configs.all_registers(configs.arch_of(v.device)) if groups else {}),
+        **configs.all_registers(configs.arch_of(v.device)),
     )
     return c
 
