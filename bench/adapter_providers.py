@@ -4,8 +4,6 @@ A step gives y, dX, then dA of every adapter, then dB; the frozen one y and dX. 
 which is less work than ALLoRA. Each is checked against a loop over the adapters in fp64 before it is timed.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,7 +14,7 @@ from allora_kernels import Adapter, FusedALLoRALinear, multi_adapter_linear
 from allora_kernels.groups import reference
 from allora_kernels.testing import Inputs
 
-from .judging import Expected, expectation, fault
+from .grouped import Judge, Spec
 from .providers import ETA, frozen_linear
 from .steps import Step, taken
 
@@ -41,29 +39,6 @@ class Batch(NamedTuple):
     def layer(self) -> nn.Linear:
         """The frozen layer."""
         return frozen_linear(Inputs(self.x, self.weight, self.bias, self.lora_A[0], self.lora_B[0], self.g))
-
-
-@dataclass(frozen=True)
-class Spec:
-    """How a provider is built and judged: `formula` is what it computes, "frozen", "allora" (rule "row") or "lora". Its error
-    may be `tolerance` times that of the loop in the batch's own dtype."""
-
-    description: str
-    build: Callable[[Batch], Step]
-    formula: str = "lora"
-    tolerance: float = 8.0
-    needs: str | None = None
-
-    def obstacle(self) -> str | None:
-        """Why it cannot run here; None where it can."""
-        if self.needs == "peft":
-            try:
-                import peft  # noqa: F401
-            except ImportError:
-                return "peft is not installed"
-        if self.needs == "grouped_mm" and not hasattr(F, "grouped_mm"):
-            return "this torch has no torch.nn.functional.grouped_mm"
-        return None
 
 
 def _frozen(batch: Batch) -> Step:
@@ -174,26 +149,11 @@ PROVIDERS = {
 }
 
 
-class Judge:
-    """Compares providers with a loop over the adapters in fp64, done once for each formula."""
-
-    def __init__(self, batch: Batch) -> None:
-        self._batch = batch
-        self._expected: dict[str, list[Expected]] = {}
-
-    def verdict(self, spec: Spec, step: Step) -> str | None:
-        """What is wrong with the provider's results, in words; None if nothing is."""
-        if spec.formula not in self._expected:
-            both = [_loop(self._batch, dtype, spec.formula) for dtype in (self._batch.weight.dtype, torch.float64)]
-            count = len(self._batch.lora_A)
-            names = [
-                "y",
-                "dx",
-                *(f"dA of adapter {e}" for e in range(count)),
-                *(f"dB of adapter {e}" for e in range(count)),
-            ]
-            self._expected[spec.formula] = expectation(names[: len(both[0])], *both)
-        return fault(self._expected[spec.formula], step(), spec.tolerance)
+def judge_of(batch: Batch) -> Judge:
+    """Compares providers with a loop over the adapters."""
+    of_each = [f"{factor} of adapter {e}" for factor in ("dA", "dB") for e in range(len(batch.lora_A))]
+    dtypes = (batch.weight.dtype, torch.float64)
+    return Judge(["y", "dx", *of_each], lambda formula: tuple(_loop(batch, dtype, formula) for dtype in dtypes))
 
 
 def _loop(batch: Batch, dtype: torch.dtype, formula: str) -> tuple[Tensor, ...]:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .adapter_providers import PROVIDERS, Batch, Judge
+from .adapter_providers import PROVIDERS, Batch, judge_of
 from .cases import Case
+from .grouped import Judge
 from .runner import Run
 from .steps import run_steps
 
@@ -64,4 +65,4 @@ def run_adapters(run: Run) -> None:
 
 def _prepare(case: AdaptersCase, device: torch.device) -> tuple[Batch, Judge]:
     batch = case.batch(device)
-    return batch, Judge(batch)
+    return batch, judge_of(batch)

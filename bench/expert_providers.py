@@ -4,8 +4,6 @@ A step gives y, dX, dA and dB, the frozen one y and dX. All but this library's r
 ALLoRA. Each is checked against a loop over the experts in fp64 before it is timed.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,7 +14,7 @@ from allora_kernels import grouped_linear
 from allora_kernels.groups import reference
 from allora_kernels.testing import Inputs
 
-from .judging import Expected, expectation, fault
+from .grouped import Judge, Spec
 from .providers import ETA
 from .steps import Step, taken
 
@@ -27,29 +25,6 @@ class Batch(NamedTuple):
 
     inputs: Inputs
     ends: Tensor
-
-
-@dataclass(frozen=True)
-class Spec:
-    """How a provider is built and judged: `formula` is what it computes, "frozen", "allora" (rule "row") or "lora". Its error
-    may be `tolerance` times that of the loop in the batch's own dtype."""
-
-    description: str
-    build: Callable[[Batch], Step]
-    formula: str = "lora"
-    tolerance: float = 8.0
-    needs: str | None = None
-
-    def obstacle(self) -> str | None:
-        """Why it cannot run here; None where it can."""
-        if self.needs == "peft":
-            try:
-                from peft.tuners.lora.layer import ParamWrapper  # noqa: F401
-            except ImportError:
-                return "no peft with target_parameters is installed"
-        if self.needs == "grouped_mm" and not hasattr(F, "grouped_mm"):
-            return "this torch has no torch.nn.functional.grouped_mm"
-        return None
 
 
 def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -143,20 +118,13 @@ PROVIDERS = {
 }
 
 
-class Judge:
-    """Compares providers with a loop over the experts in fp64, done once for each formula."""
-
-    def __init__(self, batch: Batch) -> None:
-        self._batch = batch
-        self._expected: dict[str, list[Expected]] = {}
-
-    def verdict(self, spec: Spec, step: Step) -> str | None:
-        """What is wrong with the provider's results, in words; None if nothing is."""
-        if spec.formula not in self._expected:
-            inputs, ends = self._batch
-            both = [_loop(t, ends, spec.formula) for t in (inputs, inputs.to(torch.float64))]
-            self._expected[spec.formula] = expectation(("y", "dx", "dA", "dB")[: len(both[0])], *both)
-        return fault(self._expected[spec.formula], step(), spec.tolerance)
+def judge_of(batch: Batch) -> Judge:
+    """Compares providers with a loop over the experts."""
+    inputs, ends = batch
+    return Judge(
+        ("y", "dx", "dA", "dB"),
+        lambda formula: tuple(_loop(t, ends, formula) for t in (inputs, inputs.to(torch.float64))),
+    )
 
 
 def _loop(inputs: Inputs, ends: Tensor, formula: str) -> tuple[Tensor, ...]:

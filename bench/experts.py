@@ -7,7 +7,8 @@ import torch
 from allora_kernels.testing import Inputs
 
 from .cases import Case
-from .expert_providers import PROVIDERS, Batch, Judge
+from .expert_providers import PROVIDERS, Batch, judge_of
+from .grouped import Judge
 from .runner import Run
 from .steps import run_steps
 
@@ -68,4 +69,4 @@ def run_experts(run: Run) -> None:
 
 def _prepare(case: ExpertCase, device: torch.device) -> tuple[Batch, Judge]:
     batch = case.batch(device)
-    return batch, Judge(batch)
+    return batch, judge_of(batch)

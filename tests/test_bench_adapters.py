@@ -9,7 +9,7 @@ from rich.console import Console
 
 from bench import __main__ as bench
 from bench import adapters, measured, report, step_budget
-from bench.adapter_providers import PROVIDERS, Judge
+from bench.adapter_providers import PROVIDERS, judge_of
 from bench.adapters import GPU_CASES, AdaptersCase
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def test_every_provider_computes_the_loops_gradients(name, dtype):
     if spec.obstacle():
         pytest.skip(spec.obstacle())
     batch = AdaptersCase(3, 7, 5, 24, 32, 8, dtype).batch(CPU)
-    judge, step = Judge(batch), spec.build(batch)
+    judge, step = judge_of(batch), spec.build(batch)
     # The second call finds nothing of the first.
     assert [judge.verdict(spec, step) for _ in range(2)] == [None, None]
     assert batch.x.grad is None
@@ -33,7 +33,7 @@ def test_every_provider_computes_the_loops_gradients(name, dtype):
 def test_another_adapters_samples_are_wrong(name):
     batch = TINY.batch(CPU)
     other = batch._replace(of_sample=(1, *batch.of_sample[1:]))
-    assert Judge(batch).verdict(PROVIDERS[name], PROVIDERS[name].build(other)).startswith("y is off by")
+    assert judge_of(batch).verdict(PROVIDERS[name], PROVIDERS[name].build(other)).startswith("y is off by")
 
 
 @pytest.mark.parametrize("position, named", [(2, "dA of adapter 0"), (4, "dA of adapter 2"), (6, "dB of adapter 1")])
@@ -44,12 +44,14 @@ def test_a_wrong_gradient_is_found(position, named):
     def wrong():
         return tuple(t * 1.001 if i == position else t for i, t in enumerate(right()))
 
-    assert Judge(batch).verdict(PROVIDERS["ours"], wrong).startswith(f"{named} is off by")
+    assert judge_of(batch).verdict(PROVIDERS["ours"], wrong).startswith(f"{named} is off by")
 
 
 def test_plain_lora_is_not_taken_for_the_rule():
     batch = TINY.batch(CPU)
-    assert Judge(batch).verdict(PROVIDERS["ours"], PROVIDERS["peft"].build(batch)).startswith("dA of adapter 0 is off")
+    assert (
+        judge_of(batch).verdict(PROVIDERS["ours"], PROVIDERS["peft"].build(batch)).startswith("dA of adapter 0 is off")
+    )
 
 
 def test_a_run_times_every_provider(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from bench import __main__ as bench
 from bench import experts, measured, report, results, step_budget, step_report, targets
-from bench.expert_providers import PROVIDERS, Judge
+from bench.expert_providers import PROVIDERS, judge_of
 from bench.experts import GPU_CASES, ExpertCase
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ def test_every_provider_computes_the_loops_gradients(name, dtype):
     if spec.obstacle():
         pytest.skip(spec.obstacle())
     batch = ExpertCase(5, 40, 24, 32, 8, dtype).batch(CPU)
-    judge, step = Judge(batch), spec.build(batch)
+    judge, step = judge_of(batch), spec.build(batch)
     # The second call finds nothing of the first.
     assert [judge.verdict(spec, step) for _ in range(2)] == [None, None]
     assert batch.inputs.x.grad is None
@@ -40,12 +40,12 @@ def test_a_wrong_result_is_found(name, position, named):
         # The experts in another order.
         return tuple(t.flip(0) if i == position else t for i, t in enumerate(right()))
 
-    assert Judge(batch).verdict(PROVIDERS[name], wrong).startswith(f"{named} is off by")
+    assert judge_of(batch).verdict(PROVIDERS[name], wrong).startswith(f"{named} is off by")
 
 
 def test_plain_lora_is_not_taken_for_the_rule():
     batch = TINY.batch(CPU)
-    assert Judge(batch).verdict(PROVIDERS["ours"], PROVIDERS["grouped-mm"].build(batch)).startswith("dA is off by")
+    assert judge_of(batch).verdict(PROVIDERS["ours"], PROVIDERS["grouped-mm"].build(batch)).startswith("dA is off by")
 
 
 def test_a_run_times_every_provider(tmp_path, monkeypatch):
