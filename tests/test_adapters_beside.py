@@ -20,7 +20,6 @@ from allora_kernels import (
     explain,
     load_adapter,
     merge_adapter,
-    per_sample,
     remove_adapter,
     save_adapter,
     set_adapter,
@@ -215,30 +214,6 @@ def test_explain_says_which_adapter():
     assert len(heads) == 3 and all("trained whole" in layer.reason for layer in heads.values())
     with adapter_rows(model, NAMES), pytest.raises(ValueError, match="explain outside"):
         explain(model)
-
-
-def test_recording_takes_one_adapter():
-    model = several()
-    with pytest.raises(RuntimeError, match="inside per_sample"), per_sample.record(model):
-        adapter_rows(model, NAMES).__enter__()
-    with pytest.raises(RuntimeError, match="set_adapter inside per_sample"), per_sample.record(model):
-        set_adapter(model, "wide")
-    with (
-        adapter_rows(model, NAMES),
-        per_sample.record(model),
-        pytest.raises(RuntimeError, match="takes the gradients of one"),
-    ):
-        model(input_ids=IDS)
-    for norms_only in (False, True):
-        set_adapter(model, "wide")
-        with per_sample.record(model, norms_only=norms_only):
-            model(input_ids=IDS).logits.square().sum().backward()
-        set_adapter(model, "plain")
-        with pytest.raises(RuntimeError, match="adapter 'wide' were recorded, and 'plain' is active"):
-            per_sample.clip_(model, 1.0)
-        set_adapter(model, "wide")
-        assert per_sample.clip_(model, 1.0).shape == (6,)
-        per_sample.clear(model)
 
 
 def test_a_compiled_model_takes_mixed_batches():

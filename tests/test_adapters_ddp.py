@@ -17,6 +17,7 @@ from allora_kernels import (
     adapter_rows,
     add_adapter,
     apply_allora,
+    per_sample,
     remove_adapter,
     save_adapters_async,
     set_adapter,
@@ -88,6 +89,22 @@ def check_names_that_differ(folder):
     assert model.module.layers[0].adapter_name == "b"
 
 
+def check_clipped_samples(folder):
+    names = [["a", "b", "a"], ["b", "b", None]]
+    rank, alone = dist.get_rank(), make()
+    with per_sample.record(alone), adapter_rows(alone, [*names[0], *names[1]]):
+        alone(batches().flatten(0, 1)).square().sum().backward()
+    norms = per_sample.clip_(alone, 1.0)
+    assert (norms > 1).any()
+    model = DistributedDataParallel(make(), find_unused_parameters=True)
+    with per_sample.record(model), adapter_rows(model, names[rank]):
+        model(batches()[rank]).square().sum().backward()
+    # The second process has no samples of "a", and the gradient that the first brought it.
+    torch.testing.assert_close(per_sample.clip_(model, 1.0), norms[3 * rank : 3 * rank + 3])
+    for found, want in zip(grads(model.module), grads(alone), strict=True):
+        torch.testing.assert_close(found, want / 2)
+
+
 def check_unused_ones_are_refused(folder):
     model = DistributedDataParallel(make())
     x = batches()[dist.get_rank()]
@@ -119,6 +136,7 @@ def test_two_processes_train_what_one_does(tmp_path):
         "mixed": functools.partial(check_mixed, checkpointed=False),
         "checkpointed": functools.partial(check_mixed, checkpointed=True),
         "names that differ": check_names_that_differ,
+        "clipped": check_clipped_samples,
         "unused": check_unused_ones_are_refused,
         "sharded": check_sharded_ones_are_refused,
     }

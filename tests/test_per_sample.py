@@ -511,7 +511,7 @@ def test_norms_only_keeps_nothing_of_size_b(monkeypatch):
     with per_sample.record(model, norms_only=True) as recording:
         model(x).square().sum().backward()
         for layer in (model.first, model.second):
-            for call in recording.calls(layer):
+            for call in recording.kept(layer)["default"].calls:
                 assert call.a is None and call.b is None and call.squares.shape == (50,)
     per_sample.clip_(model, 1.0)
     with pytest.raises(RuntimeError, match="clipped already"):
@@ -537,7 +537,7 @@ def test_a_training_step_reads_nothing_back(norms_only, monkeypatch):
             patched.setattr(torch.Tensor, name, read)
         model(x).square().sum().backward()
         for layer in (model.first, model.second):
-            for call in recording.calls(layer):
+            for call in recording.kept(layer)["default"].calls:
                 call.samples.spread(torch.ones(3))
 
 
@@ -633,7 +633,7 @@ def test_clipping_refuses_what_it_would_leave_unclipped():
     with per_sample.record(model):
         model(torch.randn(4, 11)).sum().backward()
     before = model[0].first.lora_A.grad.clone()
-    with pytest.raises(ValueError, match=r"'1.weight' has a gradient but is no adapter's"):
+    with pytest.raises(ValueError, match=r"'1.weight' has a gradient but is no recorded adapter's"):
         per_sample.clip_(model, 1.0)
     for bad in (0, -1.0, math.inf, math.nan, "1", True):
         with pytest.raises(ValueError, match="max_norm"):

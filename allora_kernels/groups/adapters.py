@@ -1,6 +1,7 @@
 """`multi_adapter_linear`: one frozen weight, and for every row the adapter that it names."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..layer import functional
+from ..layer.backend import steps as steps_of_a_layer
 from ..reference import WEIGHT_NORMS
 from .linear import steps_of
 from .packing import Layout, Rule
@@ -67,7 +69,7 @@ class _MultiAdapterLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, weight, bias, order, ends, dtype, layout, backend, *factors):
+    def forward(x, weight, bias, order, ends, dtype, layout, backend, shares, *factors):
         steps = steps_of(backend)
         a, b = layout.pack(factors[::2], factors[1::2])
         s = steps.grouped_down_project(x, a, ends, dtype, order)
@@ -75,14 +77,14 @@ class _MultiAdapterLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, order, ends, dtype, layout, backend, *factors = inputs
+        x, weight, _, order, ends, dtype, layout, backend, shares, *factors = inputs
         _, s = output
-        needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[8:]
+        needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[9:]
         ctx.mark_non_differentiable(s)
         ctx.set_materialize_grads(False)
         x, s = x if any(needs[::2]) else None, s if any(needs) else None
         ctx.save_for_backward(weight if needs_x else None, x, s, order, ends, *factors)
-        ctx.settings = (dtype, layout, backend)
+        ctx.settings = (dtype, layout, backend, shares)
 
     @staticmethod
     @once_differentiable
@@ -91,20 +93,36 @@ class _MultiAdapterLinear(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         with functional.no_autocast(g.device.type):
             dx, grads = _gradients(ctx, g)
-        return dx, *(None,) * 7, *grads
+        return dx, *(None,) * 8, *grads
 
 
 def _gradients(ctx, g: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
     """dX, and dA and dB of each adapter in turn, as far as they are needed."""
     weight, x, s, order, ends, *factors = ctx.saved_tensors
-    dtype, layout, backend = ctx.settings
-    needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[8:]
+    dtype, layout, backend, shares = ctx.settings
+    needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[9:]
     steps = steps_of(backend)
     a, b = layout.pack(factors[::2], factors[1::2])
+    ds, grads = None, [None] * len(factors)
+    if shares is not None:
+        ds, grads = _adapter_by_adapter(backend, layout, shares, g, x, s, order, factors, dtype, needs_x, needs)
+    elif any(needs):
+        ds, grads = _rule_by_rule(backend, layout, g, x, s, order, ends, a, b, factors, needs_x, needs)
+    if not needs_x:
+        return None, grads
+    if ds is None:
+        ds = steps.grouped_down_project(g, b.mT, ends, dtype, order)
+    return steps.grouped_fused_linear(g, weight.mT, None, ds, a.mT, ends, order), grads
+
+
+def _rule_by_rule(
+    backend, layout, g, x, s, order, ends, a, b, factors, needs_x, needs
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dS where one sweep gives it and it is needed, and each factor's gradient."""
+    steps, found, ds = steps_of(backend), [], None
     dtypes = tuple(layout.dtype if any(part) else None for part in (needs[::2], needs[1::2]))
     alone = len(layout.rules) == 1
-    ds, found = None, []
-    for rule in layout.rules if any(needs) else ():
+    for rule in layout.rules:
         rows = (order, ends, s) if alone else _rows_of(rule, order, ends, s)
         own_order, own_ends, own_s = rows
         own = slice(rule.start, rule.stop)
@@ -115,12 +133,34 @@ def _gradients(ctx, g: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
         grads = steps.grouped_adapter_grads(
             g, x, own_s, b[own], c, own_ends, *args, needs_x and alone, *dtypes, own_order, table
         )
-        ds = grads[0] if alone else None
+        ds = grads[0] if alone and needs_x else None
         found.append(grads[1:])
-    if needs_x and (ds is None or not any(needs)):
-        ds = steps.grouped_down_project(g, b.mT, ends, dtype, order)
-    dx = steps.grouped_fused_linear(g, weight.mT, None, ds, a.mT, ends, order) if needs_x else None
-    return dx, _unpacked(layout, found, factors, needs)
+    return ds, _unpacked(layout, found, factors, needs)
+
+
+def _adapter_by_adapter(
+    backend, layout, shares, g, x, s, order, factors, dtype, needs_x, needs
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dS and each factor's gradient by the steps of a single layer, the last of which is the adapter's share's own."""
+    steps, start = steps_of_a_layer(backend), 0
+    ds = s.new_zeros(s.shape) if needs_x else None
+    grads: list[Tensor | None] = [None] * len(factors)
+    for e in sorted(range(len(shares)), key=layout.slots.__getitem__):
+        share, r = shares[e], layout.ranks[e]
+        places = slice(start, start + share.rows)
+        rows, start = order[places], places.stop
+        x_e = None if x is None else x[rows]
+        both = slice(2 * e, 2 * e + 2)
+        found = functional.adapter_gradients(
+            steps,
+            functools.partial(share.adapter_grads, backend),
+            *(g[rows], x_e, s[places, :r], *factors[both], dtype, *layout.rule_of(e)),
+            (needs_x, *needs[both]),
+        )
+        if needs_x:
+            ds[places, :r] = found[0]
+        grads[both] = found[1:]
+    return ds, grads
 
 
 def _rows_of(rule: Rule, order: Tensor, ends: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,6 +219,18 @@ def multi_adapter_linear(
         RuntimeError: `use_batch_invariant` is on and the backend is eager.
         TypeError: something that is no tensor of the dtype due, or no `Adapter`.
     """
+    return apply(x, weight, bias, adapters, row_adapter, backend)
+
+
+class Share(NamedTuple):
+    """What one adapter has of a batch: how many `rows`, and what takes its step `adapter_grads` over to see more of it."""
+
+    rows: int
+    adapter_grads: Callable
+
+
+def apply(x, weight, bias, adapters, row_adapter, backend=None, shares: Sequence[Share] | None = None) -> Tensor:
+    """`multi_adapter_linear`, with the `shares` of all adapters where their gradients are recorded."""
     _check(x, weight, bias, adapters, row_adapter)
     _check_values(row_adapter, len(adapters))
     factors = [t for adapter in adapters for t in (adapter.lora_A, adapter.lora_B)]
@@ -192,5 +244,5 @@ def multi_adapter_linear(
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (rows, *factors))
     # Without a gradient torch.compile hands `apply`'s arguments on shifted by one.
     run = _MultiAdapterLinear.apply if trains else _MultiAdapterLinear.forward
-    y, _ = run(rows, weight, bias, order, ends, dtype, layout, name, *factors)
+    y, _ = run(rows, weight, bias, order, ends, dtype, layout, name, shares, *factors)
     return y.reshape(*x.shape[:-1], weight.shape[0])

@@ -59,6 +59,12 @@ class Layout:
         dtypes = (t.dtype for adapter in adapters for t in (adapter.lora_A, adapter.lora_B))
         return cls(tuple(slots), ranks, tuple(rules), groups, functools.reduce(torch.promote_types, dtypes))
 
+    def rule_of(self, adapter: int) -> tuple[float, str | None]:
+        """(eta, norm) of this adapter."""
+        slot = self.slots[adapter]
+        rule = next(rule for rule in self.rules if rule.start <= slot < rule.stop)
+        return rule.etas[slot - rule.start], rule.norm
+
     def rows(self, row_adapter: Tensor) -> tuple[Tensor, Tensor]:
         """``(order [M], ends [groups])``, both int32, for row_adapter [M]: the rows by group, those of one in their order and
         those without an adapter last."""

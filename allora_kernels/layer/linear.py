@@ -134,7 +134,7 @@ class FusedALLoRALinear(ALLoRALayer, nn.Linear):
             return self.frozen_linear(input)
         if rows is not None:
             return rows.linear(self, input)
-        sink = None if self._recording is None else self._recording.sink(self, input)
+        sink = None if self._recording is None else self._recording.sink(self, name, input)
         own = self if name == self._state.adapter else self.adapter(name)
         return functional.apply(
             input, self.frozen_weight, self.bias, own.lora_A, own.lora_B, own.eta, own.norm, sink=sink

@@ -74,7 +74,7 @@ class WrappedALLoRALinear(ALLoRALayer):
         enabled, name, _ = switching.state_of_call(self, self._state)
         if not enabled:
             return self.base_layer(input)
-        sink = None if self._recording is None else self._recording.sink(self, input)
+        sink = None if self._recording is None else self._recording.sink(self, name, input)
         chosen = self if name == self._state.adapter else self.adapter(name)
         return add_adapter(self.base_layer, input, chosen.lora_A, chosen.lora_B, chosen.eta, chosen.norm, own, sink)
 

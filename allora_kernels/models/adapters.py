@@ -144,9 +144,8 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
             a forward pass: inputs have other samples than `names`, or which rows of a layer's input are which sample's cannot
             be told.
         TypeError: `names` is no list.
-        RuntimeError: inside `per_sample.record`.
     """
-    root, layers = _changeable(model, "adapter_rows", nested=True)
+    root, layers = _changeable(model, "adapter_rows", inside=True)
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"names must be a list with a name or None for each sample, got {type(names).__name__}")
     if not names:
@@ -177,8 +176,9 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
             switching.switch_back(module, state)
 
 
-def _changeable(model: nn.Module, call: str, nested: bool = False) -> tuple[nn.Module, dict[str, ALLoRALayer]]:
-    """``(model unwrapped, its adapted layers)``, where `call` can do its work on them."""
+def _changeable(model: nn.Module, call: str, inside: bool = False) -> tuple[nn.Module, dict[str, ALLoRALayer]]:
+    """``(model unwrapped, its adapted layers)``, where `call` can do its work on them, `inside` a record or a mixed batch
+    too."""
     if isinstance(model, DataParallel):
         raise ValueError(f"{call} does not see the copies that nn.DataParallel makes: use DistributedDataParallel")
     root = unwrap(model)
@@ -196,13 +196,11 @@ def _changeable(model: nn.Module, call: str, nested: bool = False) -> tuple[nn.M
                 f"{name}.lora_A is sharded, and {call} knows of whole adapters only: use DistributedDataParallel, or one "
                 "adapter"
             )
-        if layer._recording is not None:
-            raise RuntimeError(
-                f"{call} inside per_sample.record, which takes the gradients of one adapter: call it outside"
-            )
-        if not nested and layer._state.rows is not None:
+        if not inside and layer._recording is not None:
+            raise RuntimeError(f"{call} inside per_sample.record, whose gradients are by adapter: call it outside")
+        if not inside and layer._state.rows is not None:
             raise RuntimeError(f"{call} inside adapter_rows, whose samples name the adapters: call it outside")
-    if not nested and switching.in_backward():
+    if not inside and switching.in_backward():
         raise RuntimeError(
             f"{call} inside a backward pass, as of a checkpointed function that calls it: call it outside, or use adapter_rows"
         )

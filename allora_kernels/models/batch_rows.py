@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from ..groups import Adapter, multi_adapter_linear
+from ..groups.adapters import Adapter, Share, apply
 from ..layer.adapter import ALLoRALayer
 
 
@@ -90,19 +90,18 @@ class BatchRows:
         """What `layer` computes for x [..., K], each row by its sample's adapter.
 
         Raises:
-            ValueError: as `tokens_of`.
-            RuntimeError: `layer` is being recorded.
+            ValueError: as `tokens_of`; or what records `layer` has other samples.
         """
-        if layer._recording is not None:
-            raise RuntimeError(
-                "per_sample.record takes the gradients of one adapter, and adapter_rows mixes several: record each adapter's "
-                "samples on their own after set_adapter"
-            )
         row_adapter = self._row_adapter(layer, x)
         if not self.used:
             return layer.frozen_linear(x)
+        shares = None
+        if layer._recording is not None:
+            length = self.tokens_of(layer, x, trailing=1)
+            steps = layer._recording.sinks(layer, self.used, self._numbers, length)
+            shares = [Share(self._numbers.count(e) * length, step) for e, step in enumerate(steps)]
         adapters = [Adapter(a.lora_A, a.lora_B, a.eta, a.norm) for a in map(layer.adapter, self.used)]
-        return multi_adapter_linear(x, layer.frozen_weight, layer.bias, adapters, row_adapter)
+        return apply(x, layer.frozen_weight, layer.bias, adapters, row_adapter, shares=shares)
 
     def each(self, module: nn.Module, copies: Mapping[str, nn.Module], args: tuple, kwargs: dict) -> Tensor:
         """``copies[name](...)`` of each name's samples, put together again in the order of the batch.

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layer import backend as _backend
+from ..layer.adapter import ALLoRALayer
+from .kept import Call, Kept, records
 from .recorded import adapted_layers
-from .recording import records
 from .steps import sample_steps
 
 
@@ -16,37 +17,40 @@ def _steps(t: Tensor):
     return sample_steps(_backend.choose(t.device, t.dtype).name)
 
 
-def grad_samples(layer: nn.Module) -> list[nn.Parameter]:
-    """The parameters of `layer` that have a `grad_sample`."""
-    return [p for p in (layer.lora_A, layer.lora_B) if getattr(p, "grad_sample", None) is not None]
+def grad_samples(adapter: nn.Module) -> list[nn.Parameter]:
+    """The parameters of `adapter` that have a `grad_sample`."""
+    return [p for p in (adapter.lora_A, adapter.lora_B) if getattr(p, "grad_sample", None) is not None]
 
 
-def _check_active(layers: Iterable[nn.Module]) -> None:
-    """RuntimeError where what was recorded is another adapter's than the one that is active."""
-    for layer in layers:
-        for other in layer.adapter_names:
-            own = layer.adapter(other)
-            recorded = layer in records and records[layer][0].adapter == other
-            if other != layer.adapter_name and (recorded or grad_samples(own)):
-                raise RuntimeError(
-                    f"gradients of adapter {other!r} were recorded, and {layer.adapter_name!r} is active now: call clip_ and "
-                    "clear before set_adapter"
-                )
+def recorded_adapters(layer: ALLoRALayer) -> list[tuple[nn.Module, Kept]]:
+    """Each adapter of `layer` that has recorded gradients, and what was kept of it beside `grad_sample`.
+
+    Raises:
+        RuntimeError: it was removed since.
+    """
+    found = []
+    for name, kept in records.get(layer, {}).items():
+        if name not in layer.adapter_names:
+            raise RuntimeError(
+                f"gradients of adapter {name!r} were recorded, and it was removed since: call per_sample.clear(model) before "
+                "remove_adapter"
+            )
+        found.append((layer.adapter(name), kept))
+    return found
 
 
 def squared_norms(model: nn.Module) -> Tensor:
     """The squares of `norms`."""
     squares, found = [], {}
-    layers = adapted_layers(model)
-    _check_active(layers)
-    for layer, name in layers.items():
-        if layer in records:
-            parts = [torch.cat([call.squares for call in records[layer]])]
-        else:
-            parts = [_steps(p.grad_sample).squared_norms(p.grad_sample) for p in grad_samples(layer)]
-        for part in parts:
-            squares.append(part)
-            found.setdefault(part.shape[0], name)
+    for layer, name in adapted_layers(model).items():
+        for adapter, kept in recorded_adapters(layer):
+            if kept.calls:
+                parts = [torch.cat([call.squares for call in kept.calls])]
+            else:
+                parts = [_steps(p.grad_sample).squared_norms(p.grad_sample) for p in grad_samples(adapter)]
+            squares += map(kept.spread, parts)
+            if parts:
+                found.setdefault(kept.count, name)
     if not squares:
         raise RuntimeError(
             "no per-sample gradient was recorded: run forward and backward inside per_sample.record(model)"
@@ -62,10 +66,11 @@ def squared_norms(model: nn.Module) -> Tensor:
 
 
 def norms(model: nn.Module) -> Tensor:
-    """The norm of each recorded sample's gradient, over all adapters together: ``[b]`` in fp32 or better.
+    """The norm of each recorded sample's gradient, over all adapters together: ``[b]`` in fp32 or better. In a batch of
+    `adapter_rows` b counts all samples; those without an adapter have 0.
 
     Raises:
-        RuntimeError: nothing was recorded, or layers have different numbers of samples.
+        RuntimeError: nothing was recorded, layers have different numbers of samples, or a recorded adapter was removed since.
     """
     return squared_norms(model).sqrt()
 
@@ -79,41 +84,54 @@ def clip_(model: nn.Module, max_norm: float) -> Tensor:
     over the processes, as DDP averages gradients.
 
     Raises:
-        ValueError: `max_norm` is not > 0; or a parameter outside the adapters got a gradient, which would stay unclipped.
+        ValueError: `max_norm` is not > 0; or a parameter outside the recorded adapters got a gradient, which would stay
+            unclipped.
         RuntimeError: as `norms`; or a norms-only record was clipped before.
     """
     if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not 0 < max_norm < math.inf:
         raise ValueError(f"max_norm must be a finite number > 0, got {max_norm!r}")
-    layers = adapted_layers(model)
-    adapters = {p for layer in layers for p in (layer.lora_A, layer.lora_B)}
-    loose = [name for name, p in model.named_parameters() if p.grad is not None and p not in adapters]
-    _check_active(layers)
+    recorded = [pair for layer in adapted_layers(model) for pair in recorded_adapters(layer)]
+    adapters = {p for adapter, _ in recorded for p in (adapter.lora_A, adapter.lora_B)}
+    others = {name: p for name, p in model.named_parameters() if p.grad is not None and p not in adapters}
+    absent = _adapters_of_other_processes(model, others.values())
+    loose = [name for name, p in others.items() if p not in absent]
     if loose:
-        raise ValueError(f"{loose[0]!r} has a gradient but is no adapter's: it would stay unclipped; freeze it")
-    if any(call.weigh is None for layer in layers for call in records.get(layer, ())):
+        raise ValueError(
+            f"{loose[0]!r} has a gradient but is no recorded adapter's: it would stay unclipped; freeze it"
+        )
+    if any(call.weigh is None for _, kept in recorded for call in kept.calls):
         raise RuntimeError("this norms-only record was clipped already, which used it up")
     sample_norms = norms(model)
     weights = max_norm / sample_norms.clamp_min(max_norm)
-    for layer in layers:
-        if layer in records:
-            _weigh(layer, weights)
-        for p in grad_samples(layer):
-            w = weights.to(p.device, torch.promote_types(torch.float32, p.grad_sample.dtype))
+    for adapter, kept in recorded:
+        own = kept.own(weights.to(adapter.lora_A.device))
+        if kept.calls:
+            _weigh(adapter, kept.calls, own)
+        for p in grad_samples(adapter):
+            w = own.to(p.device, torch.promote_types(torch.float32, p.grad_sample.dtype))
             _set_grad(p, _steps(p.grad_sample).weighted_sum(p.grad_sample, w, p.dtype))
-    _average(model, adapters)
+    for p in absent:
+        p.grad.zero_()
+    _average(model, adapters.union(absent))
     return sample_norms
 
 
-def _weigh(layer: nn.Module, weights: Tensor) -> None:
-    weights = weights.to(layer.lora_A.device)
+def _adapters_of_other_processes(model: nn.Module, parameters: Iterable[nn.Parameter]) -> set[nn.Parameter]:
+    """Those of `parameters` that are adapters of which this process has no samples, only what DDP brought it from others."""
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return set()
+    owners = [layer.adapter(name) for layer in adapted_layers(model) for name in layer.adapter_names]
+    return {p for owner in owners for p in (owner.lora_A, owner.lora_B)}.intersection(parameters)
+
+
+def _weigh(adapter: nn.Module, calls: list[Call], weights: Tensor) -> None:
     sums: list[Tensor | None] = [None, None]
-    calls = records[layer]
     for call, w in zip(calls, weights.split([call.samples.count for call in calls])):
         for i, part in enumerate(call.weigh(w)):
             sums[i] = part if sums[i] is None else sums[i] + part
         # G and x are not needed any more; the norms stay.
         call.weigh = None
-    for p, total in zip((layer.lora_A, layer.lora_B), sums):
+    for p, total in zip((adapter.lora_A, adapter.lora_B), sums):
         if total is not None:
             _set_grad(p, total)
 

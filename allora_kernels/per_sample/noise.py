@@ -5,9 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .clipping import grad_samples, squared_norms
+from .clipping import grad_samples, recorded_adapters, squared_norms
 from .recorded import adapted_layers
-from .recording import records
 
 
 class NoiseScale(NamedTuple):
@@ -29,7 +28,7 @@ def noise_scale(model: nn.Module) -> NoiseScale:
     process's samples only. `squared_norm` may come out negative where noise is all there is, and `value` with it.
 
     Raises:
-        ValueError: fewer than two samples.
+        ValueError: fewer than two samples, or samples that `adapter_rows` gave each an adapter of its own.
         RuntimeError: as `norms`.
     """
     squares = squared_norms(model)
@@ -37,11 +36,13 @@ def noise_scale(model: nn.Module) -> NoiseScale:
     if b < 2:
         raise ValueError(f"the noise of a gradient needs at least 2 samples, got {b}")
     total = squares.new_zeros(())
-    for layer in adapted_layers(model):
-        if layer in records:
-            parts = [sum(part) for part in zip(*(call.totals for call in records[layer]))]
+    for adapter, kept in (pair for layer in adapted_layers(model) for pair in recorded_adapters(layer)):
+        if kept.places is not None:
+            raise ValueError("noise_scale is of samples that all train one adapter, and adapter_rows gave each its own")
+        if kept.calls:
+            parts = [sum(part) for part in zip(*(call.totals for call in kept.calls))]
         else:
-            parts = [p.grad_sample.sum(0) for p in grad_samples(layer)]
+            parts = [p.grad_sample.sum(0) for p in grad_samples(adapter)]
         for part in parts:
             total += part.to(squares.dtype).square().sum().to(total.device)
     mean_squared = total / b**2

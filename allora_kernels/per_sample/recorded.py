@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layer.adapter import ALLoRALayer
-from .recording import Call, Recording, records
+from .kept import Kept, records
+from .recording import Recording
 
 
 def adapted_layers(model: nn.Module) -> dict[nn.Module, str]:
@@ -56,7 +57,8 @@ def record(
     ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]`` of its flattened rows. Afterwards each adapter parameter that got a gradient has
     ``grad_sample [b, *shape]`` in fp32 or better, C included: its sum over b is what the passes inside added to ``grad``.
     Several forward passes inside, each with a backward pass, are micro-batches: their samples follow each other in order. Calls
-    of a layer within one forward pass of `model` are of the same samples and add up.
+    of a layer within one forward pass of `model` are of the same samples and add up. In a batch of `adapter_rows` b counts the
+    samples that went through the adapter, in their order.
 
     Args:
         model: holds at least one adapted layer; wrapped in DistributedDataParallel or not.
@@ -105,25 +107,32 @@ def record(
             hook.remove()
         for layer in layers:
             del layer._recording
-    for layer, calls in {layer: recording.calls(layer) for layer in layers}.items():
-        _finish(layer, calls, norms_only)
+    for layer, kept in {layer: recording.kept(layer) for layer in layers}.items():
+        _finish(layer, kept, norms_only)
 
 
-def _finish(layer: nn.Module, calls: list[Call], norms_only: bool) -> None:
-    if not calls:
+def _finish(layer: ALLoRALayer, kept: dict[str, Kept], norms_only: bool) -> None:
+    if not kept:
         return
+    records[layer] = kept
     if norms_only:
-        records[layer] = calls
         return
-    for parameter, parts in ((layer.lora_A, [call.a for call in calls]), (layer.lora_B, [call.b for call in calls])):
-        if parts[0] is not None:
-            parameter.grad_sample = parts[0] if len(parts) == 1 else torch.cat(parts)
+    for name, of_adapter in kept.items():
+        adapter, calls = layer.adapter(name), of_adapter.calls
+        for parameter, parts in (
+            (adapter.lora_A, [call.a for call in calls]),
+            (adapter.lora_B, [call.b for call in calls]),
+        ):
+            if parts[0] is not None:
+                parameter.grad_sample = parts[0] if len(parts) == 1 else torch.cat(parts)
+        of_adapter.calls = []
 
 
 def clear(model: nn.Module) -> None:
     """Forget what was recorded: `grad_sample` of every adapter parameter, and what a norms-only record keeps."""
     for layer in adapted_layers(model):
         records.pop(layer, None)
-        for parameter in (layer.lora_A, layer.lora_B):
-            if hasattr(parameter, "grad_sample"):
-                del parameter.grad_sample
+        for adapter in map(layer.adapter, layer.adapter_names):
+            for parameter in (adapter.lora_A, adapter.lora_B):
+                if hasattr(parameter, "grad_sample"):
+                    del parameter.grad_sample

@@ -2,32 +2,15 @@
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .forward_passes import Forward, ForwardPasses
+from .kept import Call, Kept, in_order
 from .samples import Rows, Samples
 from .steps import sample_steps
-
-
-@dataclass
-class Call:
-    """What the backward passes of one layer left of a forward pass's samples: their gradients `a` [b, R, K] and `b` [b, N, R];
-    or, where only norms were asked for, their `squares` [b], the gradients' sums `totals`, and `weigh`, which turns weights [b]
-    into the weighted sums (dA, dB) and keeps what that takes."""
-
-    samples: Samples
-    adapter: str
-    """The name of the adapter that was active."""
-    a: Tensor | None = None
-    b: Tensor | None = None
-    squares: Tensor | None = None
-    totals: tuple[Tensor, ...] = ()
-    weigh: Callable[[Tensor], tuple[Tensor | None, Tensor | None]] | None = None
 
 
 class Recording:
@@ -42,7 +25,8 @@ class Recording:
         samples: int | None,
     ) -> None:
         self.names, self.norms_only, self.batch_dim, self.samples = names, norms_only, batch_dim, samples
-        self._calls: dict[nn.Module, dict[Forward, Call]] = {layer: {} for layer in names}
+        # By layer and by the name of its adapter.
+        self._calls: dict[nn.Module, dict[str, dict[Forward, Call]]] = {layer: {} for layer in names}
         self._passes = ForwardPasses()
         # By forward pass: those that its latest backward pass reached, itself among them.
         self._groups: dict[Forward, list[Forward]] = {}
@@ -69,8 +53,8 @@ class Recording:
         _refuse_compiled()
         self._passes.leave_model()
 
-    def sink(self, layer: nn.Module, x: Tensor):
-        """What runs the step `adapter_grads` of this call of `layer` on x, and records it.
+    def sink(self, layer: nn.Module, adapter: str, x: Tensor) -> functools.partial:
+        """What runs the step `adapter_grads` of this call of `layer` on x with its adapter of that name, and records it.
 
         Raises:
             RuntimeError: the layer runs inside a compiled graph, which would keep what is traced.
@@ -78,8 +62,36 @@ class Recording:
         """
         _refuse_compiled()
         forward = self._passes.of_call()
+        samples = self.samples_of(layer, x, forward)
         rows = Rows(tuple(x.shape[:-1]), 0 if self._ragged else self.batch_dim or 0)
-        return functools.partial(self.adapter_grads, layer, forward, self.samples_of(layer, x, forward), rows)
+        return functools.partial(self.adapter_grads, layer, adapter, forward, samples.count, samples, None, rows)
+
+    def sinks(self, layer: nn.Module, adapters: Sequence[str], numbers: Sequence[int], length: int) -> list:
+        """`sink` of each of these adapters for its own samples: sample i, of `length` rows in succession, goes through the one
+        of number ``numbers[i]``, or through none.
+
+        Raises:
+            RuntimeError: as `sink`.
+            ValueError: the record has samples of another kind, or not as many.
+        """
+        _refuse_compiled()
+        name = self.names[layer]
+        if self._ragged is not None or self.batch_dim:
+            raise ValueError(
+                "adapter_rows names an adapter for each entry of the leading dimension, and these are the samples: record "
+                "without cu_seqlens and batch_dim"
+            )
+        forward = self._passes.of_call()
+        self._agree(name, f"of {length} rows each", len(numbers), forward)
+        found = []
+        for number, adapter in enumerate(adapters):
+            places = tuple(i for i, n in enumerate(numbers) if n == number)
+            samples = Samples.equal(len(places), length)
+            rows = Rows((samples.rows,), 0)
+            found.append(
+                functools.partial(self.adapter_grads, layer, adapter, forward, len(numbers), samples, places, rows)
+            )
+        return found
 
     def samples_of(self, layer: nn.Module, x: Tensor, forward: Forward) -> Samples:
         """The samples of this layer's input x [..., K] in this forward pass.
@@ -105,21 +117,25 @@ class Recording:
                 "record needs [b, ..., K], or cu_seqlens"
             )
         count = x.shape[dim]
-        if forward.count not in (None, count):
-            raise ValueError(
-                f"the number of samples is unknown: layer {forward.layer!r} has inputs for {forward.count} of them, layer "
-                f"{name!r} for {count} ({list(x.shape)}). Something between them mixes or drops samples (a loss or a "
-                "pooling over the leading dimension, a flattened batch); keep the leading dimension or pass cu_seqlens"
-            )
-        if forward.count is None:
-            self._check_count(name, x, count, forward)
-            forward.count, forward.layer = count, name
+        self._agree(name, str(list(x.shape)), count, forward)
         rows = (*x.shape[:dim], *x.shape[dim + 1 : -1])
         return Samples.equal(count, math.prod(rows))
 
-    def _check_count(self, name: str, x: Tensor, count: int, forward: Forward) -> None:
+    def _agree(self, name: str, found: str, count: int, forward: Forward) -> None:
+        """Note that layer `name` has `count` samples in this forward pass; ValueError unless that is what is known."""
+        if forward.count not in (None, count):
+            raise ValueError(
+                f"the number of samples is unknown: layer {forward.layer!r} has inputs for {forward.count} of them, layer "
+                f"{name!r} for {count} ({found}). Something between them mixes or drops samples (a loss or a pooling over the "
+                "leading dimension, a flattened batch); keep the leading dimension or pass cu_seqlens"
+            )
+        if forward.count is None:
+            self._check_count(name, found, count, forward)
+            forward.count, forward.layer = count, name
+
+    def _check_count(self, name: str, found: str, count: int, forward: Forward) -> None:
         """The first layer's number of samples against what else is known of it."""
-        due = f"say which dimension of a layer's input runs over samples: record(model, batch_dim=...), here of {list(x.shape)}"
+        due = f"say which dimension of a layer's input runs over samples: record(model, batch_dim=...), here of {found}"
         if self.samples is not None and count > self.samples:
             raise ValueError(
                 f"record was told of {self.samples} samples, but layer {name!r} has inputs for {count}: {due}"
@@ -128,35 +144,53 @@ class Recording:
             return
         if count not in forward.sizes:
             raise ValueError(
-                f"the number of samples is unknown: layer {name!r} has inputs for {count} ({list(x.shape)}), but no input of "
+                f"the number of samples is unknown: layer {name!r} has inputs for {count} ({found}), but no input of "
                 f"the model has {count} as its leading dimension (they have {sorted(forward.sizes)}): {due}"
             )
 
     def adapter_grads(
-        self, layer, forward, samples, rows, backend, g, x, s, lora_B, c, eta, norm, need_ds, dtype_a, dtype_b
+        self,
+        layer,
+        adapter,
+        forward,
+        count,
+        samples,
+        places,
+        rows,
+        backend,
+        g,
+        x,
+        s,
+        lora_B,
+        c,
+        eta,
+        norm,
+        need_ds,
+        *dtypes,
     ):
         """`reference.adapter_grads`, and the samples' gradients or norms kept."""
-        self._meet(layer, forward)
+        self._meet(layer, adapter, forward)
         steps = sample_steps(backend)
         g, x, s = (None if t is None else rows.by_sample(t) for t in (g, x, s))
         common = (g, x, s, lora_B, c, eta, norm)
         if self.norms_only:
-            ds, da, db, squares = steps.sample_squared_norms(*common, need_ds, dtype_a, dtype_b, samples)
+            ds, da, db, squares = steps.sample_squared_norms(*common, need_ds, *dtypes, samples)
 
             def weigh(weights):
-                return steps.weighted_grads(*common, samples.spread(weights), dtype_a, dtype_b)
+                return steps.weighted_grads(*common, samples.spread(weights), *dtypes)
 
             totals = tuple(t for t in (da, db) if t is not None)
-            call = Call(samples, layer.adapter_name, squares=squares, totals=totals, weigh=weigh)
+            call = Call(count, samples, places, squares=squares, totals=totals, weigh=weigh)
         else:
-            ds, a, b = steps.sample_grads(*common, need_ds, dtype_a is not None, dtype_b is not None, samples)
-            da = None if a is None else steps.weighted_sum(a, None, dtype_a)
-            db = None if b is None else steps.weighted_sum(b, None, dtype_b)
-            call = Call(samples, layer.adapter_name, a, b)
-        self._keep(layer, forward, call)
+            ds, a, b = steps.sample_grads(*common, need_ds, *(dtype is not None for dtype in dtypes), samples)
+            da, db = (None if t is None else steps.weighted_sum(t, None, dtype) for t, dtype in zip((a, b), dtypes))
+            call = Call(count, samples, places, a, b)
+        # A layer that ran several times in one forward pass: the gradients of its samples add up.
+        calls = self._calls[layer].setdefault(adapter, {})
+        calls[forward] = call if forward not in calls else calls[forward].plus(call, self.names[layer])
         return ds if ds is None else rows.as_they_lay(ds), da, db
 
-    def _meet(self, layer, forward: Forward) -> None:
+    def _meet(self, layer: nn.Module, adapter: str, forward: Forward) -> None:
         met = self._passes.meet(forward)
         if len(met) > 1 and self.samples is None:
             counts = [f.count for f in met]
@@ -165,7 +199,8 @@ class Recording:
                 f"how many samples they are of: record(model, samples={sum(c or 0 for c in counts)}) where they are different "
                 f"ones, samples={counts[0]} where they are the same"
             )
-        if forward in self._calls[layer] and not forward.whole and self.samples is None:
+        again = forward in self._calls[layer].get(adapter, ())
+        if again and not forward.whole and self.samples is None:
             raise ValueError(
                 f"layer {self.names[layer]!r} ran more than once, not within a call of the recorded model: record the module "
                 "that is called, or say how many samples there are: record(model, samples=...)"
@@ -173,54 +208,33 @@ class Recording:
         for other in met:
             self._groups[other] = met
 
-    def _keep(self, layer, forward: Forward, call: Call) -> None:
-        # A layer that ran several times in one forward pass: the gradients of its samples add up.
-        last = self._calls[layer].get(forward)
-        self._calls[layer][forward] = call if last is None else self._sum(layer, last, call)
-
-    def _sum(self, layer, one: Call, other: Call) -> Call:
-        if one.samples.count != other.samples.count:
-            raise ValueError(
-                f"layer {self.names[layer]!r} ran on {one.samples.count} and on {other.samples.count} samples"
-            )
-        if self.norms_only:
-            raise ValueError(
-                f"layer {self.names[layer]!r} ran twice in one forward pass: norms of its gradients do not add up; record "
-                "without norms_only"
-            )
-        a, b = (None if p is None else p + q for p, q in ((one.a, other.a), (one.b, other.b)))
-        return Call(one.samples, one.adapter, a, b)
-
-    def calls(self, layer: nn.Module) -> list[Call]:
-        """What was kept of `layer`, a call a run of samples, in the order of the forward passes.
+    def kept(self, layer: nn.Module) -> dict[str, Kept]:
+        """What was kept of `layer`, by the name of its adapter, in the order of the forward passes.
 
         Raises:
-            ValueError: `samples` were announced, and the forward passes that met in a backward pass had another number.
+            ValueError: `samples` were announced, and the forward passes that met in a backward pass had another number; or as
+                `in_order`.
         """
-        found, done = [], set()
-        forwards = sorted(self._calls[layer], key=lambda forward: forward.index)
+        of_adapters, runs, done = self._calls[layer], [], set()
+        counts_of = {forward: call.count for calls in of_adapters.values() for forward, call in calls.items()}
+        forwards = sorted(counts_of, key=lambda forward: forward.index)
         for forward in forwards:
             if forward in done:
                 continue
             together = [f for f in forwards if f in self._groups[forward] and f not in done]
             done.update(together)
-            calls = [self._calls[layer][f] for f in together]
-            counts = [c.samples.count for c in calls]
+            counts = [counts_of[f] for f in together]
             if self.samples is None or sum(counts) == self.samples:
-                found += calls
+                runs += [[f] for f in together]
             elif all(count == self.samples for count in counts):
-                found.append(functools.reduce(functools.partial(self._sum, layer), calls))
+                runs.append(together)
             else:
                 raise ValueError(
                     f"record was told of {self.samples} samples a backward pass, but layer {self.names[layer]!r} had {counts}"
                 )
-        return found
+        return in_order(of_adapters, runs, self.names[layer])
 
 
 def _refuse_compiled() -> None:
     if torch.compiler.is_compiling():
         raise RuntimeError("a compiled model cannot be recorded: record the module that was given to torch.compile")
-
-
-records: WeakKeyDictionary[nn.Module, list[Call]] = WeakKeyDictionary()
-"""By layer, what a finished recording left that is not in `grad_sample`: norms, and how to weigh."""
