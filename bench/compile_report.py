@@ -2,7 +2,7 @@
 
 For every launch that the launchers can make: registers, spills, shared memory, occupancy, matrix instructions and loads
 by TMA. Exits with 1 if one spills, needs more shared memory than a block can have, or is a 16-bit GEMM on sm_90 without
-wgmma, or loads aligned 16-bit operands one by one in its main loop. --arch, --dtype, --rank and --shape choose from it.
+wgmma, or loads aligned 16-bit operands one by one in its main loop. --arch, --dtype, --rank, --shape and --case choose from it.
 """
 
 import argparse
@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--rank", nargs="+", type=int, default=RANKS)
     parser.add_argument("--shape", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--case", default="", help="only launches with this text in their name, as 'grouped sample'")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile (all cores)")
     parser.add_argument("--faults", action="store_true", help="print only what is at fault")
     parser.add_argument("--json", action="store_true", help="print one JSON array")
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     dtypes = [tuple(getattr(torch, name) for name in (d.split("/") * 2)[:2]) for d in options.dtype]
     shapes = [SHAPES[name] for name in options.shape]
     everything = []
-    for compiled in compile_all(options.arch, dtypes, options.rank, shapes, options.jobs):
+    for compiled in compile_all(options.arch, dtypes, options.rank, shapes, options.jobs, options.case):
         everything.append(compiled)
         if not options.json and (compiled.faults or not options.faults):
             print(line(compiled), flush=True)

@@ -252,6 +252,23 @@ def grouped_launches(x, g, w, bias, a, b, s, label: str, groups: int = 8):
                 g, x, s, b, c.get(norm), ends, 2.0, norm, True, dtype, dtype
             ),
         )
+    pieces = torch.empty(groups * 16 + 1, dtype=torch.int32)
+    for norm in ("row", "factor", "token", "entry"):
+        args = (g, x, s, b, c.get(norm), pieces, 16, 2.0, norm)
+        yield (
+            f"grouped sample_grads {norm} {label}",
+            lambda args=args: csrc_triton.grouped_sample_grads(*args, True, True, True),
+        )
+        yield (
+            f"grouped sample_squared_norms {norm} {label}",
+            lambda args=args: csrc_triton.grouped_sample_squared_norms(*args, True, dtype, dtype),
+        )
+    yield (
+        f"grouped weighted {label}",
+        lambda: csrc_triton.grouped_adapter_grads(
+            g, x, s, b, c["row"], ends, 2.0, "row", False, dtype, dtype, row_weights=torch.empty(len(g))
+        ),
+    )
 
 
 def shared_launches(x, g, w, bias, a, b, s, label: str, groups: int = 8):
@@ -276,12 +293,15 @@ def shared_launches(x, g, w, bias, a, b, s, label: str, groups: int = 8):
         )
 
 
-def sources(archs, dtypes, ranks, shapes=((2048, 4096, 4096),)) -> list[tuple]:
-    """`compile_launch`'s arguments for every distinct launch of every launcher, for each architecture, (dtype, adapter dtype)
-    and rank, at each (M, N, K); one that differs from an earlier one by its arguments alone is not compiled again."""
+def sources(archs, dtypes, ranks, shapes=((2048, 4096, 4096),), part: str = "") -> list[tuple]:
+    """`compile_launch`'s arguments for every distinct launch of every launcher whose case has `part` in its name, for each
+    architecture, (dtype, adapter dtype) and rank, at each (M, N, K); one that differs from an earlier one by its arguments
+    alone is not compiled again."""
     found = {}
     for arch, (dtype, adapter_dtype), r, shape in itertools.product(archs, dtypes, ranks, shapes):
         for case, call in launches(arch, dtype, adapter_dtype, r, *shape):
+            if part not in case:
+                continue
             for caught in catch_launches(call, arch):
                 source, options = specialize(*caught, arch)
                 identity = (arch, source.fn.__name__, source.hash(), repr(sorted(options.items())))
@@ -298,9 +318,11 @@ def _compile_number(i: int) -> Compiled:
     return compile_launch(*_to_compile[i])
 
 
-def compile_all(archs, dtypes, ranks, shapes=((2048, 4096, 4096),), jobs: int = 1) -> Iterator[Compiled]:
+def compile_all(
+    archs, dtypes, ranks, shapes=((2048, 4096, 4096),), jobs: int = 1, part: str = ""
+) -> Iterator[Compiled]:
     """All `sources`, compiled by as many processes as `jobs` says, in their order."""
-    _to_compile[:] = sources(archs, dtypes, ranks, shapes)
+    _to_compile[:] = sources(archs, dtypes, ranks, shapes, part)
     if jobs == 1:
         yield from map(_compile_number, range(len(_to_compile)))
         return

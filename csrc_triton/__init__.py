@@ -12,6 +12,7 @@ from .fused_linear_persistent import describable
 from .grouped_adapter_grad import grouped_adapter_grads
 from .grouped_down_project import grouped_down_project
 from .grouped_fused_linear import grouped_fused_linear
+from .grouped_sample_grad import grouped_sample_grads, grouped_sample_squared_norms
 from .low_rank_add import low_rank_add
 from .norms import squared_norms
 from .row_norms import token_coefficient, weight_coefficient
@@ -30,6 +31,8 @@ __all__ = [
     "grouped_adapter_grads",
     "grouped_down_project",
     "grouped_fused_linear",
+    "grouped_sample_grads",
+    "grouped_sample_squared_norms",
     "low_rank_add",
     "plan_added_steps",
     "plan_steps",

@@ -44,7 +44,8 @@ def rules(s: Tensor, b: Tensor, c: Tensor | None, eta: float, norm: str | None, 
     return Rule("entry" if norm == "entry" else None, eta=eta), Rule()
 
 
-def _weighted(rule: Rule, row_weights: Tensor) -> Rule:
+def weighted(rule: Rule, row_weights: Tensor) -> Rule:
+    """`rule` with each row of U times its weight [M] (fp32), too."""
     return rule._replace(row_scale=row_weights if rule.row_scale is None else rule.row_scale * row_weights)
 
 
@@ -170,7 +171,7 @@ def adapter_grads(
 
     rule_g, rule_x = rules(s, b, c, eta, norm, x.shape[1] if need_da else 0)
     if row_weights is not None:
-        rule_g, rule_x = (_weighted(rule, row_weights) for rule in (rule_g, rule_x))
+        rule_g, rule_x = (weighted(rule, row_weights) for rule in (rule_g, rule_x))
     compute, arch = s.dtype, configs.arch_of(g.device)
     plan = plan_sweep(M, N, R, norm, sums_over_columns(norm, need_ds, need_da), need_db, g.dtype, compute, arch)
     layout = "LR" if need_db else ""

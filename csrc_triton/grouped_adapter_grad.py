@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import batch_invariance, configs
-from .adapter_grad import Sums, project, rules
+from .adapter_grad import Sums, project, rules, weighted
 from .combine import combine, combine_groups
 from .configs import cdiv
 from .grouped_down_project import grouped_down_project
@@ -21,23 +21,25 @@ from .sweep import Cut, Rule, empty_outer, sweep
 from .sweep_plan import SweepPlan, plan_sweep, sums_over_columns
 
 
-class _Groups(NamedTuple):
+class GroupedRows(NamedTuple):
     """Where rows lie: `ends` [E] and `order` [M] as in `groups`."""
 
     ends: Tensor
     order: Tensor | None
 
-    def part(self, start: int, stop: int) -> "_Groups":
+    def part(self, start: int, stop: int) -> "GroupedRows":
         """The groups as they lie in the rows from `start` to `stop`."""
         order = None if self.order is None else self.order[start:stop]
-        return _Groups((self.ends - start).clamp(0, stop - start), order)
+        return GroupedRows((self.ends - start).clamp(0, stop - start), order)
 
     def cut(self, M: int, rows: int) -> Cut:
         """M rows in pieces of `rows` rows."""
         return Cut(most_tiles(M, self.ends.shape[0], rows), 1, 0, 1, rows, ends=self.ends, order=self.order)
 
 
-def _token_coefficient(s: Tensor, b: Tensor, ends: Tensor, eta: float, inv_etas_squared: Tensor | None) -> Tensor:
+def token_coefficient_of_groups(
+    s: Tensor, b: Tensor, ends: Tensor, eta: float, inv_etas_squared: Tensor | None
+) -> Tensor:
     """C [M] in fp32 of the rule "token", for s [M, R] and b [E, N, R]."""
     gram = gram_parts(b.mT).sum(dim=1)
     square = (grouped_down_project(s, gram, ends, torch.float32) * s).sum(dim=1)
@@ -49,7 +51,7 @@ def _token_coefficient(s: Tensor, b: Tensor, ends: Tensor, eta: float, inv_etas_
     return 1 / torch.sqrt(square.clamp_min(0).sqrt() + inv_eta_squared)
 
 
-def _plan(
+def plan_groups(
     M: int, L: int, R: int, norm: str | None, sums: int, outer: bool, v: Tensor, compute: torch.dtype
 ) -> SweepPlan:
     """`plan_sweep`, with all registers and at most 256 columns: finding a group and its factors takes registers of its own. So
@@ -67,7 +69,15 @@ def _plan(
 
 
 def _outer(
-    v: Tensor, u: Tensor, f: Tensor | None, rule: Rule, groups: _Groups, plan: SweepPlan, layout: str, dtype, **shares
+    v: Tensor,
+    u: Tensor,
+    f: Tensor | None,
+    rule: Rule,
+    groups: GroupedRows,
+    plan: SweepPlan,
+    layout: str,
+    dtype,
+    **shares,
 ) -> Tensor:
     """``scale ⊙ V~ᵀ U~`` of every group in `dtype`, [E, L, R] for `layout` "LR" or [E, R, L] for "RL"."""
     (M, L), R = v.shape, u.shape[1]
@@ -85,7 +95,9 @@ def _shares(M: int, L: int, R: int, sums: Sums, plan: SweepPlan, device: torch.d
     return {name: torch.empty(shape, device=device, dtype=torch.float32) for name in due}
 
 
-def _project_chunks(g: Tensor, s: Tensor, b: Tensor, rule: Rule, groups: _Groups, plan: SweepPlan, sums: Sums) -> None:
+def project_chunks(
+    g: Tensor, s: Tensor, b: Tensor, rule: Rule, groups: GroupedRows, plan: SweepPlan, sums: Sums
+) -> None:
     """Fills `sums`, some rows of the groups after the others."""
     (M, L), R = g.shape, s.shape[1]
     for start in range(0, M, plan.chunk_rows):
@@ -114,12 +126,14 @@ def grouped_adapter_grads(
     dtype_b: torch.dtype | None,
     order: Tensor | None = None,
     inv_etas_squared: Tensor | None = None,
+    row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dS = g B_e [M, R]``, and every group's ``dA [E, R, K]`` and ``dB [E, N, R]``: `adapter_grads` of its rows.
 
     g [M, N], x [M, K], s [M, R] and b [E, N, R] of any strides, c as from `weight_coefficient` of the groups' factors,
     ends [E] (int32). What is not needed (`need_ds` False, a dtype None) comes back empty; x may be None without dA. With
-    `order` [M] (int32) row m of s and dS is that of row order[m] of g and x; `inv_etas_squared` [E] (fp32) stands for `eta`.
+    `order` [M] (int32) row m of s and dS is that of row order[m] of g and x; `inv_etas_squared` [E] (fp32) stands for `eta`;
+    `row_weights` [M] (fp32) multiply the rows of g~ as they lie in s.
     """
     (M, N), (E, _, R) = g.shape, b.shape
     need_da, need_db = dtype_a is not None, dtype_b is not None
@@ -131,17 +145,19 @@ def grouped_adapter_grads(
         return ds, da, db
     invariant = batch_invariance.enabled()
     if need_ds and invariant:
-        rest = (False, dtype_a, dtype_b, order, inv_etas_squared)
+        rest = (False, dtype_a, dtype_b, order, inv_etas_squared, row_weights)
         _, da, db = grouped_adapter_grads(g, x, s, b, c, ends, eta, norm, *rest)
         return grouped_down_project(g, b.mT, ends, s.dtype, order), da, db
 
     if norm == "token":
-        c = _token_coefficient(s, b, ends, eta, inv_etas_squared)
+        c = token_coefficient_of_groups(s, b, ends, eta, inv_etas_squared)
     rule_g, rule_x = rules(s, b, c, eta, norm, x.shape[1] if need_da else 0)
     rule_g = rule_g._replace(inv_etas_squared=inv_etas_squared if norm == "entry" else None)
-    compute, groups = s.dtype, _Groups(ends, order)
+    if row_weights is not None:
+        rule_g, rule_x = (weighted(rule, row_weights) for rule in (rule_g, rule_x))
+    compute, groups = s.dtype, GroupedRows(ends, order)
     sums_due = sums_over_columns(norm, need_ds, need_da)
-    plan = _plan(M, N, R, norm, sums_due, need_db, g, compute)
+    plan = plan_groups(M, N, R, norm, sums_due, need_db, g, compute)
     f, shares = b if norm == "entry" else None, {}
     chunked = plan.chunk_rows < M
     if sums_due and norm != "entry" and (plan.separate or chunked or invariant):
@@ -155,7 +171,7 @@ def grouped_adapter_grads(
         sums = Sums(s, norm, need_ds, need_da)
         ds, u = sums.ds, sums.u
         if sums_due and (chunked or not need_db):
-            _project_chunks(g, s, b, rule_g, groups, plan, sums)
+            project_chunks(g, s, b, rule_g, groups, plan, sums)
         elif sums_due:
             f, shares = b, _shares(M, N, R, sums, plan, g.device)
     if need_db:
@@ -163,6 +179,6 @@ def grouped_adapter_grads(
         for name, share in shares.items():
             combine(share, s.dtype, out=getattr(sums, name))
     if need_da:
-        plan = _plan(M, x.shape[1], R, None, 0, True, x, compute)
+        plan = plan_groups(M, x.shape[1], R, None, 0, True, x, compute)
         da = _outer(x, u, None, rule_x, groups, plan, "RL", dtype_a)
     return ds, da, db

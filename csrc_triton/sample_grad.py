@@ -59,7 +59,7 @@ def _squares(
     return squares, combine(result, dtype)
 
 
-def _fit(config: configs.Config, segments: Segments, norm: str | None, totals: bool) -> configs.Config:
+def fit(config: configs.Config, segments: Segments, norm: str | None, totals: bool) -> configs.Config:
     """Tiles no taller than the samples, and narrower where the registers are short: where a second sum, of all samples
     (`totals`), is kept beside the first, for "entry", where one stage already says so, and for the widest, which are
     made for tall tiles. Narrower than 64 takes more registers again."""
@@ -85,7 +85,7 @@ def _run(g, x, s, b, c, eta, norm, need_ds, need_da, need_db, segments, reduce, 
     compute, arch = s.dtype, configs.arch_of(g.device)
     count = sums_over_columns(norm, need_ds, need_da)
     plan = plan_sweep(M, N, R, norm, count, need_db, g.dtype, compute, arch)
-    config = _fit(plan.config, segments, norm, totals)
+    config = fit(plan.config, segments, norm, totals)
     result_a = result_b = None
     # Samples do not end where chunks of rows do, so a G too long for one chunk has its sums over columns taken apart.
     if norm == "entry" and plan.chunk_rows < M:
@@ -115,7 +115,7 @@ def _run(g, x, s, b, c, eta, norm, need_ds, need_da, need_db, segments, reduce, 
             combine(share, target.dtype, out=target)
     if need_da:
         config = plan_sweep(M, x.shape[1], R, None, 0, True, x.dtype, compute, arch).config
-        config = _fit(config, segments, None, totals)
+        config = fit(config, segments, None, totals)
         result_a = reduce(x, u, None, rule_x, segments, config, "RL")
     return ds, u, result_a, result_b
 

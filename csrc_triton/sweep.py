@@ -18,7 +18,7 @@ from .launching import launch
 from .tiling import TRITON_DTYPE, dot, dot_precision, entry_coefficient, offsets
 
 
-@triton.jit(do_not_specialize=["M", "SEGMENTS", "SAMPLE_M", "PARTS", "SEGMENT_M"])
+@triton.jit(do_not_specialize=["M", "SEGMENTS", "SAMPLE_M", "PARTS", "SEGMENT_M", "PER_GROUP"])
 def _sweep_kernel(
     v_ptr,
     u_ptr,
@@ -53,11 +53,13 @@ def _sweep_kernel(
     SAMPLE_M,
     PARTS,
     SEGMENT_M,
+    PER_GROUP,
     inv_eta_squared,
     NORM: tl.constexpr,
     SCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     HAS_PIECES: tl.constexpr,
+    IN_GROUPS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_ETAS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -78,7 +80,8 @@ def _sweep_kernel(
     of outer [P, L, R], or with SQUARES each tile's sum of squares [P, tiles] and the sum of them all; and its columns'
     share of projected and scaled [L/BLOCK_L, M, R]. Every tile of V is loaded once; accumulates in fp32. With GROUPS each
     segment is a piece of a group (`groups.group_tile`), which has its own F and scale, and its 1/η² with HAS_ETAS; with
-    HAS_ORDER row m of U, projected and scaled is that of V's row order[m].
+    HAS_ORDER row m of U, projected and scaled is that of V's row order[m]. With IN_GROUPS a group has PER_GROUP segments in a
+    row, the programs of which are its own; the sum of the i-th of group e is written at place ``i * groups + e``.
     """
     pid_l = tl.program_id(0)
     offs_l = offsets(pid_l * BLOCK_L, BLOCK_L)
@@ -92,6 +95,9 @@ def _sweep_kernel(
         # What belongs to no group is read as zeros, and so are its factors; its sums over rows are not written.
         mask_l = mask_l & (group < GROUPS)
         group = tl.minimum(group, GROUPS - 1).to(tl.int64)
+    if IN_GROUPS:
+        group = (tl.program_id(1) * PER_PROGRAM // PER_GROUP).to(tl.int64)
+    if GROUPS > 0 or IN_GROUPS:
         if PROJECT or PROJECT_SCALED or NORM == "entry":
             f_ptr += group * stride_fg
         if SCALE != "" or NORM == "row":
@@ -170,6 +176,8 @@ def _sweep_kernel(
             elif SCALE == "rank":
                 acc *= tl.load(scale_ptr + offs_r * stride_scale, mask=mask_r, other=0.0)[None, :]
             offset = segment + tl.full((), 0, tl.int64)
+            if IN_GROUPS:
+                offset = (offset % PER_GROUP) * (SEGMENTS // PER_GROUP) + offset // PER_GROUP
             if SQUARES:
                 tile = tl.program_id(2) * tl.num_programs(0) + pid_l
                 square_ptr = squares_ptr + offset * (tl.num_programs(0) * tl.num_programs(2)) + tile
@@ -187,7 +195,8 @@ class Cut(NamedTuple):
     """The segments of one launch: `segments` of them, `per_program` to a program. Segment p starts at ``pieces[p]`` and
     stops at ``pieces[p + 1]`` (int32), or lies in sample ``p // parts`` of `sample_rows` rows, `segment_rows` of it. With
     `ends` [E] (int32) segment p is the p-th piece of `segment_rows` rows of the groups that end there, if there are so many;
-    the rows are v's in this `order` [M] (int32), None where they lie in it."""
+    the rows are v's in this `order` [M] (int32), None where they lie in it. With `per_group` (and `pieces`) segment p is of
+    group ``p // per_group``, and `per_program` divides it; 0 where there are no such groups."""
 
     segments: int
     per_program: int
@@ -197,6 +206,7 @@ class Cut(NamedTuple):
     pieces: Tensor | None = None
     ends: Tensor | None = None
     order: Tensor | None = None
+    per_group: int = 0
 
 
 class Rule(NamedTuple):
@@ -225,8 +235,8 @@ def sweep(
     scaled: Tensor | None = None,
 ) -> None:
     """One launch of the kernel on v [M, L] and u [M, R] of any strides: fills `outer` [P, L, R] (with `squares` a sum a
-    program), `squares` [P, tiles], and the shares `projected` and `scaled` [tiles of L, M, R], where they are given. For a cut
-    into groups f is [E, L, R], and the rule's scale [E, L] or [E, R]; u has a row for each of the order's."""
+    program), `squares` [P, tiles], and the shares `projected` and `scaled` [tiles of L, M, R], where they are given. Where
+    groups are cut f is [E, L, R], and the rule's scale [E, L] or [E, R]; u has a row for each of the order's."""
     (M, R), L = u.shape, v.shape[1]
     tiles_l, tiles_r = cdiv(L, config.BLOCK_N), cdiv(R, config.BLOCK_R)
     groups = 0 if cut.ends is None else cut.ends.shape[0]
@@ -259,11 +269,13 @@ def sweep(
         cut.sample_rows,
         cut.parts,
         cut.segment_rows,
+        cut.per_group,
         rule.eta**-2,
         NORM=rule.norm,
         SCALE=rule.axis,
         HAS_ROW_SCALE=rule.row_scale is not None,
         HAS_PIECES=cut.pieces is not None,
+        IN_GROUPS=cut.per_group > 0,
         HAS_ORDER=cut.order is not None,
         HAS_ETAS=rule.inv_etas_squared is not None,
         GROUPS=groups,

@@ -12,7 +12,6 @@ from allora_kernels import (
     add_adapter,
     apply_allora,
     merge_adapter,
-    per_sample,
     remove_adapter,
     set_adapter,
     set_enabled,
@@ -179,9 +178,6 @@ def test_what_adapted_experts_refuse():
     model = adapted()
     with pytest.raises(ValueError, match="already has adapters"):
         apply_allora(model, r=2, experts=True)
-    recording = per_sample.record(model)
-    with pytest.raises(ValueError, match="sorted by expert and not by sample: per_sample does not record them"):
-        recording.__enter__()
     set_enabled(model.model.layers[0].mlp, False)
     with pytest.raises(ValueError, match="is disabled, so"):
         merge_adapter(model)

@@ -17,7 +17,7 @@ ROOMS = {
     "reference": set(),
     "testing": set(),
     "layer": {"reference"},
-    "per_sample": {"layer", "reference"},
+    "per_sample": {"groups", "layer", "reference"},
     "groups": {"layer", "reference"},
     "models": {"groups", "layer", "reference"},
     "allora_kernels": {"layer", "groups", "per_sample", "models"},
@@ -31,6 +31,7 @@ LOADS_KERNELS = {
     "allora_kernels.layer.vmap_rules",
     "allora_kernels.groups.ops",
     "allora_kernels.layer.explanation",
+    "allora_kernels.per_sample.grouped_ops",
     "allora_kernels.per_sample.ops",
     "allora_kernels.tools.tune",
 }

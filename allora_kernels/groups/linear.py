@@ -13,7 +13,7 @@ class GroupedSteps:
     """The steps of one backend with the groups' ends filled in: `reference`'s functions by name."""
 
     def __init__(self, backend: str, ends: Tensor) -> None:
-        self._steps, self._ends = steps_of(backend), ends
+        self.backend, self._steps, self._ends = backend, steps_of(backend), ends
         self.weight_coefficient = self._steps.weight_coefficient
 
     def adapted_linear(self, x, weight, bias, lora_A, lora_B, dtype):
@@ -126,11 +126,16 @@ def grouped_linear(
         RuntimeError: `use_batch_invariant` is on and the backend is eager.
         TypeError: something that is no tensor of the dtype due.
     """
+    return apply(x, weight, bias, lora_A, lora_B, offsets, eta, norm, backend)
+
+
+def apply(x, weight, bias, lora_A, lora_B, offsets, eta, norm, backend=None, sink=None) -> Tensor:
+    """`grouped_linear`, and what takes the step `adapter_grads` over to see more of it."""
     _check(x, weight, bias, lora_A, lora_B, offsets)
     functional.check_rule(lora_A.shape[1], eta, norm)
     widest = functional.compute_dtype(x, lora_A, lora_B)
     x, weight, bias, dtype = functional.in_one_dtype(x, weight, bias, lora_A, lora_B)
     name = functional.choose_backend(x, widest, backend)
     steps = GroupedSteps(name, _ends(offsets, x.shape[0]))
-    y, _ = functional.apply_function(x, weight, bias, lora_A, lora_B, dtype, eta, norm, steps, None)
+    y, _ = functional.apply_function(x, weight, bias, lora_A, lora_B, dtype, eta, norm, steps, sink)
     return y

@@ -7,12 +7,13 @@ parameter, and in the place of its config one that asks the registry for `_exper
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..groups import grouped_linear
+from ..groups.linear import apply
 from ..layer import batch_invariance, switching
 from ..layer.adapter import ALLoRALayer
 from ..layer.explanation import Explanation, explain, explain_disabled
@@ -122,9 +123,7 @@ def _experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Ten
         return _former_forward(experts)(experts, hidden_states, top_k_index, top_k_weights)
 
     tokens, k = top_k_index.shape
-    expert_of_row, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    ids = torch.arange(experts.num_experts, device=order.device, dtype=expert_of_row.dtype)
-    offsets = torch.searchsorted(expert_of_row, ids, right=True, out_int32=True)
+    order, offsets, sinks = _rows_by_expert(active, top_k_index, experts.num_experts)
 
     def product(x: Tensor, name: str) -> Tensor:
         stack = getattr(experts, name)
@@ -135,8 +134,8 @@ def _experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Ten
         else:
             # The same kernels without an adapter.
             shapes = ((weight.shape[0], 1, weight.shape[2]), (weight.shape[0], weight.shape[1], 1))
-            factors, rule = tuple(weight.new_zeros(shape) for shape in shapes), {"norm": None}
-        return grouped_linear(x, weight, bias, *factors, offsets, **rule)
+            factors, rule = tuple(weight.new_zeros(shape) for shape in shapes), {"eta": 1.0, "norm": None}
+        return apply(x, weight, bias, *factors, offsets, **rule, sink=sinks.get(name))
 
     h = product(hidden_states[order // k], "gate_up_proj" if experts.has_gate else "up_proj")
     h = experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
@@ -146,7 +145,19 @@ def _experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Ten
     y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=order.device)
-    return y[back].view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+    return y[back].view(tokens, k, y.shape[1]).sum(dim=1).to(hidden_states.dtype)
+
+
+def _rows_by_expert(
+    adapters: dict[str, ExpertsAdapter], top_k_index: Tensor, experts: int
+) -> tuple[Tensor, Tensor, dict[str, Callable]]:
+    """``(order [T * k], offsets [experts], sinks)``: the order that sorts the rows by expert, where each expert's end, and what
+    records the gradients of the `adapters` that are recorded."""
+    if recorded := {name: adapter for name, adapter in adapters.items() if adapter._recording is not None}:
+        return next(iter(recorded.values()))._recording.routed(recorded, top_k_index, experts)
+    expert_of_row, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    ids = torch.arange(experts, device=order.device, dtype=expert_of_row.dtype)
+    return order, torch.searchsorted(expert_of_row, ids, right=True, out_int32=True), {}
 
 
 def _former_forward(experts: nn.Module):

@@ -5,7 +5,7 @@ Re-entrant checkpointing runs layers again in backward passes nested in the one 
 current graph task nor the order of calls says it alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,16 +18,23 @@ _UNKNOWN = -1
 class Forward:
     """Forward pass number `index` of the recorded model, or (`whole` False) of layers called one by one.
 
-    `sizes`: the leading dimensions of the model's inputs. `node`: the number of the next node of autograd's when it began.
-    `count` samples, as `layer`, the first to run, saw them.
+    `batches`: the first two dimensions of the model's inputs, the second None where there is one. `node`: the number of the
+    next node of autograd's when it began. `count` samples, as `layer`, the first to run, saw them; `lengths`: how many rows
+    each has in a layer.
     """
 
     index: int
     whole: bool
-    sizes: frozenset[int] = frozenset()
+    batches: frozenset[tuple[int, int | None]] = frozenset()
     node: int = 0
     count: int | None = None
     layer: str = ""
+    lengths: set[int] = field(default_factory=set)
+
+    @property
+    def sizes(self) -> frozenset[int]:
+        """The leading dimensions of the model's inputs."""
+        return frozenset(size for size, _ in self.batches)
 
 
 class ForwardPasses:
@@ -51,8 +58,8 @@ class ForwardPasses:
             self._run_again = self._checkpointed()
             return
         tensors = (t for t in _pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.dim())
-        sizes = frozenset(t.shape[0] for t in tensors)
-        self._start(Forward(self._count, True, sizes, torch.autograd._get_sequence_nr()), torch.is_grad_enabled())
+        batches = frozenset((t.shape[0], t.shape[1] if t.dim() > 1 else None) for t in tensors)
+        self._start(Forward(self._count, True, batches, torch.autograd._get_sequence_nr()), torch.is_grad_enabled())
 
     def leave_model(self) -> None:
         """The call of the recorded model has ended: what runs next is not part of it."""

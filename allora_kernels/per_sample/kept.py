@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .forward_passes import Forward
+from .grouped import GroupSamples
 from .samples import Samples
 
 
@@ -20,7 +21,7 @@ class Call:
 
     count: int
     """How many samples the forward pass is of."""
-    samples: Samples
+    samples: Samples | GroupSamples
     places: tuple[int, ...] | None = None
     """Which of them went through this adapter; None for all."""
     a: Tensor | None = None

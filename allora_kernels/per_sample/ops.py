@@ -36,11 +36,13 @@ def weighted_grads(
     c: Tensor | None,
     eta: float,
     norm: str | None,
-    row_weights: Tensor,
+    weights: Tensor,
     dtype_a: torch.dtype | None,
     dtype_b: torch.dtype | None,
+    samples: Samples,
 ) -> tuple[Tensor | None, Tensor | None]:
-    _, da, db = csrc_triton.adapter_grads(g, x, s, b, c, eta, norm, False, dtype_a, dtype_b, row_weights=row_weights)
+    rows = samples.spread(weights)
+    _, da, db = csrc_triton.adapter_grads(g, x, s, b, c, eta, norm, False, dtype_a, dtype_b, row_weights=rows)
     return da if dtype_a is not None else None, db if dtype_b is not None else None
 
 

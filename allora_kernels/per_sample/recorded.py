@@ -26,11 +26,6 @@ def adapted_layers(model: nn.Module) -> dict[nn.Module, str]:
     layers = {module: name for name, module in model.named_modules() if isinstance(module, ALLoRALayer)}
     if not layers:
         raise ValueError("the model has no adapters: adapt it with apply_allora first")
-    if experts := [name for layer, name in layers.items() if layer.grouped]:
-        raise ValueError(
-            f"{experts[0]!r} adapts the experts of a mixture, whose rows are sorted by expert and not by sample: "
-            "per_sample does not record them"
-        )
     owners: dict[nn.Parameter, str] = {}
     for layer, name in layers.items():
         for parameter in (layer.lora_A, layer.lora_B):

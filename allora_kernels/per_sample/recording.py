@@ -2,12 +2,13 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .forward_passes import Forward, ForwardPasses
+from .grouped import GroupSamples
 from .kept import Call, Kept, in_order
 from .samples import Rows, Samples
 from .steps import sample_steps
@@ -93,6 +94,56 @@ class Recording:
             )
         return found
 
+    def routed(
+        self, layers: Mapping[str, nn.Module], expert_of: Tensor, experts: int
+    ) -> tuple[Tensor, Tensor, dict[str, functools.partial]]:
+        """``(order [T * k], ends [experts], sinks)`` of tokens that are sent to several experts each, ``expert_of [T, k]``: how
+        their rows are sorted by expert and, of one expert, by sample; where each expert's end (int32); and `sink` of each of
+        `layers` for rows that lie so.
+
+        Raises:
+            RuntimeError: as `sink`.
+            ValueError: which sample a token is of cannot be told.
+        """
+        _refuse_compiled()
+        forward = self._passes.of_call()
+        tokens, k = expert_of.shape
+        count, sample = self._samples_of_tokens(next(iter(layers.values())), tokens, forward, expert_of.device)
+        order, samples = GroupSamples.of(expert_of.reshape(-1), sample.repeat_interleave(k), experts, count)
+        rows = Rows((tokens * k,), 0)
+        sinks = {
+            name: functools.partial(self.adapter_grads, layer, layer.adapter_name, forward, count, samples, None, rows)
+            for name, layer in layers.items()
+        }
+        return order, samples.ends(experts), sinks
+
+    def _samples_of_tokens(
+        self, layer: nn.Module, tokens: int, forward: Forward, device: torch.device
+    ) -> tuple[int, Tensor]:
+        """How many samples there are, and which one each of `tokens` rows is of, where only the rows are left of a batch."""
+        name = self.names[layer]
+        if self._ragged is not None:
+            self._check_rows(name, [tokens], tokens)
+            every = torch.arange(self._ragged.count, device=device)
+            return self._ragged.count, self._ragged.spread(every)
+        dim, count = self.batch_dim or 0, forward.count
+        batches = forward.batches if dim == 0 else ()
+        if count is None:
+            fitting = {b for b, length in batches if length is not None and b * length == tokens}
+            count = fitting.pop() if len(fitting) == 1 else None
+        if count is not None and dim < 2:
+            length = tokens // max(count, 1)
+            known = forward.lengths | {length for b, length in batches if b == count}
+            if length * count == tokens and (length in known or tokens == 0):
+                self._agree(name, f"{length} tokens each", count, forward)
+                every = torch.arange(count, device=device)
+                return count, every.repeat_interleave(length) if dim == 0 else every.repeat(length)
+        raise ValueError(
+            f"which sample each token is of cannot be told: {tokens} of them come to the experts of {name!r}, and neither the "
+            "model's inputs nor the inputs of its layers before are as many in samples * tokens: record the whole model, or "
+            "pass cu_seqlens"
+        )
+
     def samples_of(self, layer: nn.Module, x: Tensor, forward: Forward) -> Samples:
         """The samples of this layer's input x [..., K] in this forward pass.
 
@@ -102,12 +153,7 @@ class Recording:
         """
         name = self.names[layer]
         if self._ragged is not None:
-            rows = x.shape[:-1].numel()
-            if rows != self._ragged.rows:
-                raise ValueError(
-                    f"cu_seqlens must end at the number of rows, but it ends at {self._ragged.rows} and the input of layer "
-                    f"{name!r} is {list(x.shape)}, which has {rows}"
-                )
+            self._check_rows(name, list(x.shape), x.shape[:-1].numel())
             return self._ragged
         dim = self.batch_dim or 0
         if x.dim() < dim + 2:
@@ -118,8 +164,16 @@ class Recording:
             )
         count = x.shape[dim]
         self._agree(name, str(list(x.shape)), count, forward)
-        rows = (*x.shape[:dim], *x.shape[dim + 1 : -1])
-        return Samples.equal(count, math.prod(rows))
+        length = math.prod((*x.shape[:dim], *x.shape[dim + 1 : -1]))
+        forward.lengths.add(length)
+        return Samples.equal(count, length)
+
+    def _check_rows(self, name: str, shape: list[int], rows: int) -> None:
+        if rows != self._ragged.rows:
+            raise ValueError(
+                f"cu_seqlens must end at the number of rows, but it ends at {self._ragged.rows} and the input of layer "
+                f"{name!r} is {shape}, which has {rows}"
+            )
 
     def _agree(self, name: str, found: str, count: int, forward: Forward) -> None:
         """Note that layer `name` has `count` samples in this forward pass; ValueError unless that is what is known."""
@@ -177,7 +231,7 @@ class Recording:
             ds, da, db, squares = steps.sample_squared_norms(*common, need_ds, *dtypes, samples)
 
             def weigh(weights):
-                return steps.weighted_grads(*common, samples.spread(weights), *dtypes)
+                return steps.weighted_grads(*common, weights, *dtypes, samples)
 
             totals = tuple(t for t in (da, db) if t is not None)
             call = Call(count, samples, places, squares=squares, totals=totals, weigh=weigh)

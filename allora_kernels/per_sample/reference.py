@@ -110,12 +110,14 @@ def weighted_grads(
     c: Tensor | None,
     eta: float,
     norm: str | None,
-    row_weights: Tensor,
+    weights: Tensor,
     dtype_a: torch.dtype | None,
     dtype_b: torch.dtype | None,
+    samples: Samples,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dA and dB as `reference.adapter_grads` gives them, each row of G~ times its ``row_weights [M]``; None where not
-    needed."""
+    """dA and dB as `reference.adapter_grads` gives them, the rows of each sample's G~ times its ``weights [b]``; None where
+    not needed."""
+    row_weights = samples.spread(weights)
     g, s, u, scale_a, scale_b = scaled_operands(g, s, lora_B, c, eta, norm, dtype_a is not None)
     results = []
     for v, w, scale, dtype in ((u, x, scale_a, dtype_a), (g, s, scale_b, dtype_b)):

@@ -2,13 +2,16 @@
 
 from types import ModuleType
 
-from . import reference
+from ..groups.linear import GroupedSteps
+from . import grouped_reference, reference
 
 
-def sample_steps(name: str) -> ModuleType:
-    """The module whose functions are the per-sample steps: `reference`, or those on Triton (loaded on first use)."""
-    if name == "eager":
-        return reference
-    from . import ops
+def sample_steps(backend: str | GroupedSteps) -> ModuleType:
+    """The module whose functions are the per-sample steps of a backend, or of groups on it: in plain torch, or on Triton
+    (loaded on first use)."""
+    grouped = isinstance(backend, GroupedSteps)
+    if (backend.backend if grouped else backend) == "eager":
+        return grouped_reference if grouped else reference
+    from . import grouped_ops, ops
 
-    return ops
+    return grouped_ops if grouped else ops

@@ -1,5 +1,7 @@
 """The launchers for groups of rows, with the configurations of every architecture: the values against fp64."""
 
+import sys
+
 import pytest
 import torch
 from matrix import laid_out, over
@@ -89,6 +91,47 @@ def test_gradients(arch, few_sms, dtypes, norm, shape, layout, cut, form, ordere
     exact = grouped.grouped_adapter_grads(*doubles(*args), ETA, norm, True, torch.float64, torch.float64, order, etas)
     for name, *results in zip(("ds", "da", "db"), ours, eager, exact):
         assert_close(*results, name)
+
+
+# Of each group, the rows of each sample.
+SAMPLES = [((5, 0, 33), (0, 0, 0), (1, 70, 2)), ((37,), (0,), (3,)), ((1,) * 5,) * 4, ((0, 150), (0, 0))]
+
+
+def samples_of(lengths, g, x, s, b, c, norm, dtype):
+    """(dA [b, E, R, K], dB [b, E, N, R])"""
+    da = torch.zeros(len(lengths[0]), *b.shape[:1], b.shape[2], x.shape[1], dtype=dtype)
+    db, start = torch.zeros(len(lengths[0]), *b.shape, dtype=dtype), 0
+    for e, of_group in enumerate(lengths):
+        for i, length in enumerate(of_group):
+            rows, start = slice(start, start + length), start + length
+            own = (g[rows], x[rows], s[rows], b[e], None if c is None else c[e])
+            _, da[i, e], db[i, e] = reference.adapter_grads(*own, ETA, norm, False, dtype, dtype)
+    return da, db
+
+
+@over("arch", "few_sms", "dtypes", "norm", "shape", "layout", lengths=SAMPLES, many=[False, True])
+def test_samples(arch, few_sms, dtypes, norm, shape, layout, lengths, many, monkeypatch):
+    if many:
+        monkeypatch.setattr(sys.modules["csrc_triton.grouped_sample_grad"], "_MOST_PROGRAMS", 4)
+    x, _, _, a, b, g, offsets = make((tuple(map(sum, lengths)), 0), shape, dtypes, layout)
+    s, c = grouped.grouped_down_project(x, a, offsets, torch.promote_types(*dtypes)), None
+    if norm in reference.WEIGHT_NORMS:
+        c = reference.weight_coefficient(a, b, ETA, norm)
+    tensors, samples = (g, x, s, b, c), len(lengths[0])
+    pieces = torch.tensor([0, *(length for group in lengths for length in group)]).cumsum(0).int()
+    _, *ours = csrc_triton.grouped_sample_grads(*tensors, pieces, samples, ETA, norm, True, True, True)
+    eager = samples_of(lengths, *tensors, norm, torch.float32)
+    exact = samples_of(lengths, *doubles(*tensors), norm, torch.float64)
+    for name, *results in zip(("da", "db"), ours, eager, exact):
+        assert_close(*results, name)
+    _, *sums, squares = csrc_triton.grouped_sample_squared_norms(
+        *tensors, pieces, samples, ETA, norm, True, torch.float32, torch.float32
+    )
+    wide = sum(t.flatten(1).square().sum(1) for t in exact)
+    # S and u are rounded to 16 bits before they are summed: relative to the largest, nothing else may be lost.
+    assert (squares.double() - wide).abs().max() <= (1e-5 if s.dtype == torch.float32 else 2e-2) * wide.max()
+    for name, found, e, total in zip(("da", "db"), sums, eager, exact):
+        assert_close(found, e.sum(0), total.sum(0), f"sum of {name}")
 
 
 @over(

@@ -191,7 +191,8 @@ def test_the_weighted_sum_of_samples(arch, norm, dtypes, lengths):
     weights = torch.rand(len(lengths))
     rows = weights.repeat_interleave(torch.tensor(lengths))
     ours = csrc_triton.adapter_grads(*tensors, ETA, norm, False, F32, F32, row_weights=rows)[1:]
-    eager = sample_reference.weighted_grads(*tensors, ETA, norm, rows, F32, F32)
+    samples = Samples.ragged(torch.tensor([0, *lengths]).cumsum(0).int())
+    eager = sample_reference.weighted_grads(*tensors, ETA, norm, weights, F32, F32, samples)
     exact = sample_by_sample(doubles(*tensors), lengths, norm, torch.float64)
     for name, got, by_torch, grads in zip(("da", "db"), ours, eager, exact):
         assert_close(got, by_torch, (weights.double().view(-1, 1, 1) * grads).sum(0), f"weighted {name}")

@@ -71,6 +71,13 @@ def in_any_order():
     module("grouped_fused_linear").grouped_fused_linear(x, weight, bias, s, b, ends, order)
 
 
+def samples_of_groups():
+    x, _, _, a, b, g = make_inputs(12, 40, 64, 16)
+    b, s = torch.stack([b, b]), x @ a.mT
+    pieces = torch.tensor([0, 3, 3, 7, 9, 12, 12], dtype=torch.int32)
+    module("grouped_sample_grad").grouped_sample_grads(g, x, s, b, None, pieces, 3, 2.0, "entry", False, False, True)
+
+
 def first_pieces():
     module("groups").first_pieces(torch.tensor([3, 9, 9, 9], dtype=torch.int32), 12, 2)
 
@@ -165,6 +172,11 @@ FAULTS = [
     write("_sweep_kernel", "sweep", "dot(v, f, zeros, DTYPE, PRECISION), mask=mask_mr",
           "dot(v, f, zeros, DTYPE, PRECISION), mask=mask_r[None, :]", sweep),
     write("_sweep_kernel", "sweep", "acc, mask=mask_lr & exists_l[:, None])", "acc, mask=mask_r[None, :])", sweep),
+    race("_sweep_kernel", "sweep", "(SEGMENTS // PER_GROUP) + offset // PER_GROUP", "(SEGMENTS // PER_GROUP)",
+         samples_of_groups),
+    write("_sweep_kernel", "sweep", "(offset % PER_GROUP) * (SEGMENTS // PER_GROUP)", "offset * (SEGMENTS // PER_GROUP)",
+          samples_of_groups),
+    read("_sweep_kernel", "sweep", "PER_PROGRAM // PER_GROUP)", "PER_PROGRAM)", samples_of_groups),
 ]  # fmt: skip
 
 _copies = itertools.count()

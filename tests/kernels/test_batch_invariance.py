@@ -3,7 +3,6 @@
 import subprocess
 import sys
 
-import numpy
 import pytest
 import torch
 
@@ -13,15 +12,8 @@ from allora_kernels.reference import NORMS
 from allora_kernels.testing import make_inputs
 from csrc_triton import batch_invariance
 
+pytestmark = pytest.mark.usefixtures("dots_in_one_order")
 DTYPES = [(torch.float32, None), (torch.float16, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)]
-
-
-@pytest.fixture(autouse=True)
-def _dots_of_the_interpreter_in_one_order(monkeypatch):
-    """On some CPUs numpy's BLAS sums a row in another order where it lies elsewhere in its tile, which no GPU's dot does."""
-    monkeypatch.setattr(
-        numpy, "matmul", lambda a, b, dtype=None: numpy.einsum("mk,kn->mn", a, b).astype(dtype or a.dtype)
-    )
 
 
 @pytest.fixture(autouse=True)

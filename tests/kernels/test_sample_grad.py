@@ -231,7 +231,7 @@ def test_a_weighted_sweep_is_the_weighted_sum(device, norm):
         swept = csrc_triton.adapter_grads(
             *map(in_red_zone, tensors), ETA, norm, False, *dtypes, row_weights=in_red_zone(samples.spread(weights))
         )[1:]
-    by_torch = sample_reference.weighted_grads(*args, samples.spread(weights), *dtypes)
+    by_torch = sample_reference.weighted_grads(*args, weights, *dtypes, samples)
     for ours, eager, grads in zip(swept, by_torch, exact):
         weighted = (weights.double().view(-1, 1, 1) * grads).sum(0)
         torch.testing.assert_close(eager, weighted.float())
