@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ..layer.host_values import on_device
+
 
 class Rule(NamedTuple):
     """The groups from `start` to `stop` train under `norm`, each with its own of `etas`."""
@@ -94,7 +96,7 @@ def _padded(count: int) -> int:
 
 
 def _table(values: tuple, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A constant on the device, kept there, so that a step that finds it need not wait for a copy from the host."""
+    """A constant on the device, kept there, so that a step that finds it copies nothing."""
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         # What is traced may be no real tensor.
         return torch.tensor(values, device=device, dtype=dtype)
@@ -104,4 +106,4 @@ def _table(values: tuple, device: torch.device, dtype: torch.dtype) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def _kept(values: tuple, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(values, device=device, dtype=dtype)
+        return on_device(values, device, dtype)

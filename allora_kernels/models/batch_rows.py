@@ -10,6 +10,7 @@ from torch.utils import _pytree
 
 from ..groups.adapters import Adapter, Share, apply
 from ..layer.adapter import ALLoRALayer
+from ..layer.host_values import on_device
 
 
 class InputsHook:
@@ -82,8 +83,8 @@ class BatchRows:
     def _row_adapter(self, layer: ALLoRALayer, x: Tensor) -> Tensor:
         tokens, shape = self.tokens_of(layer, x, trailing=1), x.shape[:-1]
         if (found := self._spread.get((shape, x.device))) is None:
-            numbers = torch.tensor(self._numbers, dtype=torch.int32).repeat_interleave(tokens)
-            found = self._spread[shape, x.device] = numbers.reshape(shape).to(x.device)
+            numbers = on_device(self._numbers, x.device, torch.int32)
+            found = self._spread[shape, x.device] = numbers[:, None].expand(-1, tokens).reshape(shape)
         return found
 
     def linear(self, layer: ALLoRALayer, x: Tensor) -> Tensor:
@@ -111,17 +112,17 @@ class BatchRows:
         """
         repeats = {1}
 
-        def part(t, samples: Tensor):
+        def part(t, samples: list[int]):
             if not isinstance(t, Tensor) or not t.dim():
                 return t
             repeat = 1 if t.shape[0] == len(self.names) else self.tokens_of(module, t, trailing=t.dim() - 1)
             repeats.add(repeat)
-            return t.index_select(0, _spread(samples, repeat).to(t.device))
+            return t.index_select(0, on_device(_spread(samples, repeat), t.device, torch.int64))
 
         name_of_module = self._layer_names.get(module, type(module).__name__)
         outputs, order = [], []
         for number, name in enumerate(self.used):
-            samples = torch.tensor([i for i, n in enumerate(self._numbers) if n == number])
+            samples = [i for i, n in enumerate(self._numbers) if n == number]
             taken = _pytree.tree_map(functools.partial(part, samples=samples), (args, kwargs))
             y = copies[name](*taken[0], **taken[1])
             repeat = y.shape[0] // len(samples) if isinstance(y, Tensor) and y.dim() else 0
@@ -132,14 +133,15 @@ class BatchRows:
                     "set_adapter"
                 )
             outputs.append(y)
-            order.append(_spread(samples, repeat))
+            order += _spread(samples, repeat)
         if len(shapes := {tuple(y.shape[1:]) for y in outputs}) > 1:
             raise ValueError(
                 f"{name_of_module} gives rows of {sorted(shapes)} for adapters {list(self.used)}: no one tensor"
             )
-        return torch.cat(outputs).index_select(0, torch.argsort(torch.cat(order)).to(outputs[0].device))
+        places = sorted(range(len(order)), key=order.__getitem__)
+        return torch.cat(outputs).index_select(0, on_device(places, outputs[0].device, torch.int64))
 
 
-def _spread(samples: Tensor, repeat: int) -> Tensor:
+def _spread(samples: list[int], repeat: int) -> list[int]:
     """The rows of these samples, where each has `repeat` of them in succession."""
-    return (samples[:, None] * repeat + torch.arange(repeat)).reshape(-1)
+    return [sample * repeat + row for sample in samples for row in range(repeat)]

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..layer.host_values import on_device
 from .forward_passes import Forward
 from .grouped import GroupSamples
 from .samples import Samples
@@ -72,7 +73,7 @@ class Kept:
         return of_all if self.places is None else of_all[self._index(of_all)]
 
     def _index(self, like: Tensor) -> Tensor:
-        return torch.tensor(self.places, device=like.device, dtype=torch.int64)
+        return on_device(self.places, like.device, torch.int64)
 
 
 def in_order(calls: dict[str, dict[Forward, Call]], runs: Sequence[Sequence[Forward]], layer: str) -> dict[str, Kept]:
