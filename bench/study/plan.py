@@ -43,11 +43,15 @@ def full() -> list[Block]:
         Block("short", "25 steps, AdamW", _groups(ENCODER_TASKS, (*COMPARED, m.HEAD), steps=(25,))),
         Block("main", "100 steps, AdamW", _groups(ENCODER_TASKS, (*COMPARED, m.HEAD, m.LORA_2, ALLORA_1, m.FULL))),
         Block("flaws", "The three flaws", runs=tuple(flaws.cells())),
+        Block(
+            "sides",
+            "Where the coefficient is applied, 25 steps",
+            _groups(FEW_TASKS, (m.LORA, m.ALLORA, *m.ALLORA_SIDES), ("adamw", "sgd"), (25,)),
+        ),
+        Block("rules", "Rules and η², 25 steps", _groups(FEW_TASKS, m.ALLORA_RULES, ("adamw", "sgd"), (25,))),
         Block("sgd", "100 steps, SGD with momentum", _groups(ENCODER_TASKS, (*COMPARED, m.LORA_2, ALLORA_1), ("sgd",))),
         Block("samples", "32 and 256 samples, AdamW", _groups(FEW_TASKS, (*COMPARED, m.HEAD), samples=(32, 256))),
-        Block("sides", "Where the coefficient is applied", _groups(FEW_TASKS, m.ALLORA_SIDES, ("adamw", "sgd"))),
         Block("dropout", "Dropout in LoRA, AdamW", _groups(ENCODER_TASKS, (m.LORA_DROPOUT, m.LORA_2_DROPOUT))),
-        Block("rules", "Rules and η²", _groups(FEW_TASKS, m.ALLORA_RULES, ("adamw", "sgd"))),
         Block("decoder", "The decoder, 25 steps, AdamW", _groups(DECODER_TASKS, (m.FROZEN, *COMPARED), steps=(25,))),
         Block("long", "400 steps, AdamW", _groups(FEW_TASKS, COMPARED, steps=(400,))),
     ]
