@@ -17,7 +17,7 @@ ROOMS = {
     "reference": set(),
     "testing": set(),
     "layer": {"reference"},
-    "per_sample": {"groups", "layer", "reference"},
+    "per_sample": {"layer", "reference"},
     "groups": {"layer", "reference"},
     "models": {"groups", "layer", "reference"},
     "allora_kernels": {"layer", "groups", "per_sample", "models"},
