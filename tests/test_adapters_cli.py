@@ -54,7 +54,9 @@ def test_runs_are_trained_together(folder, tmp_path):
     assert (small["r"], small["norm"], small["eta"], small["learning_rate"]) == (2, "row", 2.0, 1e-3)
     assert (large["r"], large["norm"], large["eta"]) == (8, None, 1.0)
     again = allora(tmp_path, common(folder) | {"output": str(out), "runs": RUNS})
-    assert again.exit_code == 2 and "has an earlier run: name another --output" in again.output
+    assert again.exit_code == 2 and "has an earlier run: continue it with --resume" in again.output
+    again = allora(tmp_path, common(folder) | {"output": str(out), "runs": RUNS}, "--resume")
+    assert again.exit_code == 0 and "small: loss" in again.output
 
 
 def test_the_command_line_counts_more_than_the_file_and_a_run_more_than_both(folder, tmp_path):
@@ -110,7 +112,7 @@ def test_a_run_that_diverges_is_said_and_the_exit_code_is_1(folder, tmp_path):
         ({"runs": [{"name": "a", "r": "four"}]}, "run 1 (a): r must be an int"),
         ({"runs": [*RUNS, {"name": "a", "max_length": 8}]}, "which must be equal"),
         ({"runs": [*RUNS, {"name": "a", "data": "nowhere.csv"}]}, "run 'a': no such data file: nowhere.csv"),
-        ({"resume": True}, "resume is for single runs"),
+        ({"resume": True}, "there is nothing to resume in"),
         ({"model": None}, "run 1 has no model"),
         ({"model": "./nowhere"}, "no such model folder"),
         ({"output": None}, "run 1 has no output"),

@@ -1,6 +1,7 @@
 """Several runs over one base model: each result is the single run's, and each folder is one."""
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -110,7 +111,12 @@ def test_the_folders_are_those_of_single_runs(configs, tmp_path):
     for name, config in runs.items():
         files = {str(p.relative_to(config.output)) for p in Path(config.output).rglob("*") if p.is_file()}
         wanted = {str(p.relative_to(tmp_path / "single")) for p in (tmp_path / "single").rglob("*") if p.is_file()}
-        assert files == {f for f in wanted if not f.startswith("checkpoint-")}
+        assert {f for f in files if not f.startswith("checkpoint-")} == {
+            f for f in wanted if not f.startswith("checkpoint-")
+        }
+        assert {p.name for p in Path(config.output).glob("checkpoint-*")} == {
+            f"checkpoint-{step}" for step in range(4, metrics[name]["steps"], 4)
+        }
         written = json.loads(Path(config.output, "metrics.json").read_text())
         assert written == json.loads(json.dumps(metrics[name]))
         assert written.keys() == single.keys() | {"beside"}
@@ -153,17 +159,107 @@ def test_a_run_that_diverges_ends_and_the_others_are_what_they_would_have_been(c
             assert a == pytest.approx(b, rel=2e-3)
 
 
-def test_adapters_are_written_while_the_runs_go_on(configs, monkeypatch):
-    runs, save, saved = configs("causal-lm"), together._save, []
+# --- going on -------------------------------------------------------------------------------------------------------
 
-    def noting(model, due):
-        saved.append({run.name: run.done for run in due})
-        return save(model, due)
 
-    monkeypatch.setattr(together, "_save", noting)
-    finetune_together(runs)
-    assert saved[0] == dict.fromkeys(runs, 4)
-    assert saved[-1].keys() == runs.keys()
+def stop_at(step, raising=None):
+    """`_mixed_step` that is interrupted, or fails, in this step."""
+    plain = together._mixed_step
+
+    def stopped(model, active):
+        if max(run.done for run in active) == step - 1:
+            if raising is not None:
+                raise raising
+            signal.raise_signal(signal.SIGINT)
+        return plain(model, active)
+
+    return stopped
+
+
+def resumed(configs):
+    return {name: replace(config, resume=True) for name, config in configs.items()}
+
+
+def elsewhere(configs, folder):
+    return {name: replace(config, output=str(folder / name)) for name, config in configs.items()}
+
+
+TIMES = {"seconds", "tokens_per_second", "peak_memory_bytes", "config"}
+
+
+def assert_same_runs(found, want, configs, whole):
+    for name, config in configs.items():
+        assert {k: v for k, v in found[name].items() if k not in TIMES} == {
+            k: v for k, v in want[name].items() if k not in TIMES
+        }
+        mine, other = adapter(config.output), adapter(whole[name].output)
+        assert mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine), name
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("end", ["ctrl-c", "killed"])
+def test_runs_go_on_to_the_same_bits(task, end, configs, tmp_path, monkeypatch):
+    """Also those of other lengths, and with what dropout draws. Step 7 is after a checkpoint and, of "short", after the end."""
+    runs = configs(task)
+    if task == "classification":
+        folder = tmp_path / "with-dropout"
+        shutil.copytree(runs["first"].model, folder)
+        config = json.loads((folder / "config.json").read_text()) | {"hidden_dropout_prob": 0.2}
+        (folder / "config.json").write_text(json.dumps(config))
+        runs = {name: replace(config, model=str(folder)) for name, config in runs.items()}
+    whole = elsewhere(runs, tmp_path / "whole")
+    want = finetune_together(whole)
+    with monkeypatch.context() as patched:
+        patched.setattr(together, "_mixed_step", stop_at(7, None if end == "ctrl-c" else MemoryError))
+        if end == "ctrl-c":
+            found = finetune_together(runs)
+            assert {m["steps"] for m in found.values()} - {5, 6} == {7}
+        else:
+            with pytest.raises(MemoryError):
+                finetune_together(runs)
+    steps = []
+    with monkeypatch.context() as patched:
+        plain = together._mixed_step
+        patched.setattr(together, "_mixed_step", lambda *args: steps.append(1) or plain(*args))
+        found = finetune_together(resumed(runs))
+    assert len(steps) == max(m["steps"] for m in want.values()) - (7 if end == "ctrl-c" else 4)
+    assert_same_runs(found, want, runs, whole)
+    assert finetune_together(resumed(runs)) == json.loads(json.dumps(found))
+
+
+def test_a_checkpoint_that_is_not_whole_is_passed_by_and_two_are_kept(configs, tmp_path, monkeypatch):
+    runs = {name: replace(config, save_steps=2) for name, config in configs("causal-lm").items() if name != "short"}
+    whole = elsewhere(runs, tmp_path / "whole")
+    want = finetune_together(whole)
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(together, "_mixed_step", stop_at(8, MemoryError))
+        finetune_together(runs)
+    first = Path(runs["first"].output)
+    assert {p.name for p in first.glob("checkpoint-*")} >= {"checkpoint-4", "checkpoint-6"}
+    # One run is thrown back by two steps; the batches it takes are still its own.
+    (first / "checkpoint-6" / "adapter_model.safetensors").unlink()
+    found = finetune_together(resumed(runs))
+    for name, metrics in found.items():
+        assert metrics["status"] == "finished" and metrics["steps"] == want[name]["steps"]
+        for (_, a), (_, b) in zip(metrics["loss_history"], want[name]["loss_history"], strict=True):
+            assert a == pytest.approx(b, rel=1e-4)
+    last = want["first"]["steps"] - 1
+    assert {p.name for p in first.glob("checkpoint-*")} == {f"checkpoint-{last - 2}", f"checkpoint-{last}"}
+
+
+def test_what_was_trained_in_the_other_way_is_not_resumed(configs):
+    runs = configs("causal-lm")
+    two = {name: runs[name] for name in ("first", "short")}
+    finetune_together(two)
+    with pytest.raises(ValueError, match="was trained together with others, by --adapters"):
+        finetune(replace(runs["first"], resume=True))
+    finetune(runs["sgd"])
+    with pytest.raises(ValueError, match="was trained by itself, without --adapters"):
+        finetune_together(resumed(two | {"sgd": runs["sgd"]}))
+    with pytest.raises(ValueError, match=r"cannot resume .* with other settings: r was 4"):
+        finetune_together(resumed(two | {"first": replace(runs["first"], r=3)}))
+    with pytest.raises(ValueError, match="has an earlier run: continue it with --resume"):
+        finetune_together(two)
 
 
 # --- what does not fit together -------------------------------------------------------------------------------------
@@ -176,7 +272,7 @@ def test_adapters_are_written_while_the_runs_go_on(configs, monkeypatch):
         (dict(target_modules=["query"]), "have target_modules .* must be equal"),
         (dict(model="elsewhere"), "have model .* must be equal"),
         (dict(gradient_checkpointing=True), "have gradient_checkpointing False and True"),
-        (dict(resume=True), "run 'sgd': resume is for single runs"),
+        (dict(resume=True), "there is nothing to resume in .*sgd: it has no metrics.json"),
         (dict(data="nowhere.csv"), "run 'sgd': no such data file: nowhere.csv"),
         (dict(text_column="words"), "run 'sgd': .*has no column 'words'"),
     ],

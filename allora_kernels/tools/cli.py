@@ -95,7 +95,10 @@ def _finetune_together(configs: dict[str, FinetuneConfig], dry_run: bool) -> int
         raise FloatingPointError(
             f"the loss became nan or infinite: {steps}; lower the learning rate or eta, or warm up"
         )
-    return 130 if any(metrics["status"] == "interrupted" for metrics in found.values()) else 0
+    if not any(metrics["status"] == "interrupted" for metrics in found.values()):
+        return 0
+    say("Interrupted; the same command with --resume goes on.")
+    return 130
 
 
 def explain(

@@ -120,7 +120,7 @@ def dry_run_together(configs: Mapping[str, FinetuneConfig]) -> DryRunTogether:
     """
     check_together(configs)
     for config in configs.values():
-        check_output(config, resumable=False)
+        check_output(config, together=True)
     prepared = prepare_together(configs)
     model = next(iter(prepared.values())).model
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

@@ -71,8 +71,8 @@ def finetune(
     prepared = prepare(config)
     model, tokenizer = prepared.model, prepared.tokenizer
     metrics = first_metrics(config, prepared, processes)
-    if former and (changed := [key for key in ("data", "parameters", "processes") if former[key] != metrics[key]]):
-        raise ValueError(f"cannot resume: {changed} in {config.output}/{METRICS_FILE} are not those of this run")
+    if former:
+        check_resumed(former, metrics, config)
     if console is not None:
         console.print(str(prepared.report), highlight=False)
 
@@ -237,9 +237,9 @@ class FinetuneTrainer(AdapterTrainer):
 # --- before training ------------------------------------------------------------------------------------------------
 
 
-def check_output(config: FinetuneConfig, resumable: bool = True) -> dict[str, Any] | None:
-    """The metrics of the run to resume; None for a new run. ValueError where neither can be; it names --resume only where that
-    is `resumable`."""
+def check_output(config: FinetuneConfig, together: bool = False) -> dict[str, Any] | None:
+    """The metrics of the run to resume, one that is trained `together` with others or by itself; None for a new run. ValueError
+    where neither can be."""
     output = Path(config.output).expanduser()
     standing = next(p for p in (output, *output.absolute().parents) if p.exists())
     if not standing.is_dir():
@@ -249,8 +249,6 @@ def check_output(config: FinetuneConfig, resumable: bool = True) -> dict[str, An
     file = output / METRICS_FILE
     if not config.resume:
         if file.exists() or any(output.glob("checkpoint-*")):
-            if not resumable:
-                raise ValueError(f"{output} has an earlier run: name another --output")
             raise ValueError(f"{output} has an earlier run: continue it with --resume, or name another --output")
         return None
     if not file.exists():
@@ -263,7 +261,16 @@ def check_output(config: FinetuneConfig, resumable: bool = True) -> dict[str, An
     if changed:
         settings = "; ".join(f"{name} was {former['config'].get(name)!r}" for name in changed)
         raise ValueError(f"cannot resume {output} with other settings: {settings}")
+    if ("beside" in former) != together:
+        how = "together with others, by --adapters" if not together else "by itself, without --adapters"
+        raise ValueError(f"the run in {output} was trained {how}: resume it in that way")
     return former
+
+
+def check_resumed(former: dict[str, Any], metrics: dict[str, Any], config: FinetuneConfig) -> None:
+    """ValueError unless the run that begins with `metrics` is the `former` one."""
+    if changed := [key for key in ("data", "parameters", "processes") if former[key] != metrics[key]]:
+        raise ValueError(f"cannot resume: {changed} in {config.output}/{METRICS_FILE} are not those of this run")
 
 
 def _device(dtype: torch.dtype) -> dict[str, str | bool]:

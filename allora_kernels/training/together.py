@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..models.adapted import adapter_parameters, saved_modules
 from ..models.adapters import adapter_rows, set_adapter
 from ..models.async_saving import PendingSave, save_adapters_async
+from ..models.loading import load_adapter
 from .base_model import computes_in_bf16
 from .config import FinetuneConfig
 from .loss_plot import plot_loss
@@ -25,6 +26,7 @@ from .run import (
     METRICS_FILE,
     PLOT_FILE,
     check_output,
+    check_resumed,
     evaluate,
     first_metrics,
     make_folder,
@@ -32,6 +34,7 @@ from .run import (
     write_json,
 )
 from .steps import steps
+from .together_checkpoints import drop_old_ones, last_checkpoint, random_state, set_random_state, write_state
 from .together_preparing import check_together, prepare_together
 
 if TYPE_CHECKING:
@@ -46,8 +49,9 @@ def finetune_together(
 
     A run takes the batches that it would take alone, from the same initial values, and its losses and gradients are those of
     its own samples: without dropout its result is the single run's, to rounding. Each writes the folder that `finetune`
-    writes, but for checkpoints: a run cannot be resumed, and its adapter is written anew every ``save_steps`` steps. Where a
-    run's loss becomes nan or infinite, that run ends and the others go on. Ctrl-C ends all after the current step.
+    writes, checkpoints too. Where a run's loss becomes nan or infinite, that run ends and the others go on. Ctrl-C ends all
+    after the current step. With ``config.resume`` a run goes on from its last checkpoint, on the CPU and where all do to the
+    same bits as without the interruption; one that has ended is returned as it is.
 
     Args:
         configs: the runs by name, which becomes the adapter's. What belongs to the base model must be equal.
@@ -62,21 +66,29 @@ def finetune_together(
             process. Nothing is written then.
     """
     check_together(configs)
-    for config in configs.values():
-        check_output(config, resumable=False)
-    prepared = prepare_together(configs)
+    former = {name: check_output(config, together=True) for name, config in configs.items()}
+    ended = {name: of for name, of in former.items() if of and of["status"] in ("finished", "diverged")}
+    if len(ended) == len(configs):
+        return ended
+    prepared = prepare_together({name: config for name, config in configs.items() if name not in ended})
     model = next(iter(prepared.values())).model
     if console is not None:
         console.print(str(next(iter(prepared.values())).report), highlight=False)
     runs = [_Run(name, configs[name], own) for name, own in prepared.items()]
     for run in runs:
-        run.measure("before")
+        if of := former[run.name]:
+            check_resumed(of, run.metrics, run.config)
     for run in runs:
-        run.metrics["beside"] = [other.name for other in runs if other is not run]
+        if former[run.name] is None:
+            run.measure("before")
+    for run in runs:
+        run.metrics["before"] = run.metrics["before"] or former[run.name]["before"]
+        run.metrics["beside"] = [name for name in configs if name != run.name]
         run.output = make_folder(run.config.output)
         write_json(run.metrics, run.output / METRICS_FILE)
     # As in a single run, whose evaluation before training draws random numbers, too.
     transformers.set_seed(runs[0].config.seed)
+    _resume([run for run in runs if former[run.name]])
     pending = _train(model, runs, console)
     if pending is not None:
         pending.wait()
@@ -90,10 +102,12 @@ def finetune_together(
             if run.status == "finished":
                 run.measure("after")
     for run in runs:
+        drop_old_ones(run.output)
         if run.history:
             plot_loss(run.metrics, run.output / PLOT_FILE)
         write_json(run.metrics, run.output / METRICS_FILE)
-    return {run.name: run.metrics for run in runs}
+    found = ended | {run.name: run.metrics for run in runs}
+    return {name: found[name] for name in configs}
 
 
 class _Run:
@@ -115,6 +129,7 @@ class _Run:
         self.steps = self._steps()
         self.history: list[list[float]] = []
         self.status, self.tokens, self.done = "interrupted", 0, 0
+        self.tokens_before = 0
         self.output: Path
 
     def measure(self, when: str) -> None:
@@ -133,6 +148,29 @@ class _Run:
                 if not found[0]:
                     break
                 yield found
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the adapter."""
+        return {
+            "step": self.done,
+            "tokens": self.tokens,
+            "loss_history": self.history,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "random": random_state(),
+        }
+
+    def go_on(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Be where the run was at `checkpoint`, with its `state`."""
+        load_adapter(self.prepared.model, checkpoint, adapter=self.name)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.done, self.history = state["step"], state["loss_history"]
+        self.tokens = self.tokens_before = state["tokens"]
+        if self.done == self.total:
+            self.status = "finished"
+        for _ in range(self.done):
+            next(self.steps)
 
     def loss(self, logits: Tensor, labels: Tensor, items: Tensor | int | None, micro_batches: int) -> Tensor:
         """Of this run's rows, as the Trainer's: the sum over micro-batches is the step's loss."""
@@ -175,21 +213,21 @@ def _train(model: nn.Module, runs: list[_Run], console: "Console | None") -> Pen
             for run in active:
                 run.metrics["seconds"] = seconds
             if bars is not None:
-                bars.show(
-                    {run.name: (run.done, run.history[-1][1]) for run in active}, sum(r.tokens for r in runs) / seconds
-                )
-            due = [run for run in active if run.done % run.config.save_steps == 0 and run.status == "interrupted"]
-            if due:
+                tokens = sum(run.tokens - run.tokens_before for run in runs)
+                bars.show({run.name: (run.done, run.history[-1][1]) for run in active}, tokens / seconds)
+            stopping = stop.asked_at is not None
+            due = [run for run in active if run.status == "interrupted"]
+            if due := [run for run in due if stopping or run.done % run.config.save_steps == 0]:
                 if pending is not None:
                     pending.wait()
-                pending = _save(model, due)
+                pending = _checkpoint(model, due)
     for run in runs:
         seconds = run.metrics.setdefault("seconds", 0.0)
         run.metrics |= {
             "status": run.status,
             "steps": run.done,
             "tokens": run.tokens,
-            "tokens_per_second": run.tokens / max(seconds, 1e-9),
+            "tokens_per_second": (run.tokens - run.tokens_before) / max(seconds, 1e-9),
             "peak_memory_bytes": peak_memory(),
             "loss_history": run.history,
         }
@@ -244,6 +282,25 @@ def _merged(parts: list[tuple[_Run, dict[str, Tensor]]]) -> tuple[dict[str, Tens
         run.tokens += int(real.sum()) if real is not None else batch["input_ids"].numel()
         names += [run.name] * len(batch["input_ids"])
     return inputs, names
+
+
+def _resume(runs: list[_Run]) -> None:
+    """Bring each of these runs where its last checkpoint left it; one without begins anew."""
+    found = {run: last_checkpoint(run.output) for run in runs}
+    for run, checkpoint in found.items():
+        if checkpoint is not None:
+            run.go_on(*checkpoint)
+    if states := [state for _, state in filter(None, found.values())]:
+        # One stream of random numbers for all: that of the runs that are furthest.
+        set_random_state(max(states, key=lambda state: state["step"])["random"])
+
+
+def _checkpoint(model: nn.Module, runs: list[_Run]) -> PendingSave:
+    """Begin a checkpoint of each of these runs, whose former ones are written."""
+    for run in runs:
+        drop_old_ones(run.output)
+    folders = {run.name: write_state(run.output, run.done, run.state()) for run in runs}
+    return save_adapters_async(model, folders, base_model_name_or_path=runs[0].config.model)
 
 
 def _save(model: nn.Module, runs: list[_Run]) -> PendingSave:

@@ -34,8 +34,6 @@ def check_together(configs: Mapping[str, FinetuneConfig]) -> None:
                     f"runs {first!r} and {name!r} have {setting} {other!r} and {mine!r}, which must be equal: they share the "
                     "base model"
                 )
-        if config.resume:
-            raise ValueError(f"run {name!r}: resume is for single runs; several over one base model cannot be resumed")
         if (other := outputs.setdefault(os.path.abspath(os.path.expanduser(config.output)), name)) != name:
             raise ValueError(f"runs {other!r} and {name!r} have one output, {config.output}: give each its own")
 
