@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from tiny_models import VOCAB, mixture, pretend_to_train
+from tiny_models import VOCAB, mixture, pretend_to_train, transformer
 from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
@@ -122,6 +122,17 @@ def test_micro_batches_follow_each_other_and_forward_passes_add_up():
     with per_sample.record(model, samples=4):
         (loss_of(model) + loss_of(model)).backward()
     close(per_sample.norms(model), 2 * norms_of(want))
+
+
+def test_a_shared_expert_that_sees_flattened_tokens_needs_their_ranges():
+    model = transformer("Qwen2Moe", "ForCausalLM")
+    apply_allora(model, r=2, experts=True)
+    pretend_to_train(model)
+    with per_sample.record(model), pytest.raises(ValueError, match=r"shared_expert.gate_proj' for 24"):
+        loss_of(model)
+    with per_sample.record(model, torch.arange(0, 25, 6, dtype=torch.int32)):
+        loss_of(model).backward()
+    assert_recorded(model, one_by_one(model, IDS[:, None], loss_of))
 
 
 def test_noise_scale_is_that_of_the_samples():
@@ -260,7 +271,7 @@ def test_sorting_by_sample_reads_nothing_back(starts, monkeypatch):
             for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
                 patched.setattr(torch.Tensor, name, read)
             order, ends, sinks = recording.routed(dict(model.experts.allora), index, 4)
-            spread = sinks["up_proj"].args[4].spread(torch.arange(3.0))
+            spread = sinks["up_proj"].args[0].samples.spread(torch.arange(3.0))
     lengths = torch.tensor([5, 5, 5] if starts is None else [4, 0, 11])
     experts, samples = index.reshape(-1)[order], torch.arange(3).repeat_interleave(lengths)[order // 2]
     assert torch.equal((experts * 3 + samples).sort().values, experts * 3 + samples)

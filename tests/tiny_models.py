@@ -25,6 +25,10 @@ _CONFIGS = {
         **_SIZES, "num_key_value_heads": 1, "head_dim": 8, "moe_intermediate_size": 8, "num_experts": 4,
         "num_experts_per_tok": 2,
     },
+    "Qwen2Moe": {
+        **_SIZES, "num_key_value_heads": 1, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 12,
+        "num_experts": 4, "num_experts_per_tok": 2,
+    },
     "Olmoe": {**_SIZES, "num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 2},
     "GptOss": {
         **_SIZES, "num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,19 @@ from .grouped import GroupSamples
 from .kept import Call, Kept, in_order
 from .samples import Rows, Samples
 from .steps import sample_steps
+
+
+class Part(NamedTuple):
+    """What one adapter of a layer has of a call: of the `count` samples of `forward` those at `places`, or all (None), which
+    are `samples` of rows that lie as `rows` says."""
+
+    layer: nn.Module
+    adapter: str
+    forward: Forward
+    count: int
+    samples: Samples | GroupSamples
+    places: tuple[int, ...] | None
+    rows: Rows
 
 
 class Recording:
@@ -65,7 +79,7 @@ class Recording:
         forward = self._passes.of_call()
         samples = self.samples_of(layer, x, forward)
         rows = Rows(tuple(x.shape[:-1]), 0 if self._ragged else self.batch_dim or 0)
-        return functools.partial(self.adapter_grads, layer, adapter, forward, samples.count, samples, None, rows)
+        return functools.partial(self.adapter_grads, Part(layer, adapter, forward, samples.count, samples, None, rows))
 
     def sinks(self, layer: nn.Module, adapters: Sequence[str], numbers: Sequence[int], length: int) -> list:
         """`sink` of each of these adapters for its own samples: sample i, of `length` rows in succession, goes through the one
@@ -88,10 +102,8 @@ class Recording:
         for number, adapter in enumerate(adapters):
             places = tuple(i for i, n in enumerate(numbers) if n == number)
             samples = Samples.equal(len(places), length)
-            rows = Rows((samples.rows,), 0)
-            found.append(
-                functools.partial(self.adapter_grads, layer, adapter, forward, len(numbers), samples, places, rows)
-            )
+            part = Part(layer, adapter, forward, len(numbers), samples, places, Rows((samples.rows,), 0))
+            found.append(functools.partial(self.adapter_grads, part))
         return found
 
     def routed(
@@ -111,10 +123,8 @@ class Recording:
         count, sample = self._samples_of_tokens(next(iter(layers.values())), tokens, forward, expert_of.device)
         order, samples = GroupSamples.of(expert_of.reshape(-1), sample.repeat_interleave(k), experts, count)
         rows = Rows((tokens * k,), 0)
-        sinks = {
-            name: functools.partial(self.adapter_grads, layer, layer.adapter_name, forward, count, samples, None, rows)
-            for name, layer in layers.items()
-        }
+        parts = {n: Part(layer, layer.adapter_name, forward, count, samples, None, rows) for n, layer in layers.items()}
+        sinks = {name: functools.partial(self.adapter_grads, part) for name, part in parts.items()}
         return order, samples.ends(experts), sinks
 
     def _samples_of_tokens(
@@ -202,49 +212,29 @@ class Recording:
                 f"the model has {count} as its leading dimension (they have {sorted(forward.sizes)}): {due}"
             )
 
-    def adapter_grads(
-        self,
-        layer,
-        adapter,
-        forward,
-        count,
-        samples,
-        places,
-        rows,
-        backend,
-        g,
-        x,
-        s,
-        lora_B,
-        c,
-        eta,
-        norm,
-        need_ds,
-        *dtypes,
-    ):
+    def adapter_grads(self, part: Part, backend, g, x, s, lora_B, c, eta, norm, need_ds, *dtypes):
         """`reference.adapter_grads`, and the samples' gradients or norms kept."""
-        self._meet(layer, adapter, forward)
-        steps = sample_steps(backend)
+        self._meet(part)
+        steps, samples, rows = sample_steps(backend), part.samples, part.rows
         g, x, s = (None if t is None else rows.by_sample(t) for t in (g, x, s))
         common = (g, x, s, lora_B, c, eta, norm)
+        call = Call(part.count, samples, part.places)
         if self.norms_only:
-            ds, da, db, squares = steps.sample_squared_norms(*common, need_ds, *dtypes, samples)
-
-            def weigh(weights):
-                return steps.weighted_grads(*common, weights, *dtypes, samples)
-
-            totals = tuple(t for t in (da, db) if t is not None)
-            call = Call(count, samples, places, squares=squares, totals=totals, weigh=weigh)
+            ds, da, db, call.squares = steps.sample_squared_norms(*common, need_ds, *dtypes, samples)
+            call.totals = tuple(t for t in (da, db) if t is not None)
+            call.weigh = lambda weights: steps.weighted_grads(*common, weights, *dtypes, samples)
         else:
-            ds, a, b = steps.sample_grads(*common, need_ds, *(dtype is not None for dtype in dtypes), samples)
-            da, db = (None if t is None else steps.weighted_sum(t, None, dtype) for t, dtype in zip((a, b), dtypes))
-            call = Call(count, samples, places, a, b)
+            ds, call.a, call.b = steps.sample_grads(*common, need_ds, *(t is not None for t in dtypes), samples)
+            sums = zip((call.a, call.b), dtypes)
+            da, db = (None if t is None else steps.weighted_sum(t, None, dtype) for t, dtype in sums)
         # A layer that ran several times in one forward pass: the gradients of its samples add up.
-        calls = self._calls[layer].setdefault(adapter, {})
-        calls[forward] = call if forward not in calls else calls[forward].plus(call, self.names[layer])
+        calls = self._calls[part.layer].setdefault(part.adapter, {})
+        before = calls.get(part.forward)
+        calls[part.forward] = call if before is None else before.plus(call, self.names[part.layer])
         return ds if ds is None else rows.as_they_lay(ds), da, db
 
-    def _meet(self, layer: nn.Module, adapter: str, forward: Forward) -> None:
+    def _meet(self, part: Part) -> None:
+        layer, forward = part.layer, part.forward
         met = self._passes.meet(forward)
         if len(met) > 1 and self.samples is None:
             counts = [f.count for f in met]
@@ -253,7 +243,7 @@ class Recording:
                 f"how many samples they are of: record(model, samples={sum(c or 0 for c in counts)}) where they are different "
                 f"ones, samples={counts[0]} where they are the same"
             )
-        again = forward in self._calls[layer].get(adapter, ())
+        again = forward in self._calls[layer].get(part.adapter, ())
         if again and not forward.whole and self.samples is None:
             raise ValueError(
                 f"layer {self.names[layer]!r} ran more than once, not within a call of the recorded model: record the module "
