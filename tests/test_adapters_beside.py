@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from test_adapters import IDS, NAMES, RULES, Net, alone, gradients, plainly, several
+from several_adapters import IDS, NAMES, RULES, Net, alone, gradients, plainly, several
 from tiny_models import llama, photograph, transformer
 from torch import nn
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_adapters import IDS, RULES, alone, several
+from several_adapters import IDS, RULES, alone, several
 from test_interrupted_save import contents, count_steps
 from tiny_models import llama, photograph
 
@@ -130,7 +130,7 @@ def script(body):
 def test_python_ends_when_all_is_written_and_says_what_went_wrong(tmp_path):
     done = script(f"""
         import time
-        from test_adapters import several
+        from several_adapters import several
         from allora_kernels import save_adapters_async
         from allora_kernels.models import adapter_files
         write = adapter_files.save_file
