@@ -269,6 +269,9 @@ def test_a_4bit_layer_keeps_its_backward_pass_and_a_packed_one_is_refused():
         layer.base_layer.support_avx512bf16_for_cpu = True
     accelerate_lora(accelerated)
     assert not any(layer.base_layer.support_avx512bf16_for_cpu for layer in layers(accelerated))
+    restore_lora(accelerated)
+    assert all(layer.base_layer.support_avx512bf16_for_cpu for layer in layers(accelerated))
+    assert not any("_base_packed" in vars(layer) for layer in layers(accelerated))
     packed = Body("4bit nf4")
     packed.up.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(ValueError, match=r"cannot be ALLoRA .*packed for this CPU"):

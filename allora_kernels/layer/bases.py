@@ -84,11 +84,18 @@ def damage_of(module: nn.Module) -> str | None:
     )
 
 
-def keep_backward(module: nn.Module) -> None:
+def keep_backward(module: nn.Module) -> bool:
     """Keep a bitsandbytes Linear4bit from packing its weight for the CPU in eval mode: what it packs has no backward pass any
-    more, without a word, and coarser scales."""
-    if hasattr(module, "support_avx512bf16_for_cpu"):
+    more, without a word, and coarser scales. Whether it would have packed."""
+    packs = getattr(module, "support_avx512bf16_for_cpu", False)
+    if packs:
         module.support_avx512bf16_for_cpu = False
+    return packs
+
+
+def let_pack(module: nn.Module) -> None:
+    """Undo `keep_backward` where that returned True."""
+    module.support_avx512bf16_for_cpu = True
 
 
 def gives_own_tensors(module: nn.Module) -> bool:

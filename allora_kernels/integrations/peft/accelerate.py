@@ -31,13 +31,16 @@ def accelerate_lora(model: nn.Module) -> PeftReport:
     report = explain(model)
     for module in model.modules():
         if isinstance(module, LoraLayer) and not isinstance(module, FusedLoraLayer) and reason_to_leave(module) is None:
-            bases.keep_backward(module.base_layer)
+            module._base_packed = bases.keep_backward(module.base_layer)
             module.__class__ = fused_class(type(module))
     return explain(model) if report.not_fused else report
 
 
 def restore_lora(model: nn.Module) -> None:
-    """Undo `accelerate_lora`: PEFT's own class for every layer it switched. ALLoRA layers are left alone."""
+    """Undo `accelerate_lora`: PEFT's own class for every layer it switched, and a Linear4bit may pack its weight again. ALLoRA
+    layers are left alone."""
     for module in model.modules():
         if isinstance(module, FusedLoraLayer) and not isinstance(module, RuledLoraLayer):
             module.__class__ = peft_class(module)
+            if module.__dict__.pop("_base_packed", False):
+                bases.let_pack(module.base_layer)
