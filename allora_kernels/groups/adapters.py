@@ -24,11 +24,7 @@ class Adapter(NamedTuple):
     norm: str | None = "row"
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], row_adapter: Tensor) -> None:
-    if not isinstance(row_adapter, Tensor):
-        raise TypeError(f"row_adapter must be a Tensor, got {type(row_adapter).__name__}")
-    if row_adapter.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"row_adapter must be int32, got {row_adapter.dtype}")
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]) -> None:
     if not adapters:
         raise ValueError("adapters is empty: give at least one Adapter, or call torch.nn.functional.linear")
     for i, adapter in enumerate(adapters):
@@ -39,6 +35,10 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Ad
             functional.check_rule(adapter.lora_A.shape[0], adapter.eta, adapter.norm)
         except (TypeError, ValueError) as error:
             raise type(error)(f"adapters[{i}]: {error}") from None
+
+
+def _check_row_adapter(x: Tensor, row_adapter: Tensor, count: int) -> None:
+    """The values on a GPU without waiting for it."""
     if row_adapter.device != x.device:
         raise ValueError(f"row_adapter is on {row_adapter.device} but x is on {x.device}; move them to one device")
     if row_adapter.shape != x.shape[:-1]:
@@ -46,10 +46,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Ad
             f"row_adapter must be {list(x.shape[:-1])}, a number for each row of x {list(x.shape)}, got "
             f"{list(row_adapter.shape)}"
         )
-
-
-def _check_values(row_adapter: Tensor, count: int) -> None:
-    """On a GPU without waiting for it."""
     in_range = ((row_adapter >= -1) & (row_adapter < count)).all()
     if torch.compiler.is_compiling() or row_adapter.device.type != "cpu":
         torch._assert_async(
@@ -219,7 +215,16 @@ def multi_adapter_linear(
         RuntimeError: `use_batch_invariant` is on and the backend is eager.
         TypeError: something that is no tensor of the dtype due, or no `Adapter`.
     """
-    return apply(x, weight, bias, adapters, row_adapter, backend)
+    if not isinstance(row_adapter, Tensor):
+        raise TypeError(f"row_adapter must be a Tensor, got {type(row_adapter).__name__}")
+    if row_adapter.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"row_adapter must be int32, got {row_adapter.dtype}")
+
+    def rows_of(layout: Layout) -> tuple[Tensor, Tensor]:
+        _check_row_adapter(x, row_adapter, len(adapters))
+        return layout.rows(row_adapter.reshape(-1))
+
+    return apply(x, weight, bias, adapters, rows_of, backend)
 
 
 class Share(NamedTuple):
@@ -229,17 +234,25 @@ class Share(NamedTuple):
     adapter_grads: Callable
 
 
-def apply(x, weight, bias, adapters, row_adapter, backend=None, shares: Sequence[Share] | None = None) -> Tensor:
-    """`multi_adapter_linear`, with the `shares` of all adapters where their gradients are recorded."""
-    _check(x, weight, bias, adapters, row_adapter)
-    _check_values(row_adapter, len(adapters))
+def apply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    rows_of: Callable[[Layout], tuple[Tensor, Tensor]],
+    backend: str | None = None,
+    shares: Sequence[Share] | None = None,
+) -> Tensor:
+    """`multi_adapter_linear` of x with the rows of each adapter where `rows_of` says, as `Layout.rows` does; and, where their
+    gradients are recorded, the `shares` of all adapters."""
+    _check(x, weight, bias, adapters)
     factors = [t for adapter in adapters for t in (adapter.lora_A, adapter.lora_B)]
     layout = Layout.of(adapters)
     as_one = x.new_empty(0, dtype=layout.dtype)
     widest = functional.compute_dtype(x, as_one, as_one)
     rows, weight, bias, dtype = functional.in_one_dtype(x, weight, bias, as_one, as_one)
     name = functional.choose_backend(x, widest, backend)
-    order, ends = layout.rows(row_adapter.reshape(-1))
+    order, ends = rows_of(layout)
     rows = rows.reshape(-1, x.shape[-1])
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (rows, *factors))
     # Without a gradient torch.compile hands `apply`'s arguments on shifted by one.

@@ -78,6 +78,15 @@ class Layout:
         every = torch.arange(self.groups, device=group.device, dtype=by_group.dtype)
         return order.to(torch.int32), torch.searchsorted(by_group, every, right=True).to(torch.int32)
 
+    def rows_of_samples(self, adapters: Sequence[int], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`rows` where sample i has `length` rows in succession and goes through adapter ``adapters[i]``, or -1: without a
+        sort."""
+        slots = [self.groups if adapter < 0 else self.slots[adapter] for adapter in adapters]
+        samples = on_device(sorted(range(len(slots)), key=slots.__getitem__), device, torch.int32)
+        ends = [length * sum(slot <= group for slot in slots) for group in range(self.groups)]
+        order = samples[:, None] * length + torch.arange(length, device=device, dtype=torch.int32)
+        return order.reshape(-1), on_device(ends, device, torch.int32)
+
     def pack(self, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """``A [groups, R, K]`` and ``B [groups, N, R]`` with R the next multiple of 16 over all ranks, so that loads are wide.
         Where an adapter has less they are zero, which changes no norm and no product."""

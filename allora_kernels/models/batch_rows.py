@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from ..groups.adapters import Adapter, Share, apply
+from ..groups.packing import Layout
 from ..layer.adapter import ALLoRALayer
 from ..layer.host_values import on_device
 
@@ -36,7 +37,7 @@ class BatchRows:
         self._numbers = [number[name] for name in self.names]
         self._layer_names = WeakKeyDictionary({layer: name for name, layer in layers.items()})
         self._tokens: set[int] = set()
-        self._spread: dict[tuple, Tensor] = {}
+        self._places: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def __reduce__(self):
         # A copy of the model, here or in another process, is not in the block that this belongs to.
@@ -80,12 +81,12 @@ class BatchRows:
             "own after set_adapter"
         )
 
-    def _row_adapter(self, layer: ALLoRALayer, x: Tensor) -> Tensor:
-        tokens, shape = self.tokens_of(layer, x, trailing=1), x.shape[:-1]
-        if (found := self._spread.get((shape, x.device))) is None:
-            numbers = on_device(self._numbers, x.device, torch.int32)
-            found = self._spread[shape, x.device] = numbers[:, None].expand(-1, tokens).reshape(shape)
-        return found
+    def _rows(self, length: int, device: torch.device, layout: Layout) -> tuple[Tensor, Tensor]:
+        """`layout.rows` of this batch, once for all layers that lie alike."""
+        key = (length, device, layout.slots, layout.groups)
+        if key not in self._places:
+            self._places[key] = layout.rows_of_samples(self._numbers, length, device)
+        return self._places[key]
 
     def linear(self, layer: ALLoRALayer, x: Tensor) -> Tensor:
         """What `layer` computes for x [..., K], each row by its sample's adapter.
@@ -93,16 +94,16 @@ class BatchRows:
         Raises:
             ValueError: as `tokens_of`; or what records `layer` has other samples.
         """
-        row_adapter = self._row_adapter(layer, x)
+        length = self.tokens_of(layer, x, trailing=1)
         if not self.used:
             return layer.frozen_linear(x)
         shares = None
         if layer._recording is not None:
-            length = self.tokens_of(layer, x, trailing=1)
             steps = layer._recording.sinks(layer, self.used, self._numbers, length)
             shares = [Share(self._numbers.count(e) * length, step) for e, step in enumerate(steps)]
         adapters = [Adapter(a.lora_A, a.lora_B, a.eta, a.norm) for a in map(layer.adapter, self.used)]
-        return apply(x, layer.frozen_weight, layer.bias, adapters, row_adapter, shares=shares)
+        rows_of = functools.partial(self._rows, length, x.device)
+        return apply(x, layer.frozen_weight, layer.bias, adapters, rows_of, shares=shares)
 
     def each(self, module: nn.Module, copies: Mapping[str, nn.Module], args: tuple, kwargs: dict) -> Tensor:
         """``copies[name](...)`` of each name's samples, put together again in the order of the batch.

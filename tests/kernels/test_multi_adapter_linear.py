@@ -356,6 +356,17 @@ def test_a_few_adapters_more_make_no_other_shapes():
     assert all(count <= groups(count) <= max(count + 3, 1.25 * count) for count in range(1, 300))
 
 
+@pytest.mark.parametrize("length", [0, 1, 5])
+@pytest.mark.parametrize("samples", [[], [-1, -1], [2, 0, -1, 1, 2, 0, -1, 1, 2], [0] * 4])
+def test_the_rows_of_whole_samples_need_no_sort(samples, length, device):
+    adapters = [Adapter(torch.zeros(2, 3), torch.zeros(4, 2), norm=norm) for norm in ("row", None, "row")]
+    layout = Layout.of(adapters)
+    assert layout.slots == (0, 2, 1)
+    rows = torch.tensor(samples, dtype=torch.int32, device=device).repeat_interleave(length)
+    for found, want in zip(layout.rows_of_samples(samples, length, rows.device), layout.rows(rows), strict=True):
+        assert found.dtype == torch.int32 and torch.equal(found, want)
+
+
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
