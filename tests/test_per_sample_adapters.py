@@ -325,3 +325,28 @@ def test_clipping_refuses_gradients_of_adapters_that_were_not_recorded():
         loss_of(model(X)).backward()
     with pytest.raises(ValueError, match=r"adapters\.c\.lora_A' has a gradient but is no recorded adapter's"):
         per_sample.clip_(model, 1.0)
+
+
+@pytest.mark.parametrize("norms_only", [False, True])
+def test_another_adapter_of_the_same_name_gets_nothing_of_the_record(norms_only):
+    model = several()
+    with per_sample.record(model, norms_only=norms_only), adapter_rows(model, ["a", "b"]):
+        loss_of(model(X[:2])).backward()
+    remove_adapter(model, "b")
+    add_adapter(model, "b", r=2)
+    for call in (per_sample.norms, lambda model: per_sample.clip_(model, 1.0)):
+        with pytest.raises(RuntimeError, match="adapter 'b' were recorded, and it was removed since"):
+            call(model)
+    assert all(p.grad is None for p in adapter_parameters(model, "b"))
+
+
+def test_an_adapter_that_is_frozen_in_one_layer():
+    model, whole = several(), several()
+    for p in (model.second.adapters["a"].lora_A, model.second.adapters["a"].lora_B):
+        p.requires_grad_(False)
+    for net in (model, whole):
+        with per_sample.record(net), adapter_rows(net, ["a"] * 6):
+            loss_of(net(X)).backward()
+    assert not hasattr(model.second.adapters["a"].lora_A, "grad_sample")
+    for p, want in zip(adapter_parameters(model.first, "a"), adapter_parameters(whole.first, "a"), strict=True):
+        close(p.grad_sample, want.grad_sample)

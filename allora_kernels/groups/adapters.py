@@ -100,7 +100,7 @@ def _gradients(ctx, g: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
     steps = steps_of(backend)
     a, b = layout.pack(factors[::2], factors[1::2])
     ds, grads = None, [None] * len(factors)
-    if shares is not None:
+    if shares is not None and any(needs):
         ds, grads = _adapter_by_adapter(backend, layout, shares, g, x, s, order, factors, dtype, needs_x, needs)
     elif any(needs):
         ds, grads = _rule_by_rule(backend, layout, g, x, s, order, ends, a, b, factors, needs_x, needs)

@@ -30,7 +30,7 @@ def recorded_adapters(layer: ALLoRALayer) -> list[tuple[nn.Module, Kept]]:
     """
     found = []
     for name, kept in records.get(layer, {}).items():
-        if name not in layer.adapter_names:
+        if name not in layer.adapter_names or kept.adapter() is not layer.adapter(name).lora_A:
             raise RuntimeError(
                 f"gradients of adapter {name!r} were recorded, and it was removed since: call per_sample.clear(model) before "
                 "remove_adapter"

@@ -1,6 +1,7 @@
 """What a recording keeps of an adapter: a `Call` of each forward pass, and afterwards all its samples in order, `Kept`."""
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -61,6 +62,8 @@ class Kept:
     calls: list[Call]
     count: int
     places: tuple[int, ...] | None
+    adapter: weakref.ref | None = None
+    """The parameter lora_A: another adapter may have its name by now."""
 
     def spread(self, of_samples: Tensor) -> Tensor:
         """`of_samples` [this adapter's] among zeros for the others: [count]."""

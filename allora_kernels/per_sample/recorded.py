@@ -1,6 +1,7 @@
 """Recording the per-sample gradients of a model's adapters in ordinary backward passes."""
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -110,10 +111,12 @@ def _finish(layer: ALLoRALayer, kept: dict[str, Kept], norms_only: bool) -> None
     if not kept:
         return
     records[layer] = kept
-    if norms_only:
-        return
     for name, of_adapter in kept.items():
-        adapter, calls = layer.adapter(name), of_adapter.calls
+        adapter = layer.adapter(name)
+        of_adapter.adapter = weakref.ref(adapter.lora_A)
+        if norms_only:
+            continue
+        calls = of_adapter.calls
         for parameter, parts in (
             (adapter.lora_A, [call.a for call in calls]),
             (adapter.lora_B, [call.b for call in calls]),
