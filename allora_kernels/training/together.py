@@ -89,9 +89,7 @@ def finetune_together(
     # As in a single run, whose evaluation before training draws random numbers, too.
     transformers.set_seed(runs[0].config.seed)
     _resume([run for run in runs if former[run.name]])
-    pending = _train(model, runs, console)
-    if pending is not None:
-        pending.wait()
+    _train(model, runs, console)
     kept = [run for run in runs if run.status != "diverged"]
     with _save(model, kept) if kept else ExitStack():
         for run in kept:
@@ -197,30 +195,34 @@ class _Run:
         self.optimizer.zero_grad()
 
 
-def _train(model: nn.Module, runs: list[_Run], console: "Console | None") -> PendingSave | None:
-    """Train until all runs are done; the save that may still be written."""
+def _train(model: nn.Module, runs: list[_Run], console: "Console | None") -> None:
+    """Train until all runs are done. What was saved is written at the end, also where training fails."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     pending, started = None, time.perf_counter()
     model.train()
-    with ExitStack() as watchers:
-        stop = watchers.enter_context(StopOnInterrupt(console))
-        bars = watchers.enter_context(RunBars(console, {run.name: run.total for run in runs})) if console else None
-        while stop.asked_at is None and (active := [run for run in runs if run.status == "interrupted"]):
-            for run, loss in zip(active, _mixed_step(model, active)):
-                run.step(loss)
-            seconds = time.perf_counter() - started
-            for run in active:
-                run.metrics["seconds"] = seconds
-            if bars is not None:
-                tokens = sum(run.tokens - run.tokens_before for run in runs)
-                bars.show({run.name: (run.done, run.history[-1][1]) for run in active}, tokens / seconds)
-            stopping = stop.asked_at is not None
-            due = [run for run in active if run.status == "interrupted"]
-            if due := [run for run in due if stopping or run.done % run.config.save_steps == 0]:
-                if pending is not None:
-                    pending.wait()
-                pending = _checkpoint(model, due)
+    try:
+        with ExitStack() as watchers:
+            stop = watchers.enter_context(StopOnInterrupt(console))
+            bars = watchers.enter_context(RunBars(console, {run.name: run.total for run in runs})) if console else None
+            while stop.asked_at is None and (active := [run for run in runs if run.status == "interrupted"]):
+                for run, loss in zip(active, _mixed_step(model, active)):
+                    run.step(loss)
+                seconds = time.perf_counter() - started
+                for run in active:
+                    run.metrics["seconds"] = seconds
+                if bars is not None:
+                    tokens = sum(run.tokens - run.tokens_before for run in runs)
+                    bars.show({run.name: (run.done, run.history[-1][1]) for run in active}, tokens / seconds)
+                stopping = stop.asked_at is not None
+                due = [run for run in active if run.status == "interrupted"]
+                if due := [run for run in due if stopping or run.done % run.config.save_steps == 0]:
+                    if pending is not None:
+                        pending.wait()
+                    pending = _checkpoint(model, due)
+    finally:
+        if pending is not None:
+            pending.wait()
     for run in runs:
         seconds = run.metrics.setdefault("seconds", 0.0)
         run.metrics |= {
@@ -231,7 +233,6 @@ def _train(model: nn.Module, runs: list[_Run], console: "Console | None") -> Pen
             "peak_memory_bytes": peak_memory(),
             "loss_history": run.history,
         }
-    return pending
 
 
 def _mixed_step(model: nn.Module, active: list[_Run]) -> list[float]:
