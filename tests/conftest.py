@@ -46,3 +46,12 @@ def one_thread():
 def _seeded():
     """The same random numbers for a test whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["eager", "triton"])
+def backend(request, monkeypatch):
+    """The backend that calls on CPU tensors take."""
+    if request.param == "triton" and torch.cuda.is_available():
+        pytest.skip("the kernels are built for the GPU in this process")
+    monkeypatch.setenv("TRITON_INTERPRET", str(int(request.param == "triton")))
+    return request.param

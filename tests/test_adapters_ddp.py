@@ -105,6 +105,20 @@ def check_clipped_samples(folder):
         torch.testing.assert_close(found, want / 2)
 
 
+def check_gradients_that_were_not_averaged_before(folder):
+    """Each process has one adapter's gradients, and another's than the other process."""
+    names, rank, alone = [["a"] * 3, ["b"] * 3], dist.get_rank(), make()
+    with per_sample.record(alone), adapter_rows(alone, [*names[0], *names[1]]):
+        alone(batches().flatten(0, 1)).square().sum().backward()
+    per_sample.clip_(alone, 1.0)
+    model = DistributedDataParallel(make(), find_unused_parameters=True)
+    with per_sample.record(model), model.no_sync(), adapter_rows(model, names[rank]):
+        model(batches()[rank]).square().sum().backward()
+    per_sample.clip_(model, 1.0)
+    for found, want in zip(grads(model.module), grads(alone), strict=True):
+        torch.testing.assert_close(found, want / 2)
+
+
 def check_unused_ones_are_refused(folder):
     model = DistributedDataParallel(make())
     x = batches()[dist.get_rank()]
@@ -137,6 +151,7 @@ def test_two_processes_train_what_one_does(tmp_path):
         "checkpointed": functools.partial(check_mixed, checkpointed=True),
         "names that differ": check_names_that_differ,
         "clipped": check_clipped_samples,
+        "not averaged": check_gradients_that_were_not_averaged_before,
         "unused": check_unused_ones_are_refused,
         "sharded": check_sharded_ones_are_refused,
     }

@@ -27,15 +27,6 @@ IDS = torch.arange(14).reshape(2, 7) * 3 % VOCAB
 FAMILIES = list(MIXTURES)
 
 
-@pytest.fixture(params=["eager", "triton"])
-def backend(request, monkeypatch):
-    """The backend that calls on CPU tensors take."""
-    if request.param == "triton" and torch.cuda.is_available():
-        pytest.skip("the kernels are built for the GPU in this process")
-    monkeypatch.setenv("TRITON_INTERPRET", str(int(request.param == "triton")))
-    return request.param
-
-
 def adapted(family="Qwen3Moe", **arguments):
     model = mixture(family)
     apply_allora(model, **{"r": 3, "experts": True, **arguments})

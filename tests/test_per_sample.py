@@ -511,7 +511,7 @@ def test_norms_only_keeps_nothing_of_size_b(monkeypatch):
     with per_sample.record(model, norms_only=True) as recording:
         model(x).square().sum().backward()
         for layer in (model.first, model.second):
-            for call in recording.kept(layer)["default"].calls:
+            for call in recording.kept()[layer]["default"].calls:
                 assert call.a is None and call.b is None and call.squares.shape == (50,)
     per_sample.clip_(model, 1.0)
     with pytest.raises(RuntimeError, match="clipped already"):
@@ -537,7 +537,7 @@ def test_a_training_step_reads_nothing_back(norms_only, monkeypatch):
             patched.setattr(torch.Tensor, name, read)
         model(x).square().sum().backward()
         for layer in (model.first, model.second):
-            for call in recording.kept(layer)["default"].calls:
+            for call in recording.kept()[layer]["default"].calls:
                 call.samples.spread(torch.ones(3))
 
 
@@ -552,6 +552,42 @@ def test_a_compiled_model_is_not_recorded_wrongly():
     with per_sample.record(model):
         model(x).square().sum().backward()
     all_close(recorded(model), one_by_one(model, x[:, None]))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_ranges_that_are_set_before_the_backward_pass_are_the_next_ones(use_reentrant):
+    class Checkpointed(Net):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=use_reentrant)
+
+    model, x = Checkpointed(), torch.randn(1, 30, 11, requires_grad=True)
+    starts, others = (torch.tensor([0, n, 30], dtype=torch.int32) for n in (10, 20))
+    with per_sample.record(model, starts) as recording:
+        loss = model(x).square().sum()
+        recording.set_cu_seqlens(others)
+        loss.backward()
+    plain = Net()
+    all_close(recorded(model), one_by_one(plain, [x[:, :10].detach(), x[:, 10:].detach()]))
+
+
+def test_gradients_that_came_from_elsewhere():
+    model, x = Net(), torch.randn(4, 11)
+    with per_sample.record(model):
+        model(x).square().sum().backward()
+    norms, grads = per_sample.norms(model), recorded(model)
+    other = Net()
+    for name, p in adapters(other).items():
+        p.grad_sample = grads[name]
+    torch.testing.assert_close(per_sample.clip_(other, 1.0), norms)
+
+
+def test_a_copy_made_inside_is_not_recorded():
+    model, x = Net(), torch.randn(4, 11)
+    with per_sample.record(model):
+        twin = copy.deepcopy(model)
+    with per_sample.record(twin):
+        twin(x).square().sum().backward()
+    all_close(recorded(twin), one_by_one(model, x[:, None]))
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
@@ -647,6 +683,28 @@ def test_layers_that_did_not_take_part():
         model(torch.randn(4, 11)).sum().backward()
         model.first(torch.randn(3, 11)).sum().backward()
     with pytest.raises(RuntimeError, match="not every layer took part"):
+        per_sample.norms(model)
+
+
+@pytest.mark.parametrize("norms_only", [False, True])
+def test_a_factor_that_is_frozen_between_passes(norms_only):
+    model = Net()
+    with pytest.raises(ValueError, match="a factor of layer 'first' was frozen or freed"):  # noqa: SIM117
+        with per_sample.record(model, norms_only=norms_only):
+            model(torch.randn(4, 11)).sum().backward()
+            model.first.lora_A.requires_grad_(False)
+            model(torch.randn(4, 11)).sum().backward()
+    assert not hasattr(model.second.lora_A, "grad_sample")
+
+
+def test_layers_that_missed_as_many_samples_as_others():
+    model = Net()
+    with per_sample.record(model):
+        for layer in (model.first, model.second):
+            layer.enabled = False
+            model(torch.randn(3, 11, requires_grad=True)).sum().backward()
+            layer.enabled = True
+    with pytest.raises(RuntimeError, match="'first' has gradients of 3 of 6 samples"):
         per_sample.norms(model)
 
 

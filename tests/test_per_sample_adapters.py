@@ -24,14 +24,6 @@ NAMES = ["b", None, "c", "b", "a", "a"]
 X = torch.randn(6, 5, 11, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.fixture(params=["eager", "triton"])
-def backend(request, monkeypatch):
-    if request.param == "triton" and torch.cuda.is_available():
-        pytest.skip("the kernels are built for the GPU in this process")
-    monkeypatch.setenv("TRITON_INTERPRET", str(int(request.param == "triton")))
-    return request.param
-
-
 class Net(nn.Module):
     def __init__(self, wrap=None):
         super().__init__()
@@ -244,6 +236,45 @@ def test_one_backward_pass_of_several_forward_passes():
     close(per_sample.norms(model), sum(squares).sqrt())
 
 
+def test_micro_batches_that_different_layers_missed():
+    """An adapter is frozen in one layer, the other in the other: samples keep their places."""
+    model = several()
+    for adapter in (model.first.adapters["a"], model.second.adapters["b"]):
+        adapter.lora_A.requires_grad_(False)
+        adapter.lora_B.requires_grad_(False)
+    found = []
+    for names in ("a", "b"):
+        with per_sample.record(model), adapter_rows(model, [names] * 3):
+            loss_of(model(X[:3])).backward()
+        found.append(per_sample.norms(model))
+    with per_sample.record(model):
+        for names in ("a", "b"):
+            with adapter_rows(model, [names] * 3):
+                loss_of(model(X[:3])).backward()
+    close(per_sample.norms(model), torch.cat(found))
+
+
+def test_the_same_samples_named_and_by_the_active_adapter():
+    model = several()
+    want, _ = alone(model, "a", X[:2])
+    with per_sample.record(model, samples=2):
+        with adapter_rows(model, ["a", "a"]):
+            loss = loss_of(model(X[:2]))
+        (loss + loss_of(model(X[:2]))).backward()
+    for p, t in zip(adapter_parameters(model, "a"), want, strict=True):
+        close(p.grad_sample, 2 * t)
+
+
+def test_reference_samples_alone_without_gradients():
+    model = several()
+    with per_sample.record(model):
+        with torch.no_grad(), adapter_rows(model, [None] * 6):
+            model(X)
+        with adapter_rows(model, NAMES):
+            loss_of(model(X)).backward()
+    assert_recorded(model, *expected_of(model, NAMES, X))
+
+
 # --- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +301,16 @@ def test_samples_that_go_other_ways_the_second_time():
             with adapter_rows(model, names):
                 losses.append(loss_of(model(X[:2])))
         sum(losses).backward()
+
+
+def test_a_batch_that_a_record_cannot_see():
+    model = several()
+    with (
+        per_sample.record(model),
+        adapter_rows(model, [None] * 6),
+        pytest.raises(ValueError, match="no sample of this batch goes through an adapter"),
+    ):
+        model(X)
 
 
 def test_noise_is_of_one_adapter():

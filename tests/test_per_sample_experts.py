@@ -14,14 +14,6 @@ from allora_kernels import apply_allora, per_sample, reference
 IDS = torch.arange(4 * 6).reshape(4, 6) * 7 % VOCAB
 
 
-@pytest.fixture(params=["eager", "triton"])
-def backend(request, monkeypatch):
-    if request.param == "triton" and torch.cuda.is_available():
-        pytest.skip("the kernels are built for the GPU in this process")
-    monkeypatch.setenv("TRITON_INTERPRET", str(int(request.param == "triton")))
-    return request.param
-
-
 def adapted(family="Qwen3Moe", **arguments):
     model = mixture(family)
     apply_allora(model, **{"r": 3, "experts": True, **arguments})
@@ -110,6 +102,16 @@ def test_checkpointing_does_not_count_twice(use_reentrant, norms_only):
     close(per_sample.norms(model), norms_of(want))
     if not norms_only:
         assert_recorded(model, want)
+
+
+def test_several_checkpointed_forward_passes_of_one_backward_pass():
+    model = adapted()
+    want = one_by_one(model, IDS[:, None], loss_of)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with per_sample.record(model, samples=4):
+        sum(loss_of(model, part) for part in IDS.split([1, 3])).backward()
+    assert_recorded(model, want)
 
 
 def test_micro_batches_follow_each_other_and_forward_passes_add_up():
@@ -250,6 +252,18 @@ def test_tokens_that_were_dropped_on_the_way():
         model(X)
 
 
+def test_inputs_that_disagree_on_the_length():
+    class Other(Block):
+        def forward(self, x, extra):
+            return super().forward(x)
+
+    model = Other(dense=False, kept=12)
+    apply_allora(model, r=2, experts=True, target_modules=[])
+    # The twelve tokens that are left fit the other input.
+    with per_sample.record(model), pytest.raises(ValueError, match="which sample each token is of cannot"):
+        model(X, torch.zeros(3, 4))
+
+
 def test_cu_seqlens_of_another_length():
     model = block(dense=False)
     with (
@@ -271,7 +285,7 @@ def test_sorting_by_sample_reads_nothing_back(starts, monkeypatch):
             for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
                 patched.setattr(torch.Tensor, name, read)
             order, ends, sinks = recording.routed(dict(model.experts.allora), index, 4)
-            spread = sinks["up_proj"].args[0].samples.spread(torch.arange(3.0))
+            spread = sinks["up_proj"].samples.spread(torch.arange(3.0))
     lengths = torch.tensor([5, 5, 5] if starts is None else [4, 0, 11])
     experts, samples = index.reshape(-1)[order], torch.arange(3).repeat_interleave(lengths)[order // 2]
     assert torch.equal((experts * 3 + samples).sort().values, experts * 3 + samples)

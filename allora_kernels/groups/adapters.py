@@ -143,13 +143,13 @@ def _adapter_by_adapter(
     grads: list[Tensor | None] = [None] * len(factors)
     for e in sorted(range(len(shares)), key=layout.slots.__getitem__):
         share, r = shares[e], layout.ranks[e]
-        places = slice(start, start + share.rows)
+        places = slice(start, start + share.samples.rows)
         rows, start = order[places], places.stop
         x_e = None if x is None else x[rows]
         both = slice(2 * e, 2 * e + 2)
         found = functional.adapter_gradients(
             steps,
-            functools.partial(share.adapter_grads, backend),
+            functools.partial(share, backend),
             *(g[rows], x_e, s[places, :r], *factors[both], dtype, *layout.rule_of(e)),
             (needs_x, *needs[both]),
         )
@@ -227,13 +227,6 @@ def multi_adapter_linear(
     return apply(x, weight, bias, adapters, rows_of, backend)
 
 
-class Share(NamedTuple):
-    """What one adapter has of a batch: how many `rows`, and what takes its step `adapter_grads` over to see more of it."""
-
-    rows: int
-    adapter_grads: Callable
-
-
 def apply(
     x: Tensor,
     weight: Tensor,
@@ -241,10 +234,10 @@ def apply(
     adapters: Sequence[Adapter],
     rows_of: Callable[[Layout], tuple[Tensor, Tensor]],
     backend: str | None = None,
-    shares: Sequence[Share] | None = None,
+    shares: Sequence[Callable] | None = None,
 ) -> Tensor:
     """`multi_adapter_linear` of x with the rows of each adapter where `rows_of` says, as `Layout.rows` does; and, where their
-    gradients are recorded, the `shares` of all adapters."""
+    gradients are recorded, the `shares` of all adapters: each takes the step `adapter_grads` over and has `samples.rows`."""
     _check(x, weight, bias, adapters)
     factors = [t for adapter in adapters for t in (adapter.lora_A, adapter.lora_B)]
     layout = Layout.of(adapters)

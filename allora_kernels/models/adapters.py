@@ -8,11 +8,12 @@ from torch.nn.parallel import DataParallel
 
 from ..layer import switching
 from ..layer.adapter import ALLoRALayer
+from ..layer.block_hook import BlockHook
 from ..layer.functional import check_rule
 from ..layer.linear import FusedALLoRALinear
 from .adapt import check_adapter_name, put, ranks_of
 from .adapted import AdaptReport, adapter_layers, adapter_names, known_adapter, report, saved_modules
-from .batch_rows import BatchRows, InputsHook
+from .batch_rows import BatchRows
 from .saved_whole import ModuleOfEachAdapter, copies_of
 from .selection import clean_name, module_slots, unwrap
 from .sharded import is_sharded
@@ -166,7 +167,7 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         )
     modules = layers | {clean_name(n): m for n, m in root.named_modules() if isinstance(m, ModuleOfEachAdapter)}
     rows = BatchRows(names, modules)
-    hook = root.register_forward_pre_hook(InputsHook(rows), with_kwargs=True)
+    hook = root.register_forward_pre_hook(BlockHook(rows.note_inputs), with_kwargs=True)
     before = [(module, switching.switch(module, rows=rows)) for module in modules.values()]
     try:
         yield

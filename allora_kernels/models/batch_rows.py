@@ -8,22 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from ..groups.adapters import Adapter, Share, apply
+from ..groups.adapters import Adapter, apply
 from ..groups.packing import Layout
 from ..layer.adapter import ALLoRALayer
 from ..layer.host_values import on_device
-
-
-class InputsHook:
-    """Before the model's forward pass. A copy of the model is in no block, and its hook does nothing."""
-
-    def __init__(self, rows: "BatchRows") -> None:
-        self.rows: BatchRows | None = rows
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """`BatchRows.note_inputs`."""
-        if self.rows is not None:
-            self.rows.note_inputs(args, kwargs)
 
 
 class BatchRows:
@@ -43,8 +31,8 @@ class BatchRows:
         # A copy of the model, here or in another process, is not in the block that this belongs to.
         return type(None), ()
 
-    def note_inputs(self, args: tuple, kwargs: dict) -> None:
-        """How many tokens a sample of this batch has, from the inputs of the model.
+    def note_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Hook before the model's forward pass: how many tokens a sample of this batch has, from its inputs.
 
         Raises:
             ValueError: no input has as many samples as there are names.
@@ -95,12 +83,11 @@ class BatchRows:
             ValueError: as `tokens_of`; or what records `layer` has other samples.
         """
         length = self.tokens_of(layer, x, trailing=1)
-        if not self.used:
-            return layer.frozen_linear(x)
         shares = None
         if layer._recording is not None:
-            steps = layer._recording.sinks(layer, self.used, self._numbers, length)
-            shares = [Share(self._numbers.count(e) * length, step) for e, step in enumerate(steps)]
+            shares = layer._recording.sinks(layer, self.used, self._numbers, length)
+        if not self.used:
+            return layer.frozen_linear(x)
         adapters = [Adapter(a.lora_A, a.lora_B, a.eta, a.norm) for a in map(layer.adapter, self.used)]
         rows_of = functools.partial(self._rows, length, x.device)
         return apply(x, layer.frozen_weight, layer.bias, adapters, rows_of, shares=shares)

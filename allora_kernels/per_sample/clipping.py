@@ -1,7 +1,6 @@
 """Norms of the recorded gradients, and their clipped sum."""
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,12 @@ def recorded_adapters(layer: ALLoRALayer) -> list[tuple[nn.Module, Kept]]:
     Raises:
         RuntimeError: it was removed since.
     """
+    if layer not in records:
+        # Set by other hands, or read from a file together with the model.
+        made = grad_samples(layer)
+        return [(layer, Kept([], made[0].grad_sample.shape[0]))] if made else []
     found = []
-    for name, kept in records.get(layer, {}).items():
+    for name, kept in records[layer].items():
         if name not in layer.adapter_names or kept.adapter() is not layer.adapter(name).lora_A:
             raise RuntimeError(
                 f"gradients of adapter {name!r} were recorded, and it was removed since: call per_sample.clear(model) before "
@@ -48,6 +51,11 @@ def squared_norms(model: nn.Module) -> Tensor:
                 parts = [torch.cat([call.squares for call in kept.calls])]
             else:
                 parts = [_steps(p.grad_sample).squared_norms(p.grad_sample) for p in grad_samples(adapter)]
+            if kept.places is not None and not kept.named:
+                raise RuntimeError(
+                    f"layer {name!r} has gradients of {len(kept.places)} of {kept.count} samples: not every layer took part in "
+                    "every backward pass"
+                )
             squares += map(kept.spread, parts)
             if parts:
                 found.setdefault(kept.count, name)
@@ -92,9 +100,8 @@ def clip_(model: nn.Module, max_norm: float) -> Tensor:
         raise ValueError(f"max_norm must be a finite number > 0, got {max_norm!r}")
     recorded = [pair for layer in adapted_layers(model) for pair in recorded_adapters(layer)]
     adapters = {p for adapter, _ in recorded for p in (adapter.lora_A, adapter.lora_B)}
-    others = {name: p for name, p in model.named_parameters() if p.grad is not None and p not in adapters}
-    absent = _adapters_of_other_processes(model, others.values())
-    loose = [name for name, p in others.items() if p not in absent]
+    shared = _agreed_parameters(model)
+    loose = [n for n, p in model.named_parameters() if p.grad is not None and p not in adapters and p not in shared]
     if loose:
         raise ValueError(
             f"{loose[0]!r} has a gradient but is no recorded adapter's: it would stay unclipped; freeze it"
@@ -110,18 +117,29 @@ def clip_(model: nn.Module, max_norm: float) -> Tensor:
         for p in grad_samples(adapter):
             w = own.to(p.device, torch.promote_types(torch.float32, p.grad_sample.dtype))
             _set_grad(p, _steps(p.grad_sample).weighted_sum(p.grad_sample, w, p.dtype))
-    for p in absent:
-        p.grad.zero_()
-    _average(model, adapters.union(absent))
+    for p in shared:
+        if p not in adapters:
+            # Of this process's samples it has none: what is there DDP brought from others.
+            _set_grad(p, torch.zeros_like(p))
+        torch.distributed.all_reduce(p.grad, group=model.process_group)
+        p.grad /= model.process_group.size()
     return sample_norms
 
 
-def _adapters_of_other_processes(model: nn.Module, parameters: Iterable[nn.Parameter]) -> set[nn.Parameter]:
-    """Those of `parameters` that are adapters of which this process has no samples, only what DDP brought it from others."""
+def _agreed_parameters(model: nn.Module) -> dict[nn.Parameter, None]:
+    """Of a DistributedDataParallel model the adapters' parameters that have a gradient in any process, in one order for all;
+    none of another model. Samples may name other adapters in each process: with several this asks them all, and waits."""
     if not isinstance(model, nn.parallel.DistributedDataParallel):
-        return set()
-    owners = [layer.adapter(name) for layer in adapted_layers(model) for name in layer.adapter_names]
-    return {p for owner in owners for p in (owner.lora_A, owner.lora_B)}.intersection(parameters)
+        return {}
+    layers = adapted_layers(model)
+    owners = [layer.adapter(name) for layer in layers for name in layer.adapter_names]
+    parameters = list(dict.fromkeys(p for owner in owners for p in (owner.lora_A, owner.lora_B)))
+    there = torch.tensor([float(p.grad is not None) for p in parameters])
+    if any(len(layer.adapter_names) > 1 for layer in layers):
+        device = parameters[0].device
+        there = there.to(device)
+        torch.distributed.all_reduce(there, group=model.process_group)
+    return dict.fromkeys(p for p, found in zip(parameters, there.tolist()) if found)
 
 
 def _weigh(adapter: nn.Module, calls: list[Call], weights: Tensor) -> None:
@@ -141,12 +159,3 @@ def _set_grad(p: nn.Parameter, grad: Tensor) -> None:
         p.grad = grad
     else:
         p.grad.copy_(grad)
-
-
-def _average(model: nn.Module, parameters: set[nn.Parameter]) -> None:
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        group = model.process_group
-        for p in model.parameters():
-            if p in parameters and p.grad is not None:
-                torch.distributed.all_reduce(p.grad, group=group)
-                p.grad /= group.size()

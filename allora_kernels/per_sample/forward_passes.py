@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from .samples import Samples
+
 _UNKNOWN = -1
 
 
@@ -20,7 +22,7 @@ class Forward:
 
     `batches`: the first two dimensions of the model's inputs, the second None where there is one. `node`: the number of the
     next node of autograd's when it began. `count` samples, as `layer`, the first to run, saw them; `lengths`: how many rows
-    each has in a layer.
+    each has in a layer. `ragged`: its samples where they are, known when the first layer runs and it `began`.
     """
 
     index: int
@@ -30,6 +32,13 @@ class Forward:
     count: int | None = None
     layer: str = ""
     lengths: set[int] = field(default_factory=set)
+    began: bool = False
+    ragged: Samples | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether it can be told which one it is."""
+        return self.index != _UNKNOWN
 
     @property
     def sizes(self) -> frozenset[int]:
@@ -105,7 +114,7 @@ class ForwardPasses:
         Raises:
             ValueError: re-entrant checkpointing recomputes one of several forward passes, and which one cannot be told.
         """
-        if forward.index == _UNKNOWN:
+        if not forward.known:
             raise ValueError(
                 "re-entrant checkpointing recomputes one of several forward passes, and which one cannot be told: pass "
                 "use_reentrant=False to checkpoint, or call backward after each forward pass"

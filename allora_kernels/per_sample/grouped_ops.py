@@ -1,11 +1,9 @@
 """The per-sample steps of groups on Triton, under the names and arguments of the `grouped_reference` beside it."""
 
-import torch
 from torch import Tensor
 
 import csrc_triton
 
-from .grouped import GroupSamples
 from .ops import squared_norms, weighted_sum
 
 __all__ = ["sample_grads", "sample_squared_norms", "squared_norms", "weighted_grads", "weighted_sum"]
@@ -23,21 +21,8 @@ def sample_squared_norms(*args) -> tuple[Tensor | None, Tensor | None, Tensor | 
     return csrc_triton.grouped_sample_squared_norms(*tensors, samples.pieces, samples.count, eta, norm, *needs)
 
 
-def weighted_grads(
-    g: Tensor,
-    x: Tensor | None,
-    s: Tensor,
-    b: Tensor,
-    c: Tensor | None,
-    eta: float,
-    norm: str | None,
-    weights: Tensor,
-    dtype_a: torch.dtype | None,
-    dtype_b: torch.dtype | None,
-    samples: GroupSamples,
-) -> tuple[Tensor | None, Tensor | None]:
-    rows, ends = samples.spread(weights), samples.ends(b.shape[0])
-    _, da, db = csrc_triton.grouped_adapter_grads(
-        g, x, s, b, c, ends, eta, norm, False, dtype_a, dtype_b, row_weights=rows
-    )
+def weighted_grads(*args) -> tuple[Tensor | None, Tensor | None]:
+    *tensors, eta, norm, weights, dtype_a, dtype_b, samples = args
+    rows, ends = samples.spread(weights), samples.ends(tensors[3].shape[0])
+    _, da, db = csrc_triton.grouped_adapter_grads(*tensors, ends, eta, norm, False, dtype_a, dtype_b, row_weights=rows)
     return da if dtype_a is not None else None, db if dtype_b is not None else None

@@ -4,6 +4,7 @@ import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,6 +33,11 @@ class Call:
     totals: tuple[Tensor, ...] = ()
     weigh: Callable[[Tensor], tuple[Tensor | None, Tensor | None]] | None = None
 
+    @property
+    def where(self) -> tuple[int, ...]:
+        """`places`, also where they are all."""
+        return tuple(range(self.count)) if self.places is None else self.places
+
     def plus(self, other: "Call", name: str) -> "Call":
         """The gradients of the same samples in two calls, added up.
 
@@ -40,7 +46,7 @@ class Call:
         """
         if self.count != other.count:
             raise ValueError(f"layer {name!r} ran on {self.count} and on {other.count} samples")
-        if self.places != other.places:
+        if self.where != other.where:
             raise ValueError(
                 f"layer {name!r} ran twice on the same samples, with other adapters for them: name the same ones in each "
                 "adapter_rows, or call backward after each forward pass"
@@ -54,6 +60,13 @@ class Call:
         return Call(self.count, self.samples, self.places, a, b)
 
 
+class Run(NamedTuple):
+    """The forward passes of the same `count` samples."""
+
+    forwards: tuple[Forward, ...]
+    count: int
+
+
 @dataclass
 class Kept:
     """All that a recording kept of one adapter of a layer: its `calls`, and which of all `count` samples they are of, in
@@ -61,7 +74,9 @@ class Kept:
 
     calls: list[Call]
     count: int
-    places: tuple[int, ...] | None
+    places: tuple[int, ...] | None = None
+    named: bool = False
+    """Whether samples named their adapters: then the others went through another one."""
     adapter: weakref.ref | None = None
     """The parameter lora_A: another adapter may have its name by now."""
 
@@ -79,28 +94,25 @@ class Kept:
         return on_device(self.places, like.device, torch.int64)
 
 
-def in_order(calls: dict[str, dict[Forward, Call]], runs: Sequence[Sequence[Forward]], layer: str) -> dict[str, Kept]:
-    """What was kept of each adapter by name, from its `calls`: a run is the forward passes of the same samples, and the samples
-    of the `runs` follow each other.
+def in_order(calls: dict[str, dict[Forward, Call]], runs: Sequence[Run], layer: str) -> dict[str, Kept]:
+    """What was kept of each adapter by name, from its `calls` in a layer; the samples of the `runs` follow each other.
 
     Raises:
-        ValueError: as `Call.plus`.
+        ValueError: as `Call.plus`; or some passes have gradients of a factor and some have not.
     """
-    found = {name: Kept([], 0, None) for name in calls}
-    places: dict[str, list[int]] = {name: [] for name in calls}
-    start = 0
-    for run in runs:
-        count = next(of[forward].count for forward in run for of in calls.values() if forward in of)
-        for name, of in calls.items():
-            if own := [of[forward] for forward in run if forward in of]:
-                call = functools.reduce(lambda one, other: one.plus(other, layer), own)
-                found[name].calls.append(call)
-                places[name] += [start + i for i in (range(count) if call.places is None else call.places)]
-        start += count
-    for name, kept in found.items():
-        kept.count = start
-        if places[name] != list(range(start)):
-            kept.places = tuple(places[name])
+    found, total = {}, sum(run.count for run in runs)
+    for name, of in calls.items():
+        kept, places, start = Kept([], total), [], 0
+        for run in runs:
+            if own := [of[forward] for forward in run.forwards if forward in of]:
+                kept.calls.append(functools.reduce(lambda one, other: one.plus(other, layer), own))
+                places += [start + i for i in kept.calls[-1].where]
+            start += run.count
+        if len({(call.a is None, call.b is None, len(call.totals)) for call in kept.calls}) > 1:
+            raise ValueError(f"a factor of layer {layer!r} was frozen or freed between the passes of one record")
+        kept.named = any(call.places is not None for call in kept.calls)
+        kept.places = None if places == list(range(total)) else tuple(places)
+        found[name] = kept
     return found
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layer.adapter import ALLoRALayer
+from ..layer.block_hook import BlockHook
 from .kept import Kept, records
 from .recording import Recording
 
@@ -91,8 +92,8 @@ def record(
     recording = Recording(layers, cu_seqlens, norms_only, batch_dim, samples)
     clear(model)
     hooks = [
-        model.register_forward_pre_hook(recording.enter_model, with_kwargs=True),
-        model.register_forward_hook(recording.leave_model, always_call=True),
+        model.register_forward_pre_hook(BlockHook(recording.enter_model), with_kwargs=True),
+        model.register_forward_hook(BlockHook(recording.leave_model), always_call=True),
     ]
     for layer in layers:
         layer._recording = recording
@@ -103,8 +104,9 @@ def record(
             hook.remove()
         for layer in layers:
             del layer._recording
-    for layer, kept in {layer: recording.kept(layer) for layer in layers}.items():
+    for layer, kept in recording.kept().items():
         _finish(layer, kept, norms_only)
+    recording.forget()
 
 
 def _finish(layer: ALLoRALayer, kept: dict[str, Kept], norms_only: bool) -> None:

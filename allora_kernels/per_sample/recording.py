@@ -1,24 +1,26 @@
 """What `per_sample.record` keeps of a forward and backward pass, and when it refuses one."""
 
-import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .forward_passes import Forward, ForwardPasses
 from .grouped import GroupSamples
-from .kept import Call, Kept, in_order
+from .kept import Call, Kept, Run, in_order
 from .samples import Rows, Samples
 from .steps import sample_steps
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """What one adapter of a layer has of a call: of the `count` samples of `forward` those at `places`, or all (None), which
-    are `samples` of rows that lie as `rows` says."""
+    are `samples` of rows that lie as `rows` says. Called in the place of the step `adapter_grads`, it records them."""
 
+    recording: "Recording"
     layer: nn.Module
     adapter: str
     forward: Forward
@@ -26,6 +28,9 @@ class Part(NamedTuple):
     samples: Samples | GroupSamples
     places: tuple[int, ...] | None
     rows: Rows
+
+    def __call__(self, backend, *args) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.recording.adapter_grads(self, backend, *args)
 
 
 class Recording:
@@ -49,6 +54,10 @@ class Recording:
         if cu_seqlens is not None:
             self.set_cu_seqlens(cu_seqlens)
 
+    def __reduce__(self):
+        # A copy of the model is not in the block that this belongs to.
+        return type(None), ()
+
     def set_cu_seqlens(self, cu_seqlens: Tensor | None) -> None:
         """Ranges of the next micro-batch: the samples of the forward passes from here on; None for x's leading dimension.
 
@@ -68,47 +77,57 @@ class Recording:
         _refuse_compiled()
         self._passes.leave_model()
 
-    def sink(self, layer: nn.Module, adapter: str, x: Tensor) -> functools.partial:
+    def _forward(self) -> Forward:
+        """The forward pass that the call now made is part of. It keeps the ranges that held when its first layer ran."""
+        _refuse_compiled()
+        forward = self._passes.of_call()
+        if not forward.began:
+            forward.began, forward.ragged = True, self._ragged
+        return forward
+
+    def sink(self, layer: nn.Module, adapter: str, x: Tensor) -> Part:
         """What runs the step `adapter_grads` of this call of `layer` on x with its adapter of that name, and records it.
 
         Raises:
             RuntimeError: the layer runs inside a compiled graph, which would keep what is traced.
             ValueError: as `samples_of`.
         """
-        _refuse_compiled()
-        forward = self._passes.of_call()
+        forward = self._forward()
         samples = self.samples_of(layer, x, forward)
-        rows = Rows(tuple(x.shape[:-1]), 0 if self._ragged else self.batch_dim or 0)
-        return functools.partial(self.adapter_grads, Part(layer, adapter, forward, samples.count, samples, None, rows))
+        rows = Rows(tuple(x.shape[:-1]), 0 if forward.ragged else self.batch_dim or 0)
+        return Part(self, layer, adapter, forward, samples.count, samples, None, rows)
 
-    def sinks(self, layer: nn.Module, adapters: Sequence[str], numbers: Sequence[int], length: int) -> list:
+    def sinks(self, layer: nn.Module, adapters: Sequence[str], numbers: Sequence[int], length: int) -> list[Part]:
         """`sink` of each of these adapters for its own samples: sample i, of `length` rows in succession, goes through the one
         of number ``numbers[i]``, or through none.
 
         Raises:
             RuntimeError: as `sink`.
-            ValueError: the record has samples of another kind, or not as many.
+            ValueError: the record has samples of another kind, or not as many; or none has an adapter, and gradients are on.
         """
-        _refuse_compiled()
-        name = self.names[layer]
-        if self._ragged is not None or self.batch_dim:
+        forward, name = self._forward(), self.names[layer]
+        if forward.ragged is not None or self.batch_dim:
             raise ValueError(
                 "adapter_rows names an adapter for each entry of the leading dimension, and these are the samples: record "
                 "without cu_seqlens and batch_dim"
             )
-        forward = self._passes.of_call()
+        if not adapters and torch.is_grad_enabled():
+            raise ValueError(
+                "no sample of this batch goes through an adapter, so that a record cannot see its backward pass: run such a "
+                "batch outside of record, or under torch.no_grad()"
+            )
         self._agree(name, f"of {length} rows each", len(numbers), forward)
         found = []
         for number, adapter in enumerate(adapters):
             places = tuple(i for i, n in enumerate(numbers) if n == number)
             samples = Samples.equal(len(places), length)
-            part = Part(layer, adapter, forward, len(numbers), samples, places, Rows((samples.rows,), 0))
-            found.append(functools.partial(self.adapter_grads, part))
+            rows = Rows((samples.rows,), 0)
+            found.append(Part(self, layer, adapter, forward, len(numbers), samples, places, rows))
         return found
 
     def routed(
         self, layers: Mapping[str, nn.Module], expert_of: Tensor, experts: int
-    ) -> tuple[Tensor, Tensor, dict[str, functools.partial]]:
+    ) -> tuple[Tensor, Tensor, dict[str, Part]]:
         """``(order [T * k], ends [experts], sinks)`` of tokens that are sent to several experts each, ``expert_of [T, k]``: how
         their rows are sorted by expert and, of one expert, by sample; where each expert's end (int32); and `sink` of each of
         `layers` for rows that lie so.
@@ -117,25 +136,29 @@ class Recording:
             RuntimeError: as `sink`.
             ValueError: which sample a token is of cannot be told.
         """
-        _refuse_compiled()
-        forward = self._passes.of_call()
+        forward = self._forward()
         tokens, k = expert_of.shape
-        count, sample = self._samples_of_tokens(next(iter(layers.values())), tokens, forward, expert_of.device)
+        if forward.known or self.batch_dim:
+            count, sample = self._samples_of_tokens(next(iter(layers.values())), tokens, forward, expert_of.device)
+        else:
+            # Run again for its values alone. Samples that lie one after the other change nothing in the order of the rows.
+            count, sample = 1, expert_of.new_zeros(tokens)
         order, samples = GroupSamples.of(expert_of.reshape(-1), sample.repeat_interleave(k), experts, count)
         rows = Rows((tokens * k,), 0)
-        parts = {n: Part(layer, layer.adapter_name, forward, count, samples, None, rows) for n, layer in layers.items()}
-        sinks = {name: functools.partial(self.adapter_grads, part) for name, part in parts.items()}
-        return order, samples.ends(experts), sinks
+        parts = {
+            name: Part(self, layer, layer.adapter_name, forward, count, samples, None, rows)
+            for name, layer in layers.items()
+        }
+        return order, samples.ends(experts), parts
 
     def _samples_of_tokens(
         self, layer: nn.Module, tokens: int, forward: Forward, device: torch.device
     ) -> tuple[int, Tensor]:
         """How many samples there are, and which one each of `tokens` rows is of, where only the rows are left of a batch."""
         name = self.names[layer]
-        if self._ragged is not None:
-            self._check_rows(name, [tokens], tokens)
-            every = torch.arange(self._ragged.count, device=device)
-            return self._ragged.count, self._ragged.spread(every)
+        if (ragged := forward.ragged) is not None:
+            _check_rows(forward, name, [tokens])
+            return ragged.count, ragged.spread(torch.arange(ragged.count, device=device))
         dim, count = self.batch_dim or 0, forward.count
         batches = forward.batches if dim == 0 else ()
         if count is None:
@@ -143,8 +166,11 @@ class Recording:
             count = fitting.pop() if len(fitting) == 1 else None
         if count is not None and dim < 2:
             length = tokens // max(count, 1)
-            known = forward.lengths | {length for b, length in batches if b == count}
+            given = {length for b, length in batches if b == count}
+            # Of the inputs only where they agree: one may be as long as what was left of another.
+            known = forward.lengths or (given if len(given) == 1 else ())
             if length * count == tokens and (length in known or tokens == 0):
+                self._check_count(name, f"{length} tokens each", count, forward)
                 self._agree(name, f"{length} tokens each", count, forward)
                 every = torch.arange(count, device=device)
                 return count, every.repeat_interleave(length) if dim == 0 else every.repeat(length)
@@ -162,9 +188,9 @@ class Recording:
                 an earlier layer's in the same forward pass, or not as many rows as `cu_seqlens` ends at.
         """
         name = self.names[layer]
-        if self._ragged is not None:
-            self._check_rows(name, list(x.shape), x.shape[:-1].numel())
-            return self._ragged
+        if forward.ragged is not None:
+            _check_rows(forward, name, list(x.shape[:-1]))
+            return forward.ragged
         dim = self.batch_dim or 0
         if x.dim() < dim + 2:
             missing = "leading dimension" if dim == 0 else f"dimension {dim} before its last"
@@ -173,17 +199,11 @@ class Recording:
                 "record needs [b, ..., K], or cu_seqlens"
             )
         count = x.shape[dim]
+        self._check_count(name, str(list(x.shape)), count, forward)
         self._agree(name, str(list(x.shape)), count, forward)
         length = math.prod((*x.shape[:dim], *x.shape[dim + 1 : -1]))
         forward.lengths.add(length)
         return Samples.equal(count, length)
-
-    def _check_rows(self, name: str, shape: list[int], rows: int) -> None:
-        if rows != self._ragged.rows:
-            raise ValueError(
-                f"cu_seqlens must end at the number of rows, but it ends at {self._ragged.rows} and the input of layer "
-                f"{name!r} is {shape}, which has {rows}"
-            )
 
     def _agree(self, name: str, found: str, count: int, forward: Forward) -> None:
         """Note that layer `name` has `count` samples in this forward pass; ValueError unless that is what is known."""
@@ -194,11 +214,12 @@ class Recording:
                 "leading dimension, a flattened batch); keep the leading dimension or pass cu_seqlens"
             )
         if forward.count is None:
-            self._check_count(name, found, count, forward)
             forward.count, forward.layer = count, name
 
     def _check_count(self, name: str, found: str, count: int, forward: Forward) -> None:
-        """The first layer's number of samples against what else is known of it."""
+        """The number of samples of the first layer that has any, against what else is known of it."""
+        if forward.count is not None:
+            return
         due = f"say which dimension of a layer's input runs over samples: record(model, batch_dim=...), here of {found}"
         if self.samples is not None and count > self.samples:
             raise ValueError(
@@ -252,31 +273,51 @@ class Recording:
         for other in met:
             self._groups[other] = met
 
-    def kept(self, layer: nn.Module) -> dict[str, Kept]:
-        """What was kept of `layer`, by the name of its adapter, in the order of the forward passes.
+    def kept(self) -> dict[nn.Module, dict[str, Kept]]:
+        """What was kept of each layer, by the name of its adapter: the samples of all forward passes in their order.
 
         Raises:
             ValueError: `samples` were announced, and the forward passes that met in a backward pass had another number; or as
                 `in_order`.
         """
-        of_adapters, runs, done = self._calls[layer], [], set()
-        counts_of = {forward: call.count for calls in of_adapters.values() for forward, call in calls.items()}
-        forwards = sorted(counts_of, key=lambda forward: forward.index)
+        # A layer that took no part in some of them has the places of its samples among all.
+        of_forward: dict[Forward, tuple[int, str]] = {}
+        for layer, of_adapters in self._calls.items():
+            for forward, call in itertools.chain.from_iterable(calls.items() for calls in of_adapters.values()):
+                of_forward.setdefault(forward, (call.count, self.names[layer]))
+        runs: list[Run] = []
+        forwards, done = sorted(of_forward, key=lambda forward: forward.index), set()
         for forward in forwards:
             if forward in done:
                 continue
             together = [f for f in forwards if f in self._groups[forward] and f not in done]
             done.update(together)
-            counts = [counts_of[f] for f in together]
+            counts = [of_forward[f][0] for f in together]
             if self.samples is None or sum(counts) == self.samples:
-                runs += [[f] for f in together]
+                runs += [Run((f,), count) for f, count in zip(together, counts)]
             elif all(count == self.samples for count in counts):
-                runs.append(together)
+                runs.append(Run(tuple(together), self.samples))
             else:
+                layer = of_forward[forward][1]
                 raise ValueError(
-                    f"record was told of {self.samples} samples a backward pass, but layer {self.names[layer]!r} had {counts}"
+                    f"record was told of {self.samples} samples a backward pass, but layer {layer!r} had {counts}"
                 )
-        return in_order(of_adapters, runs, self.names[layer])
+        return {layer: in_order(calls, runs, self.names[layer]) for layer, calls in self._calls.items()}
+
+    def forget(self) -> None:
+        """Drop what the passes left."""
+        for calls in self._calls.values():
+            calls.clear()
+
+
+def _check_rows(forward: Forward, name: str, shape: list[int]) -> None:
+    """Of a forward pass that cannot be told nothing is kept, and its samples may have been others."""
+    rows = math.prod(shape)
+    if forward.known and rows != forward.ragged.rows:
+        raise ValueError(
+            f"cu_seqlens must end at the number of rows, but it ends at {forward.ragged.rows} and the input of layer {name!r} "
+            f"has {rows} ({shape})"
+        )
 
 
 def _refuse_compiled() -> None:
