@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from ..layer import backend as _backend
 from ..layer.adapter import ALLoRALayer
+from ..layer.sharding import is_sharded
+from .fsdp import averaged
 from .kept import Call, Kept, records
 from .recorded import adapted_layers
 from .steps import sample_steps
@@ -88,8 +90,8 @@ def clip_(model: nn.Module, max_norm: float) -> Tensor:
     """Write ``Σ_i min(1, max_norm / ‖g_i‖) g_i`` into ``grad`` of the adapters and return the norms ``[b]`` before.
 
     ``g_i`` is the recorded gradient of sample i over all adapters, with the loss's own factor (1/b where it is a mean).
-    No second backward pass. Replaces what ``grad`` held. On a DistributedDataParallel model the clipped sums are averaged
-    over the processes, as DDP averages gradients.
+    No second backward pass. Replaces what ``grad`` held. In DistributedDataParallel and under FSDP2 the clipped sums are
+    averaged over the processes, as they average gradients.
 
     Raises:
         ValueError: `max_norm` is not > 0; or a parameter outside the recorded adapters got a gradient, which would stay
@@ -155,6 +157,10 @@ def _weigh(adapter: nn.Module, calls: list[Call], weights: Tensor) -> None:
 
 
 def _set_grad(p: nn.Parameter, grad: Tensor) -> None:
+    """Make `grad`, which is of this process's samples and whole, the gradient of p. Where processes hold a part of p each
+    (FSDP2) it is averaged over them, as the gradients of the loss are, and each keeps its part."""
+    if is_sharded(p):
+        grad = averaged(grad, p)
     if p.grad is None:
         p.grad = grad
     else:

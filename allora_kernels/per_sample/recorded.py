@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from ..layer.adapter import ALLoRALayer
 from ..layer.block_hook import BlockHook
+from .fsdp import check_reduced, gradients, reshard
 from .kept import Kept, records
 from .recording import Recording
 
 
 def adapted_layers(model: nn.Module) -> dict[nn.Module, str]:
-    """Every adapted layer of `model` and its name.
+    """Every adapted layer of `model` and its name. Of FSDP2's parameters the layers then have this process's parts.
 
     Raises:
         ValueError: there is none, or two share an adapter, or one is PEFT's, whose gradients nothing here would see.
@@ -25,6 +26,7 @@ def adapted_layers(model: nn.Module) -> dict[nn.Module, str]:
                 f"layer {name!r} ({type(module).__name__}) keeps its adapters as PEFT does, and only FusedALLoRALinear's are "
                 "recorded: save the adapter, and load it into the base model with allora_kernels.load_adapter"
             )
+    reshard(model)
     layers = {module: name for name, module in model.named_modules() if isinstance(module, ALLoRALayer)}
     if not layers:
         raise ValueError("the model has no adapters: adapt it with apply_allora first")
@@ -58,7 +60,7 @@ def record(
     samples that went through the adapter, in their order.
 
     Args:
-        model: holds at least one adapted layer; wrapped in DistributedDataParallel or not.
+        model: holds at least one adapted layer; in DistributedDataParallel, sharded by FSDP2, or neither.
         cu_seqlens: int32 ``[b + 1]``, read back once, here. ``recording.set_cu_seqlens`` gives the next micro-batch's.
         norms_only: keep the norms alone, no tensor with b but them. G and x of every layer stay until `clip_`, `clear` or
             the next record, so that `clip_` can sum again with weights.
@@ -76,7 +78,8 @@ def record(
             `batch_dim` or `samples` is negative. From the forward pass: `cu_seqlens` does not end at M, or the number of
             samples is unknown. From the backward pass: it reaches several forward passes and `samples` is not given. From
             leaving: they had not `samples` samples.
-        RuntimeError: the model is being recorded already, or (from the forward pass) is compiled.
+        RuntimeError: the model is being recorded already, or (from the forward pass) is compiled; or (from leaving) FSDP2 keeps
+            its gradients back for a later pass.
     """
     for name, value in (("batch_dim", batch_dim), ("samples", samples)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
@@ -91,6 +94,7 @@ def record(
         raise RuntimeError(f"layer {busy[0]!r} is being recorded already: a record cannot be inside another")
     recording = Recording(layers, cu_seqlens, norms_only, batch_dim, samples)
     clear(model)
+    before = gradients(layer.adapter(name) for layer in layers for name in layer.adapter_names)
     hooks = [
         model.register_forward_pre_hook(BlockHook(recording.enter_model), with_kwargs=True),
         model.register_forward_hook(BlockHook(recording.leave_model), always_call=True),
@@ -104,7 +108,10 @@ def record(
             hook.remove()
         for layer in layers:
             del layer._recording
-    for layer, kept in recording.kept().items():
+    reshard(model)
+    found = recording.kept()
+    check_reduced(before, (layer.adapter(name) for layer, kept in found.items() for name in kept))
+    for layer, kept in found.items():
         _finish(layer, kept, norms_only)
     recording.forget()
 

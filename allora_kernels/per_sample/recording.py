@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..layer.sharding import is_sharded
 from .forward_passes import Forward, ForwardPasses
 from .grouped import GroupSamples
 from .kept import Call, Kept, Run, in_order
@@ -50,6 +51,8 @@ class Recording:
         self._passes = ForwardPasses()
         # By forward pass: those that its latest backward pass reached, itself among them.
         self._groups: dict[Forward, list[Forward]] = {}
+        # FSDP2 frees the factors that it gathered for a pass.
+        self._copies = any(is_sharded(layer.lora_B) for layer in names)
         self._ragged = None
         if cu_seqlens is not None:
             self.set_cu_seqlens(cu_seqlens)
@@ -243,7 +246,8 @@ class Recording:
         if self.norms_only:
             ds, da, db, call.squares = steps.sample_squared_norms(*common, need_ds, *dtypes, samples)
             call.totals = tuple(t for t in (da, db) if t is not None)
-            call.weigh = lambda weights: steps.weighted_grads(*common, weights, *dtypes, samples)
+            kept_b = lora_B.clone() if self._copies else lora_B
+            call.weigh = lambda w: steps.weighted_grads(g, x, s, kept_b, c, eta, norm, w, *dtypes, samples)
         else:
             ds, call.a, call.b = steps.sample_grads(*common, need_ds, *(t is not None for t in dtypes), samples)
             sums = zip((call.a, call.b), dtypes)

@@ -1,0 +1,44 @@
+"""Adapters of which each process holds a part, by FSDP2: it gathers them around each pass, and frees what it gathered."""
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from ..layer.sharding import is_sharded
+
+
+def reshard(model: nn.Module) -> None:
+    """Put the parts back in the place of parameters that FSDP2 still holds whole after a pass."""
+    for module in model.modules():
+        # What FSDPModule adds to a module; asking for the class would import FSDP2 for all.
+        if hasattr(module, "set_requires_gradient_sync") and hasattr(module, "reshard"):
+            module.reshard()
+
+
+def gradients(adapters: Iterable[nn.Module]) -> dict[nn.Parameter, object]:
+    """What changes with the gradient of each factor of `adapters` that is sharded and trained."""
+    factors = (p for adapter in adapters for p in (adapter.lora_A, adapter.lora_B))
+    found = {p: p.grad for p in factors if is_sharded(p) and p.requires_grad}
+    return {p: None if grad is None else (id(grad), grad.to_local()._version) for p, grad in found.items()}
+
+
+def check_reduced(before: Mapping[nn.Parameter, object], adapters: Iterable[nn.Module]) -> None:
+    """That `gradients` of all these `adapters` are no longer what they were `before`.
+
+    Raises:
+        RuntimeError: FSDP2 keeps them back. It would add them, not clipped, to what a later pass brings.
+    """
+    if any(before.get(p) == state for p, state in gradients(adapters).items()):
+        raise RuntimeError(
+            "FSDP2 has not averaged the recorded gradients over the processes: call model.set_requires_gradient_sync(True) "
+            "before the last backward pass of a record"
+        )
+
+
+def averaged(grad: Tensor, p: nn.Parameter) -> Tensor:
+    """This process's part of the mean over processes of `grad`, which is whole, as p is cut."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh = p.device_mesh
+    parts = DTensor.from_local(grad.to(p.dtype) / mesh.size(), mesh, [Partial()] * mesh.ndim, run_check=False)
+    return parts.redistribute(placements=p.placements)

@@ -1,0 +1,118 @@
+"""Per-sample gradients in two processes, which have a half of the batch each: DistributedDataParallel and FSDP2."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+if not dist.is_available():
+    pytest.skip("this torch has no distributed package", allow_module_level=True)
+
+from processes import run_checks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from allora_kernels import FusedALLoRALinear, per_sample
+
+WORLD, B = 2, 4
+
+
+def make_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(FusedALLoRALinear(7, 6, r=3), nn.Tanh(), FusedALLoRALinear(6, 5, r=2))
+    for layer in (model[0], model[2]):
+        nn.init.normal_(layer.lora_B)
+    return model
+
+
+def replicated():
+    return DistributedDataParallel(make_model())
+
+
+def sharded(shape=(WORLD,), **settings):
+    """Factors of 3 rows and of 5, which two processes cannot share evenly."""
+    model = make_model()
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
+    for module in (model[0], model[2], model):
+        fully_shard(module, mesh=mesh, **settings)
+    return model
+
+
+def kept_whole():
+    model = sharded(reshard_after_forward=False)
+    model.set_reshard_after_backward(False)
+    return model
+
+
+def make_data():
+    return torch.randn(WORLD * B, 3, 7, generator=torch.Generator().manual_seed(1))
+
+
+def grads(model):
+    found = [p.grad for p in model.parameters() if p.requires_grad]
+    return [(g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for g in found]
+
+
+def check(make, norms_only, tolerance, folder):
+    rank, model = dist.get_rank(), make()
+    own = slice(rank * B, (rank + 1) * B)
+    close = functools.partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
+
+    alone = make_model()
+    with per_sample.record(alone):
+        alone(make_data()).square().sum().backward()
+    want, wanted = per_sample.norms(alone), grads(alone)
+    per_sample.clip_(alone, 1.0)
+    clipped = grads(alone)
+
+    for _ in range(2):
+        with per_sample.record(model, norms_only=norms_only):
+            model(make_data()[own]).square().sum().backward()
+        for ours, whole in zip(grads(model), wanted, strict=True):
+            close(ours, whole / WORLD)
+        norms = per_sample.clip_(model, 1.0)
+        assert norms.dtype == torch.float32
+        close(norms, want[own])
+        for ours, whole in zip(grads(model), clipped, strict=True):
+            close(ours, whole / WORLD)
+        # The second time there is no gradient that clip_ could write into.
+        for p in model.parameters():
+            p.grad = None
+
+
+def check_gradients_kept_back(folder):
+    model, x = sharded(), make_data()
+    for _ in range(2):
+        with per_sample.record(model):
+            for last, part in ((False, x[:3]), (True, x[3:])):
+                model.set_requires_gradient_sync(last)
+                model(part).square().sum().backward()
+        assert per_sample.clip_(model, 1.0).shape == (2 * B,)
+        model.set_requires_gradient_sync(False)
+        with (
+            pytest.raises(RuntimeError, match="FSDP2 has not averaged the recorded gradients"),
+            per_sample.record(model),
+        ):
+            model(x).square().sum().backward()
+        # What was kept back is let go here, and the next ones are added to gradients that are there.
+        model.set_requires_gradient_sync(True)
+        model(x).square().sum().backward()
+
+
+BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("norms_only", [False, True])
+def test_two_processes(tmp_path, norms_only):
+    ways = {
+        "DistributedDataParallel": (replicated, 1e-5),
+        "FSDP2": (sharded, 1e-5),
+        "FSDP2, parameters kept whole": (kept_whole, 1e-5),
+        "FSDP2, replicas": (functools.partial(sharded, shape=(WORLD, 1)), 1e-5),
+        "FSDP2, bf16": (functools.partial(sharded, mp_policy=BF16), 0.05),
+    }
+    checks = {name: functools.partial(check, make, norms_only, tolerance) for name, (make, tolerance) in ways.items()}
+    run_checks(WORLD, checks | {"kept back": check_gradients_kept_back}, tmp_path)
