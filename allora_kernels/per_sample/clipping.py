@@ -102,8 +102,9 @@ def clip_(model: nn.Module, max_norm: float) -> Tensor:
         raise ValueError(f"max_norm must be a finite number > 0, got {max_norm!r}")
     recorded = [pair for layer in adapted_layers(model) for pair in recorded_adapters(layer)]
     adapters = {p for adapter, _ in recorded for p in (adapter.lora_A, adapter.lora_B)}
-    shared = _agreed_parameters(model)
-    loose = [n for n, p in model.named_parameters() if p.grad is not None and p not in adapters and p not in shared]
+    replicated = _replicated_adapters(model)
+    known = adapters.union(replicated)
+    loose = [name for name, p in model.named_parameters() if p.grad is not None and p not in known]
     if loose:
         raise ValueError(
             f"{loose[0]!r} has a gradient but is no recorded adapter's: it would stay unclipped; freeze it"
@@ -119,7 +120,7 @@ def clip_(model: nn.Module, max_norm: float) -> Tensor:
         for p in grad_samples(adapter):
             w = own.to(p.device, torch.promote_types(torch.float32, p.grad_sample.dtype))
             _set_grad(p, _steps(p.grad_sample).weighted_sum(p.grad_sample, w, p.dtype))
-    for p in shared:
+    for p in _with_gradient_anywhere(model, replicated):
         if p not in adapters:
             # Of this process's samples it has none: what is there DDP brought from others.
             _set_grad(p, torch.zeros_like(p))
@@ -128,20 +129,22 @@ def clip_(model: nn.Module, max_norm: float) -> Tensor:
     return sample_norms
 
 
-def _agreed_parameters(model: nn.Module) -> dict[nn.Parameter, None]:
-    """Of a DistributedDataParallel model the adapters' parameters that have a gradient in any process, in one order for all;
-    none of another model. Samples may name other adapters in each process: with several this asks them all, and waits."""
+def _replicated_adapters(model: nn.Module) -> list[nn.Parameter]:
+    """The adapters' parameters that DistributedDataParallel holds in each process, in one order for all."""
     if not isinstance(model, nn.parallel.DistributedDataParallel):
-        return {}
-    layers = adapted_layers(model)
-    owners = [layer.adapter(name) for layer in layers for name in layer.adapter_names]
-    parameters = list(dict.fromkeys(p for owner in owners for p in (owner.lora_A, owner.lora_B)))
+        return []
+    owners = [layer.adapter(name) for layer in adapted_layers(model) for name in layer.adapter_names]
+    return [p for owner in owners for p in (owner.lora_A, owner.lora_B)]
+
+
+def _with_gradient_anywhere(model: nn.Module, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Those of `parameters` that have a gradient in any process. Samples may name other adapters in each process: where layers
+    have several this asks them all, and waits."""
     there = torch.tensor([float(p.grad is not None) for p in parameters])
-    if any(len(layer.adapter_names) > 1 for layer in layers):
-        device = parameters[0].device
-        there = there.to(device)
+    if parameters and any(len(layer.adapter_names) > 1 for layer in adapted_layers(model)):
+        there = there.to(parameters[0].device)
         torch.distributed.all_reduce(there, group=model.process_group)
-    return dict.fromkeys(p for p, found in zip(parameters, there.tolist()) if found)
+    return [p for p, found in zip(parameters, there.tolist()) if found]
 
 
 def _weigh(adapter: nn.Module, calls: list[Call], weights: Tensor) -> None:

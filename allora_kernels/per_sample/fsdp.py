@@ -15,24 +15,26 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def gradients(adapters: Iterable[nn.Module]) -> dict[nn.Parameter, object]:
-    """What changes with the gradient of each factor of `adapters` that is sharded and trained."""
+def gradients(adapters: Iterable[nn.Module]) -> dict[nn.Parameter, tuple[Tensor | None, int]]:
+    """The gradient of each factor of `adapters` that is sharded and trained, and how often it was written."""
     factors = (p for adapter in adapters for p in (adapter.lora_A, adapter.lora_B))
     found = {p: p.grad for p in factors if is_sharded(p) and p.requires_grad}
-    return {p: None if grad is None else (id(grad), grad.to_local()._version) for p, grad in found.items()}
+    return {p: (grad, 0 if grad is None else grad.to_local()._version) for p, grad in found.items()}
 
 
-def check_reduced(before: Mapping[nn.Parameter, object], adapters: Iterable[nn.Module]) -> None:
+def check_reduced(before: Mapping[nn.Parameter, tuple[Tensor | None, int]], adapters: Iterable[nn.Module]) -> None:
     """That `gradients` of all these `adapters` are no longer what they were `before`.
 
     Raises:
         RuntimeError: FSDP2 keeps them back. It would add them, not clipped, to what a later pass brings.
     """
-    if any(before.get(p) == state for p, state in gradients(adapters).items()):
-        raise RuntimeError(
-            "FSDP2 has not averaged the recorded gradients over the processes: call model.set_requires_gradient_sync(True) "
-            "before the last backward pass of a record"
-        )
+    for p, (grad, writes) in gradients(adapters).items():
+        former, former_writes = before[p]
+        if grad is former and writes == former_writes:
+            raise RuntimeError(
+                "FSDP2 has not averaged the recorded gradients over the processes: call model.set_requires_gradient_sync(True) "
+                "before the last backward pass of a record"
+            )
 
 
 def averaged(grad: Tensor, p: nn.Parameter) -> Tensor:
