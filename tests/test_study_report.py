@@ -103,7 +103,7 @@ def test_who_wins_decides_what_is_said(tmp_path):
         assert re.search(rf"under {optimizer}, LoRA comes first", theirs)
     assert f"{OURS} has the best mean on Election tweets, Rotten Tomatoes" in ours
     assert "LoRA has the best mean on Election tweets, Rotten Tomatoes" in theirs
-    assert "12 came out for it, 0 against it" in ours and "0 came out for it, 4 against it" in theirs
+    assert "16 came out for it, 0 against it" in ours and "0 came out for it, 4 against it" in theirs
 
 
 def test_a_group_is_shown_only_when_all_its_seeds_are_there(whole, tmp_path):
@@ -214,10 +214,12 @@ def test_the_readme_says_what_the_committed_records_say(tmp_path):
 
 
 def test_the_readmes_summary_is_three_sentences_made_by_the_numbers(tmp_path):
-    blocks = plan.full()[1:2]
-    for better, words in ((OURS, "better in 4, worse in 0"), (LORA.name, "better in 0, worse in 4")):
+    blocks = [block for block in plan.full() if block.name in ("main", "sgd")]
+    for better, words in ((OURS, "4 / 0 / 0"), (LORA.name, "0 / 4 / 0")):
         text = readme.summary(fill(Store(tmp_path), blocks, better), blocks)
-        assert f"against LoRA it is {words} and not told apart in 0" in text and "the grid is complete" in text
+        for title in ("AdamW", "SGD with momentum"):
+            assert f"nder {title}: LoRA {words} (" in text
+        assert text.count("; LoRA α/r=2 ") == 2 and "the grid is complete" in text
         assert len(re.findall(r"\.(?= [A-Z]|\n)", text.partition("![")[0])) == 3
     (tmp_path / "README.md").write_text("nothing")
     with pytest.raises(ValueError, match="has no <!-- study:begin -->"):

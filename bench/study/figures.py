@@ -10,6 +10,7 @@ from .statistics import Ranking, cliques, running_mean_spread
 
 COLORS = {
     "LoRA": "#e0904a",
+    "LoRA α/r=2": "#b8860b",
     "LoRA dropout 0.1": "#d1495b",
     "LoRA α/r=2 dropout 0.1": "#7a3e00",
     "DoRA": "#66a182",
@@ -39,12 +40,12 @@ def differences(shown: Sequence[tuple[Budget, Sequence[Comparison]]], titles: di
     rows = [(budget, c) for budget, comparisons in shown for c in comparisons if c.sign == 1]
     labels = list(dict.fromkeys((budget, c.task) for budget, c in rows))
     others = list(dict.fromkeys(c.other for _, c in rows))
-    figure = _figure(8.5, 1.2 + 0.42 * len(labels))
+    figure = _figure(8.5, 1.4 + 0.42 * len(labels))
     axes = figure.subplots()
     axes.axvline(0.0, color="black", linewidth=1)
     for shift, other in enumerate(others):
         points = [
-            (100 * c.difference.mean.value, labels.index((b, c.task)) + 0.22 * (shift - (len(others) - 1) / 2),
+            (100 * c.difference.mean.value, labels.index((b, c.task)) + 0.18 * (shift - (len(others) - 1) / 2),
              100 * c.difference.mean.half)
             for b, c in rows
             if c.other == other
@@ -56,7 +57,7 @@ def differences(shown: Sequence[tuple[Budget, Sequence[Comparison]]], titles: di
     axes.set_yticks(range(len(labels)), [f"{titles[task]}: {budget}" for budget, task in labels])
     axes.invert_yaxis()
     axes.set_xlabel(f"{ours}, points of test accuracy ahead (95% interval over seeds)", fontsize=9)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=len(others))
     _tidy(axes)
     return figure
 

@@ -13,6 +13,9 @@ FEW_TASKS = ("election-tweets", "reuters-r52")
 DECODER_TASKS = ("shakespeare", "rotten-prompt")
 ALLORA_1 = m.METHODS["ALLoRA row η²=1"]
 COMPARED = (m.LORA, m.ALLORA, m.DORA, m.LORA_PLUS)
+"""What runs on every task and budget; these are ranked."""
+RIVALS = (m.LORA, m.LORA_2, m.DORA, m.LORA_PLUS)
+"""What ALLoRA is compared with, wherever both have run."""
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from . import plan
 from .cells import SEEDS
-from .methods import ALLORA, LORA
+from .methods import ALLORA
 from .plan import Block
-from .results import budgets, collect, compare
+from .results import OPTIMIZER_TITLES, Comparison, budgets, collect, compare
 from .store import Store
 
 _BLOCK = re.compile(r"(?<=<!-- study:begin -->\n).*?(?=\n<!-- study:end -->)", re.DOTALL)
@@ -28,31 +28,33 @@ def write(store: Store, blocks: list[Block], readme: Path) -> None:
 
 
 def summary(store: Store, blocks: list[Block]) -> str:
-    """Three sentences and the figure; without results, that there are none."""
+    """A sentence for each optimizer, one on where to read more, and the figure; without results, that there are none."""
     results = collect(blocks, store)
-    others = [method.name for method in plan.COMPARED if method != ALLORA]
-    found = [c for budget in budgets(results) for c in compare(results, budget, ALLORA, others)]
-    against = {other: [c for c in found if c.other == other] for other in others}
-    plain = against[LORA.name]
-    points = [100 * c.difference.mean.value for c in plain if c.sign == 1]
-    if not points:
+    others = [method.name for method in plan.RIVALS]
+    said = []
+    for optimizer, title in OPTIMIZER_TITLES.items():
+        here = [budget for budget in budgets(results) if budget.optimizer == optimizer]
+        found = [c for budget in here for c in compare(results, budget, ALLORA, others)]
+        tallies = [_tally(other, cases) for other in others if (cases := [c for c in found if c.other == other])]
+        if tallies:
+            said.append(f"Under {title}: {'; '.join(tallies)}.")
+    if not said:
         return NOT_YET
-    rest = "; ".join(
-        f"against {name} {_tally(against[name])}" for name in others if name != LORA.name and against[name]
+    said[0] = (
+        f"{ALLORA.name} against PEFT's methods, cases of task and length of training in which it is better / worse / not told "
+        f"apart, and its mean lead in points of accuracy, {said[0][0].lower()}{said[0][1:]}"
     )
-    rest = f" {rest[0].upper()}{rest[1:]}." if rest else ""
     done, total = plan.counts(plan.whole(blocks), store)
     state = "the grid is complete" if done == total else f"{done} of the grid's {total} cells are there"
-    mean = f"{sum(points) / len(points):+.1f} points of accuracy"
-    cases = f"{len(plain)} case{'s' if len(plain) > 1 else ''}"
     return (
-        f"`{ALLORA.name}` against PEFT's methods, each at its own best learning rate of one grid, {len(SEEDS)} seeds, in "
-        f"{cases} of task, optimizer and length of training: against LoRA it is {_tally(plain)} (on average {mean}).{rest} "
-        f"Tables, the three flaws and the limits are on [the study's page](docs/study.md); {state}.\n\n"
-        "![ALLoRA minus LoRA, DoRA and LoRA+: points of accuracy](docs/study-differences.png)"
+        f"{' '.join(said)} Each method is at its own best learning rate of one grid, with {len(SEEDS)} seeds; tables, "
+        f"the three flaws and the limits are on [the study's page](docs/study.md) ({state}).\n\n"
+        "![ALLoRA minus PEFT's methods: points of accuracy](docs/study-differences.png)"
     )
 
 
-def _tally(found: list) -> str:
-    better, worse, same = (sum(c.verdict == verdict for c in found) for verdict in (1, -1, 0))
-    return f"better in {better}, worse in {worse} and not told apart in {same}"
+def _tally(other: str, cases: list[Comparison]) -> str:
+    better, worse, same = (sum(c.verdict == verdict for c in cases) for verdict in (1, -1, 0))
+    points = [100 * c.difference.mean.value for c in cases if c.sign == 1]
+    mean = f" ({sum(points) / len(points):+.1f})" if points else ""
+    return f"{other} {better} / {worse} / {same}{mean}"

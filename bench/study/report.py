@@ -15,7 +15,7 @@ from .store import Store
 from .tasks import TASKS
 
 COMMAND = "python -m bench.study"
-OTHERS = [method.name for method in plan.COMPARED if method != ALLORA]
+OTHERS = [method.name for method in plan.RIVALS]
 TITLES = {name: task.title for name, task in TASKS.items()}
 
 
@@ -66,7 +66,7 @@ def text(store: Store, blocks: list[Block], page: Path) -> str:
     body += [
         _ranked(numbered, results, said),
         sections.rules(numbered, results, rule_tables, said),
-        sections.sides(numbered, results),
+        sections.sides(numbered, results, said),
         *(part(numbered, flaw_report.records_of(kind, blocks, store), said) for kind, part in _FLAWS.items()),
     ]
     head = [
@@ -113,7 +113,11 @@ def _budget(numbered: Numbered, results, budget, comparisons, tables: dict[Budge
             numbered.table(
                 f"{budget}: {ALLORA.name} minus the other, same seeds, with Holm's p over this table; + or − where p < 0.05",
                 ["minus", *(TITLES[t] for t in tasks)],
-                [[other, *(sections.difference(comparisons, task, other) for task in tasks)] for other in OTHERS],
+                [
+                    [other, *(sections.difference(comparisons, task, other) for task in tasks)]
+                    for other in OTHERS
+                    if any(c.other == other for c in comparisons)
+                ],
             )
         )
         tables[budget] = numbered.tables

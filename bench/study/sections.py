@@ -185,21 +185,29 @@ def rules(numbered, results: Results, tables: dict[Budget, list[int]], said: lis
     return "\n\n".join(["## Which rule", *parts]) if parts else ""
 
 
-def sides(numbered, results: Results) -> str:
+def sides(numbered, results: Results, said: list[str]) -> str:
     """Where the coefficient is applied."""
     names = [LORA.name, *(m.name for m in ALLORA_SIDES), ALLORA.name]
-    rows = []
+    rows, cases = [], []
     for budget in budgets(results):
         for task in tasks_of(results, budget):
             found = [results.get((budget, task, name)) for name in names]
             if all(found):
                 rows.append([f"{TASKS[task].title}, {budget}", *map(cell, found)])
+                if all(result.usable for result in found):
+                    cases.append(
+                        (f"{TASKS[task].title}, {budget}", [f"{100 * mean_of(result):.1f}%" for result in found])
+                    )
     if not rows:
         return ""
     caption = "The coefficient on neither factor, on one of them, on both"
-    return "## Where the coefficient is applied\n\n" + numbered.table(
-        caption, ["", "neither (LoRA)", "A", "B", "both"], rows
-    )
+    places = ["neither (LoRA)", "A", "B", "both"]
+    drawn = numbered.table(caption, ["", *places], rows)
+    said += [
+        f"{case}: the coefficient on neither factor, A only, B only, both: {', '.join(means)} (Table {numbered.tables})."
+        for case, means in cases
+    ]
+    return f"## Where the coefficient is applied\n\n{drawn}"
 
 
 # --- the three flaws ------------------------------------------------------------------------------------------------
