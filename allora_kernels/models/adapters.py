@@ -11,12 +11,12 @@ from ..layer.adapter import ALLoRALayer
 from ..layer.block_hook import BlockHook
 from ..layer.functional import check_rule
 from ..layer.linear import FusedALLoRALinear
+from ..layer.sharding import is_sharded
 from .adapt import check_adapter_name, put, ranks_of
 from .adapted import AdaptReport, adapter_layers, adapter_names, known_adapter, report, saved_modules
 from .batch_rows import BatchRows
 from .saved_whole import ModuleOfEachAdapter, copies_of
 from .selection import clean_name, module_slots, unwrap
-from .sharded import is_sharded
 
 
 def add_adapter(

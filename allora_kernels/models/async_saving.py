@@ -8,11 +8,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from ..layer.sharding import is_sharded
 from .adapted import adapter_names, known_adapter
 from .adapter_files import write_adapter
 from .saving import prepare_save, values_in_file
 from .selection import unwrap
-from .sharded import is_sharded
 
 _lock = threading.Lock()
 # The thread that began last: the next one waits for it, so that of two saves into one folder the later one stays.

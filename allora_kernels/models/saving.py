@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..layer.adapter import ALLoRALayer
+from ..layer.sharding import is_sharded
 from .adapted import adapter_layers, adapter_parameters, chosen_adapter, layers_of, saved_modules
 from .adapter_config import config_for
 from .adapter_files import write_adapter
@@ -17,7 +18,7 @@ from .expert_selection import Stack, adapted_stacks
 from .experts import ADAPTERS
 from .saved_whole import ModuleOfEachAdapter
 from .selection import clean_name, module_slots, some, unwrap
-from .sharded import is_sharded, together, whole_on_cpu, writes_files
+from .sharded import together, whole_on_cpu, writes_files
 
 PREFIX = "base_model.model."
 

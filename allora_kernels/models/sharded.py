@@ -7,12 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..layer.sharding import is_sharded
+
 T = TypeVar("T")
-
-
-def is_sharded(t: Tensor) -> bool:
-    """Whether `t` is a DTensor."""
-    return hasattr(t, "full_tensor")
 
 
 def whole_on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

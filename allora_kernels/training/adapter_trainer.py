@@ -8,11 +8,11 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..layer.adapter import ALLoRALayer
+from ..layer.sharding import is_sharded
 from ..models.adapted import adapter_layers, adapter_names, adapter_parameters
 from ..models.loading import load_adapter
 from ..models.saving import save_adapter
 from ..models.selection import unwrap
-from ..models.sharded import is_sharded
 from .parallel import RequireParallel, prepare_anew
 
 

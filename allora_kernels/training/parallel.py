@@ -3,7 +3,7 @@
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
-from ..models.sharded import is_sharded
+from ..layer.sharding import is_sharded
 
 
 def prepare_anew(trainer: Trainer) -> None:
