@@ -669,7 +669,7 @@ def test_clipping_refuses_what_it_would_leave_unclipped():
     with per_sample.record(model):
         model(torch.randn(4, 11)).sum().backward()
     before = model[0].first.lora_A.grad.clone()
-    with pytest.raises(ValueError, match=r"'1.weight' has a gradient but is no recorded adapter's"):
+    with pytest.raises(ValueError, match=r"'1.weight' has a gradient that was not recorded"):
         per_sample.clip_(model, 1.0)
     for bad in (0, -1.0, math.inf, math.nan, "1", True):
         with pytest.raises(ValueError, match="max_norm"):
@@ -684,6 +684,36 @@ def test_layers_that_did_not_take_part():
         model.first(torch.randn(3, 11)).sum().backward()
     with pytest.raises(RuntimeError, match="not every layer took part"):
         per_sample.norms(model)
+
+
+@pytest.mark.parametrize("norms_only", [False, True])
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
+def test_clipping_refuses_an_older_gradient_of_a_frozen_factor(frozen, norms_only):
+    model = Net()
+    model(torch.randn(4, 11)).sum().backward()
+    factor = getattr(model.first, frozen)
+    factor.requires_grad_(False)
+    with per_sample.record(model, norms_only=norms_only):
+        model(torch.randn(4, 11)).sum().backward()
+    before = factor.grad.clone()
+    with pytest.raises(ValueError, match=f"'first.{frozen}' has a gradient that was not recorded"):
+        per_sample.clip_(model, 1.0)
+    assert torch.equal(factor.grad, before)
+    factor.grad = None
+    per_sample.clip_(model, 1.0)
+    assert factor.grad is None and model.second.lora_A.grad is not None
+
+
+@pytest.mark.parametrize("norms_only", [False, True])
+def test_another_factor_that_is_frozen_in_each_pass(norms_only):
+    model = Net()
+    with pytest.raises(ValueError, match="a factor of layer 'first' was frozen or freed"):  # noqa: SIM117
+        with per_sample.record(model, norms_only=norms_only):
+            model.first.lora_A.requires_grad_(False)
+            model(torch.randn(4, 11)).sum().backward()
+            model.first.lora_A.requires_grad_(True)
+            model.first.lora_B.requires_grad_(False)
+            model(torch.randn(4, 11)).sum().backward()
 
 
 @pytest.mark.parametrize("norms_only", [False, True])

@@ -364,7 +364,7 @@ def test_clipping_refuses_gradients_of_adapters_that_were_not_recorded():
         loss_of(model(X)).backward()
     with per_sample.record(model), adapter_rows(model, ["a", "b"] * 3):
         loss_of(model(X)).backward()
-    with pytest.raises(ValueError, match=r"adapters\.c\.lora_A' has a gradient but is no recorded adapter's"):
+    with pytest.raises(ValueError, match=r"adapters\.c\.lora_A' has a gradient that was not recorded"):
         per_sample.clip_(model, 1.0)
 
 

@@ -94,20 +94,20 @@ def clip_(model: nn.Module, max_norm: float) -> Tensor:
     averaged over the processes, as they average gradients.
 
     Raises:
-        ValueError: `max_norm` is not > 0; or a parameter outside the recorded adapters got a gradient, which would stay
-            unclipped.
+        ValueError: `max_norm` is not > 0; or a parameter has a gradient that was not recorded, which would stay unclipped.
         RuntimeError: as `norms`; or a norms-only record was clipped before.
     """
     if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not 0 < max_norm < math.inf:
         raise ValueError(f"max_norm must be a finite number > 0, got {max_norm!r}")
     recorded = [pair for layer in adapted_layers(model) for pair in recorded_adapters(layer)]
-    adapters = {p for adapter, _ in recorded for p in (adapter.lora_A, adapter.lora_B)}
+    written = {p for adapter, kept in recorded for p in _recorded_factors(adapter, kept)}
     replicated = _replicated_adapters(model)
-    known = adapters.union(replicated)
+    known = written.union(p for p in replicated if p.requires_grad)
     loose = [name for name, p in model.named_parameters() if p.grad is not None and p not in known]
     if loose:
         raise ValueError(
-            f"{loose[0]!r} has a gradient but is no recorded adapter's: it would stay unclipped; freeze it"
+            f"{loose[0]!r} has a gradient that was not recorded and would stay unclipped: freeze it, and call zero_grad before "
+            "the record"
         )
     if any(call.weigh is None for _, kept in recorded for call in kept.calls):
         raise RuntimeError("this norms-only record was clipped already, which used it up")
@@ -121,12 +121,19 @@ def clip_(model: nn.Module, max_norm: float) -> Tensor:
             w = own.to(p.device, torch.promote_types(torch.float32, p.grad_sample.dtype))
             _set_grad(p, _steps(p.grad_sample).weighted_sum(p.grad_sample, w, p.dtype))
     for p in _with_gradient_anywhere(model, replicated):
-        if p not in adapters:
+        if p not in written:
             # Of this process's samples it has none: what is there DDP brought from others.
             _set_grad(p, torch.zeros_like(p))
         torch.distributed.all_reduce(p.grad, group=model.process_group)
         p.grad /= model.process_group.size()
     return sample_norms
+
+
+def _recorded_factors(adapter: nn.Module, kept: Kept) -> list[nn.Parameter]:
+    """Those of lora_A and lora_B that gradients were recorded of: the other one was frozen."""
+    if not kept.calls:
+        return grad_samples(adapter)
+    return [p for p, there in zip((adapter.lora_A, adapter.lora_B), kept.calls[0].factors) if there]
 
 
 def _replicated_adapters(model: nn.Module) -> list[nn.Parameter]:

@@ -20,7 +20,7 @@ from .samples import Samples
 class Call:
     """What the backward passes left of the samples that one adapter of a layer had in a forward pass: their gradients `a`
     [b, *A's shape] and `b` [b, *B's shape]; or, where only norms were asked for, their `squares` [b], the gradients' sums
-    `totals`, and `weigh`, which turns weights [b] into the weighted sums (dA, dB) and keeps what that takes."""
+    `totals` (dA, dB), and `weigh`, which turns weights [b] into the weighted sums (dA, dB) and keeps what that takes."""
 
     count: int
     """How many samples the forward pass is of."""
@@ -30,13 +30,19 @@ class Call:
     a: Tensor | None = None
     b: Tensor | None = None
     squares: Tensor | None = None
-    totals: tuple[Tensor, ...] = ()
+    totals: tuple[Tensor | None, Tensor | None] = (None, None)
     weigh: Callable[[Tensor], tuple[Tensor | None, Tensor | None]] | None = None
 
     @property
     def where(self) -> tuple[int, ...]:
         """`places`, also where they are all."""
         return tuple(range(self.count)) if self.places is None else self.places
+
+    @property
+    def factors(self) -> tuple[bool, bool]:
+        """Whether there are gradients of lora_A, and of lora_B."""
+        of_a, of_b = zip((self.a, self.b), self.totals)
+        return any(t is not None for t in of_a), any(t is not None for t in of_b)
 
     def plus(self, other: "Call", name: str) -> "Call":
         """The gradients of the same samples in two calls, added up.
@@ -108,7 +114,7 @@ def in_order(calls: dict[str, dict[Forward, Call]], runs: Sequence[Run], layer: 
                 kept.calls.append(functools.reduce(lambda one, other: one.plus(other, layer), own))
                 places += [start + i for i in kept.calls[-1].where]
             start += run.count
-        if len({(call.a is None, call.b is None, len(call.totals)) for call in kept.calls}) > 1:
+        if len({call.factors for call in kept.calls}) > 1:
             raise ValueError(f"a factor of layer {layer!r} was frozen or freed between the passes of one record")
         kept.named = any(call.places is not None for call in kept.calls)
         kept.places = None if places == list(range(total)) else tuple(places)

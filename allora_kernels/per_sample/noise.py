@@ -40,7 +40,7 @@ def noise_scale(model: nn.Module) -> NoiseScale:
         if kept.places is not None:
             raise ValueError("noise_scale is of samples that all train one adapter, and adapter_rows gave each its own")
         if kept.calls:
-            parts = [sum(part) for part in zip(*(call.totals for call in kept.calls))]
+            parts = [sum(part) for part in zip(*(call.totals for call in kept.calls)) if part[0] is not None]
         else:
             parts = [p.grad_sample.sum(0) for p in grad_samples(adapter)]
         for part in parts:

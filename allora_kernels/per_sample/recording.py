@@ -245,7 +245,7 @@ class Recording:
         call = Call(part.count, samples, part.places)
         if self.norms_only:
             ds, da, db, call.squares = steps.sample_squared_norms(*common, need_ds, *dtypes, samples)
-            call.totals = tuple(t for t in (da, db) if t is not None)
+            call.totals = da, db
             kept_b = lora_B.clone() if self._copies else lora_B
             call.weigh = lambda w: steps.weighted_grads(g, x, s, kept_b, c, eta, norm, w, *dtypes, samples)
         else:
