@@ -218,8 +218,8 @@ def test_the_readmes_summary_is_three_sentences_made_by_the_numbers(tmp_path):
     for better, words in ((OURS, "4 / 0 / 0"), (LORA.name, "0 / 4 / 0")):
         text = readme.summary(fill(Store(tmp_path), blocks, better), blocks)
         for title in ("AdamW", "SGD with momentum"):
-            assert f"nder {title}: LoRA {words} (" in text
-        assert text.count("; LoRA α/r=2 ") == 2 and "the grid is complete" in text
+            assert re.search(rf"Under {title}, {OURS} is [^:]*: against LoRA {words} \(", text)
+        assert text.count("; against LoRA α/r=2 ") == 2 and "the grid is complete" in text
         assert len(re.findall(r"\.(?= [A-Z]|\n)", text.partition("![")[0])) == 3
     (tmp_path / "README.md").write_text("nothing")
     with pytest.raises(ValueError, match="has no <!-- study:begin -->"):

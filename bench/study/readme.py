@@ -37,19 +37,18 @@ def summary(store: Store, blocks: list[Block]) -> str:
         found = [c for budget in here for c in compare(results, budget, ALLORA, others)]
         tallies = [_tally(other, cases) for other in others if (cases := [c for c in found if c.other == other])]
         if tallies:
-            said.append(f"Under {title}: {'; '.join(tallies)}.")
+            said.append(
+                f"Under {title}, {ALLORA.name} is better / worse / not told apart in so many cases of task and length of "
+                f"training, with this mean lead in points of accuracy: {'; '.join(tallies)}."
+            )
     if not said:
         return NOT_YET
-    said[0] = (
-        f"{ALLORA.name} against PEFT's methods, cases of task and length of training in which it is better / worse / not told "
-        f"apart, and its mean lead in points of accuracy, {said[0][0].lower()}{said[0][1:]}"
-    )
     done, total = plan.counts(plan.whole(blocks), store)
     state = "the grid is complete" if done == total else f"{done} of the grid's {total} cells are there"
     return (
-        f"{' '.join(said)} Each method is at its own best learning rate of one grid, with {len(SEEDS)} seeds; tables, "
-        f"the three flaws and the limits are on [the study's page](docs/study.md) ({state}).\n\n"
-        "![ALLoRA minus PEFT's methods: points of accuracy](docs/study-differences.png)"
+        f"{' '.join(said)} The others are PEFT's, and each is at its own best learning rate of one grid, "
+        f"with {len(SEEDS)} seeds; tables, the three flaws and the limits are on [the study's page](docs/study.md) "
+        f"({state}).\n\n![ALLoRA minus PEFT's methods: points of accuracy](docs/study-differences.png)"
     )
 
 
@@ -57,4 +56,4 @@ def _tally(other: str, cases: list[Comparison]) -> str:
     better, worse, same = (sum(c.verdict == verdict for c in cases) for verdict in (1, -1, 0))
     points = [100 * c.difference.mean.value for c in cases if c.sign == 1]
     mean = f" ({sum(points) / len(points):+.1f})" if points else ""
-    return f"{other} {better} / {worse} / {same}{mean}"
+    return f"against {other} {better} / {worse} / {same}{mean}"
