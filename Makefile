@@ -6,7 +6,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 # Two workers fit the two cores CI has; each keeps to one thread.
 WORKERS ?= 2
 
-.PHONY: test test-device-ir test-hub test-oldest-peft demo demo-lm qlora trl-sft trl-dpo mislabelled study bench lint test-newest docs clean
+.PHONY: test test-configurations test-device-ir test-hub test-oldest-peft demo demo-lm qlora trl-sft trl-dpo mislabelled study bench lint test-newest docs clean
 
 test: $(VENV)/.ready lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal
@@ -36,6 +36,11 @@ study: $(VENV)/.ready-study
 
 bench: $(VENV)/.ready
 	$(RUN) -m bench $(ARGS)
+
+# The kernel tests by the interpreter, with what a GPU of this architecture would be given: as they will run there.
+ARCH ?= sm_90
+test-configurations: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal --configurations-of $(ARCH) tests/kernels
 
 # The newest Triton, which the pins do not name: all kernels by its interpreter, what it compiles, what it launches.
 test-newest: .venv-newest/.ready

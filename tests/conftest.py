@@ -16,6 +16,14 @@ if not HAS_GPU:
     del os.environ["TRITON_INTERPRET"]
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--configurations-of",
+        metavar="ARCH",
+        help="without a GPU: run tests/kernels with the tiles, plans and cuts that this architecture's GPU gets (sm_90)",
+    )
+
+
 def pytest_collection_modifyitems(items):
     no_gpu = pytest.mark.skip(reason="needs a CUDA GPU")
     for item in items:

@@ -11,6 +11,18 @@ with pytest.MonkeyPatch.context() as patch:
 
 
 @pytest.fixture(autouse=True)
+def _configurations(request, monkeypatch):
+    """Those of `--configurations-of`, where it is given."""
+    arch = request.config.getoption("--configurations-of")
+    if arch is not None:
+        if torch.cuda.is_available():
+            raise pytest.UsageError("--configurations-of is for machines without a GPU: here its own are tested")
+        from csrc_triton import configs
+
+        monkeypatch.setattr(configs, "arch_of", lambda device: arch)
+
+
+@pytest.fixture(autouse=True)
 def _fresh_zones():
     red_zones._zones.clear()
 

@@ -19,7 +19,8 @@ def run(device):
 
 
 def test_every_plan_has_a_time(run):
-    products = dict(ways._measure(run, Case(8, 24, 16, 4, "float16", "float16")))
+    # S inside needs a rank of eights on a GPU.
+    products = dict(ways._measure(run, Case(8, 32, 16, 8, "float16", "float16")))
     assert list(products) == ["y", "dx"]
     for step, rows in products.items():
         assert {row["status"] for row in rows.values()} == {"ok"}

@@ -148,7 +148,7 @@ def test_what_descriptors_reach(columns, row_stride, offset, dtype, reached):
 @ways
 @pytest.mark.parametrize("norm", ["row", "token", None])
 def test_the_layer_takes_the_way_it_is_given(device, monkeypatch, way, norm):
-    inputs = make_inputs(37, 56, 40, 3, torch.bfloat16, device=device)
+    inputs = make_inputs(37, 48, 80, 8, torch.bfloat16, device=device)
     taken = []
 
     def pick(call, device, describable):
