@@ -8,8 +8,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from packaging.version import Version
 
 from allora_kernels.layer.backend import TRITON_INSTALLED
+
+SINCE_TORCH_2_13 = Version(torch.__version__).release >= (2, 13)
+"""Whether torch is newer than 2.11, whose FSDP2 takes no integer parameters and whose compiler no DTensors of any length;
+what lies between was not tried."""
 
 
 def _work(rank: int, world: int, checks: dict, folder: Path) -> None:

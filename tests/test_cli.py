@@ -170,7 +170,10 @@ def test_bench_says_what_is_wrong(arguments, words, tmp_path, monkeypatch):
 def test_doctor_passes_on_this_machine():
     result = allora("doctor")
     assert result.exit_code == 0, result.output
-    assert torch.__version__ in result.output and "self-check of the eager backend: passed" in result.output
+    assert (
+        torch.__version__.partition("+")[0] in result.output
+        and "self-check of the eager backend: passed" in result.output
+    )
     for norm in reference.NORMS:
         assert str(norm) in result.output
 

@@ -217,6 +217,19 @@ def test_the_graph_compiles_whole(inputs):
     torch.testing.assert_close(ours, torch.autograd.grad(f(*leaves), leaves, g))
 
 
+def test_compiling_does_not_ask_what_torch_2_11_cannot_trace(inputs, monkeypatch):
+    # Of doubles, which autocast leaves alone, nothing is asked.
+    tensors = [t.float() for t in inputs[:5]]
+    expected = allora_linear(*tensors)
+
+    def untraceable(kind):
+        raise NotImplementedError
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", untraceable)
+    compiled = torch.compile(allora_linear, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*tensors), expected)
+
+
 BAD = {
     "x of another width": ({"x": lambda t: t[:, :3]}, ValueError, r"x must be .* K = 7"),
     "x without dimensions": ({"x": lambda t: t[0, 0]}, ValueError, "x must be"),

@@ -14,7 +14,7 @@ if not dist.is_available():
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install '.[quantized]'")
 pytest.importorskip("torchao", reason="torchao is not installed: pip install '.[quantized]'")
 
-from processes import run_checks  # noqa: E402
+from processes import SINCE_TORCH_2_13, run_checks  # noqa: E402
 from quantized import quantized  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
@@ -185,6 +185,9 @@ CHECKS = {
     "fsdp, int8": check_fsdp_of_torchao,
     **{f"tensor parallelism, {kind}": partial(check_tensor_parallelism, kind) for kind in EACH},
 }
+if not SINCE_TORCH_2_13:
+    for name in ("fsdp, 8bit", "fsdp, 4bit in bf16", *(f"fsdp, 4bit, {norm}" for norm in ("row", "entry", None))):
+        del CHECKS[name]
 
 
 def test_two_processes_train_what_one_does(tmp_path):

@@ -14,7 +14,7 @@ dist = pytest.importorskip("torch.distributed")
 if not dist.is_available():
     pytest.skip("this torch has no distributed package", allow_module_level=True)
 
-from processes import run_checks  # noqa: E402
+from processes import SINCE_TORCH_2_13, run_checks  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor  # noqa: E402
@@ -251,7 +251,7 @@ COLUMNS = {"row": [], "matrix": [R * R], "factor": [], "entry": [], "token": [R 
 ROWWISE = {"row": [R * R], "matrix": [R * R], "factor": [R], "entry": [], "token": [], None: []}
 TWO = {
     "mistakes": check_mistakes,
-    **{f"{b}, compiled": partial(check_compiled, b) for b in BACKENDS},
+    **{f"{b}, compiled": partial(check_compiled, b) for b in BACKENDS if SINCE_TORCH_2_13},
     **{f"{b}, autocast={a}": partial(check_16_bit_base, b, a) for b in BACKENDS for a in (False, True)},
     **{f"crosses rowwise, {n}": partial(check_what_crosses, n, True, [ROWS * R, *c]) for n, c in ROWWISE.items()},
     **{f"crosses columnwise, {n}": partial(check_what_crosses, n, False, [R * K, *c]) for n, c in COLUMNS.items()},

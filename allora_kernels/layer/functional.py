@@ -158,8 +158,12 @@ def apply_function(*args) -> tuple[Tensor, Tensor]:
 
 def no_autocast(kind: str) -> contextlib.AbstractContextManager:
     """Autocast off for this type of device, where it has any."""
-    available = torch.amp.is_autocast_available(kind)
-    return torch.autocast(kind, enabled=False) if available else contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False) if _has_autocast(kind) else contextlib.nullcontext()
+
+
+def _has_autocast(kind: str) -> bool:
+    # torch 2.11 cannot trace the question; what is compiled for has autocast.
+    return torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
 
 
 def compute_dtype(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> torch.dtype:
@@ -170,7 +174,7 @@ def compute_dtype(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> torch.dtype:
 def autocasts(x: Tensor) -> bool:
     """Whether torch.autocast would cast x for a linear layer: never a double, and not every device type has it."""
     kind = x.device.type
-    return x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x.dtype != torch.float64 and _has_autocast(kind) and torch.is_autocast_enabled(kind)
 
 
 def in_one_dtype(
