@@ -141,5 +141,7 @@ def rank_scores(results: Results, chosen: Iterable[Budget], methods: Sequence[st
             here = [results.get((budget, task, name)) for name in methods]
             if all(result and result.usable for result in here):
                 for name, result in zip(methods, here):
-                    scores[name].append(result.group.task.sign * sum(result.test.values()) / len(result.test))
+                    # Means that are equal but for rounding share a rank, whatever the order they were added up in.
+                    mean = math.fsum(result.test.values()) / len(result.test)
+                    scores[name].append(result.group.task.sign * round(mean, 9))
     return scores
