@@ -442,6 +442,26 @@ def test_frozen_halves_of_an_adapter(backend):
         torch.testing.assert_close(recorded_one(model, name).double(), expected[name], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("norms_only", [False, True])
+def test_norms_noise_and_clipping_of_frozen_halves(norms_only):
+    model, x = Net(), torch.randn(4, 3, 11)
+    model.first.lora_A.requires_grad_(False)
+    model.second.lora_B.requires_grad_(False)
+    exact = one_by_one(model, x)
+    with per_sample.record(model, norms_only=norms_only):
+        model(x).square().sum().backward()
+    of_samples = torch.cat([exact[name].flatten(1) for name in ("first.lora_B", "second.lora_A")], 1)
+    trace = per_sample.noise_scale(model).trace
+    torch.testing.assert_close(trace.double(), of_samples.var(0).sum(), rtol=1e-4, atol=0)
+    norms = of_samples.norm(dim=1)
+    torch.testing.assert_close(per_sample.clip_(model, norms.median().item()).double(), norms, rtol=1e-4, atol=0)
+    factors = norms.median() / norms.clamp_min(norms.median())
+    for name in ("first.lora_B", "second.lora_A"):
+        expected = torch.einsum("b,b...->...", factors, exact[name])
+        torch.testing.assert_close(adapters(model)[name].grad.double(), expected, rtol=1e-4, atol=1e-4)
+    assert model.first.lora_A.grad is None and model.second.lora_B.grad is None
+
+
 def recorded_one(model, name):
     return dict(model.named_parameters())[name].grad_sample
 

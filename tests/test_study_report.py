@@ -171,6 +171,20 @@ def test_ranks_and_the_critical_difference():
     assert statistics.ranking(dict(zip("abc", table))).p == pytest.approx(stats.friedmanchisquare(*table).pvalue)
 
 
+def test_means_equal_but_for_the_order_of_their_values_share_a_rank(tmp_path):
+    block = plan.full()[1]
+    store = fill(Store(tmp_path), [block])
+    values = dict(zip(SEEDS, (0.1, 0.2, 0.4, 0.3, 0.5)))
+    for record in store.records.values():
+        if "test" in record:
+            seed = record["settings"]["seed"]
+            backwards = record["settings"]["method"]["name"] == OURS
+            record["test"]["accuracy"] = values[SEEDS[-1] + SEEDS[0] - seed if backwards else seed]
+    found = results.collect([block], store)
+    scores = results.rank_scores(found, results.budgets(found), [OURS, LORA.name])
+    assert scores[OURS] == scores[LORA.name] == [0.3] * 4
+
+
 def test_the_spread_of_a_running_mean_narrows_as_a_root():
     values = np.random.default_rng(0).normal(1.0, 2.0, 4000)
     low, high = statistics.running_mean_spread(values, 100)

@@ -195,16 +195,13 @@ def sides(numbered, results: Results, said: list[str]) -> str:
             if all(found):
                 rows.append([f"{TASKS[task].title}, {budget}", *map(cell, found)])
                 if all(result.usable for result in found):
-                    cases.append(
-                        (f"{TASKS[task].title}, {budget}", [f"{100 * mean_of(result):.1f}%" for result in found])
-                    )
+                    cases.append((rows[-1][0], ", ".join(f"{100 * mean_of(result):.1f}%" for result in found)))
     if not rows:
         return ""
     caption = "The coefficient on neither factor, on one of them, on both"
-    places = ["neither (LoRA)", "A", "B", "both"]
-    drawn = numbered.table(caption, ["", *places], rows)
+    drawn = numbered.table(caption, ["", "neither (LoRA)", "A", "B", "both"], rows)
     said += [
-        f"{case}: the coefficient on neither factor, A only, B only, both: {', '.join(means)} (Table {numbered.tables})."
+        f"{case}: the coefficient on neither factor, A only, B only, both: {means} (Table {numbered.tables})."
         for case, means in cases
     ]
     return f"## Where the coefficient is applied\n\n{drawn}"
