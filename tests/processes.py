@@ -1,5 +1,6 @@
-"""Several processes that run one list of checks, so that starting them is paid for once."""
+"""Several processes, and one list of checks that they run, so that starting them is paid for once."""
 
+import faulthandler
 import os
 import traceback
 from datetime import timedelta
@@ -15,6 +16,22 @@ from allora_kernels.layer.backend import TRITON_INSTALLED
 SINCE_TORCH_2_13 = Version(torch.__version__).release >= (2, 13)
 """Whether torch is newer than 2.11, whose FSDP2 takes no integer parameters and whose compiler no DTensors of any length;
 what lies between was not tried."""
+
+
+def spawn(work, *args, nprocs: int) -> None:
+    """Call `work(rank, *args)`, a function of a module, in `nprocs` processes and wait for them.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: with the traceback of what one of them raised.
+    """
+    mp.spawn(_call, args=(work, *args), nprocs=nprocs)
+
+
+def _call(rank: int, work, *args) -> None:
+    faulthandler.enable()
+    work(rank, *args)
+    # Not through the interpreter's end: there a thread of gloo that lets go of a tensor aborts the process.
+    os._exit(0)
 
 
 def _work(rank: int, world: int, checks: dict, folder: Path) -> None:
@@ -46,7 +63,7 @@ def run_checks(world: int, checks: dict, folder: Path) -> None:
     Raises:
         AssertionError: with the traceback of each check that failed in any of them.
     """
-    mp.spawn(_work, args=(world, checks, folder), nprocs=world)
+    spawn(_work, world, checks, folder, nprocs=world)
     problems = {}
     for rank in range(world):
         problems |= torch.load(folder / f"problems-{rank}")

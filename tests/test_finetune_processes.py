@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 if not torch.distributed.is_available():
     pytest.skip("this torch has no distributed package", allow_module_level=True)
 
+from processes import spawn  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tiny_training import make_model, sentences, write_csv  # noqa: E402
 
@@ -114,7 +114,7 @@ def read(output):
 
 
 def test_two_processes_train_as_one_and_stop_and_resume_together(folder):
-    mp.spawn(work, args=(folder, free_port()), nprocs=2)
+    spawn(work, folder, free_port(), nprocs=2)
     for task in TASKS:
         alone = finetune(settings(folder, task))
         _, weights = read(folder / task / "run")

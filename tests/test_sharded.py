@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from allora_kernels import adapter_layers, apply_allora, disable_adapters, load_adapter, save_adapter
 
 if not dist.is_available():
     pytest.skip("this torch has no distributed package", allow_module_level=True)
+from processes import spawn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -71,7 +71,7 @@ def contents(folder):
 
 
 def run(action, folder, world):
-    mp.spawn(work, args=(world, str(folder), action), nprocs=world)
+    spawn(work, world, str(folder), action, nprocs=world)
 
 
 def work(rank, world, folder, action):
