@@ -371,6 +371,15 @@ def test_an_unknown_block_is_named(tmp_path):
     assert code == 2 and "no block is called everything; there are short, main" in text
 
 
+def test_some_tasks_of_a_block_can_be_asked_for(tmp_path):
+    code, text = said(
+        ["--list", "--only", "main", "flaws", "--tasks", "reuters-r52", "--results", str(tmp_path)], tmp_path
+    )
+    assert code == 0 and "0 of   88 cells" in text and "0 of    0 cells" in text
+    code, text = said(["--tasks", "reuters", "--results", str(tmp_path)], tmp_path)
+    assert code == 2 and "no task is called reuters; there are rotten-tomatoes, election-tweets" in text
+
+
 def test_a_broken_file_of_results_is_a_line_and_not_a_traceback(tmp_path):
     (tmp_path / "cells.jsonl").write_text("{}\n")
     code, text = said(["--report", "--results", str(tmp_path)], tmp_path)

@@ -27,6 +27,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--report", action="store_true", help="write the page and its plots from what is there, run nothing"
     )
     parser.add_argument("--only", nargs="+", metavar="BLOCK", help="blocks of the plan to run (--list shows them)")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks to run of those blocks")
     parser.add_argument("--list", action="store_true", help="show the blocks, and how much of each is there")
     parser.add_argument(
         "--results", type=Path, help="folder of the JSON lines (bench/results/study; quick: runs/study-quick)"
@@ -54,13 +55,19 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
     console = console or Console()
     from . import plan, readme, report, runner
     from .store import Store
+    from .tasks import TASKS
 
     blocks = plan.quick() if options.quick else plan.full()
-    names = [block.name for block in blocks]
-    if unknown := sorted(set(options.only or ()) - set(names)):
-        console.print(f"no block is called {', '.join(unknown)}; there are {', '.join(names)}", markup=False)
-        return 2
+    for what, asked, known in (
+        ("block", options.only, [block.name for block in blocks]),
+        ("task", options.tasks, TASKS),
+    ):
+        if unknown := sorted(set(asked or ()) - set(known)):
+            console.print(f"no {what} is called {', '.join(unknown)}; there are {', '.join(known)}", markup=False)
+            return 2
     chosen = [block for block in blocks if not options.only or block.name in options.only]
+    if options.tasks:
+        chosen = [block.of(options.tasks) for block in chosen]
     try:
         store = Store(options.results)
         if options.list:

@@ -1,6 +1,7 @@
 """Which cells the study has, the most informative first."""
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 
 from . import flaws
 from . import methods as m
@@ -27,6 +28,11 @@ class Block:
     groups: tuple[Group, ...] = ()
     runs: tuple[Settings, ...] = field(default=())
     """Cells that stand for themselves: those of the three flaws."""
+
+    def of(self, tasks: Collection[str]) -> "Block":
+        """The part of it that is about `tasks`."""
+        groups = tuple(group for group in self.groups if group.task.name in tasks)
+        return replace(self, groups=groups, runs=tuple(run for run in self.runs if run["task"]["name"] in tasks))
 
 
 def _groups(tasks, methods, optimizers=("adamw",), steps=(100,), samples=(None,)) -> tuple[Group, ...]:
