@@ -97,8 +97,8 @@ def test_who_wins_decides_what_is_said(tmp_path):
     ours, theirs = (winner(name, tmp_path) for name in (OURS, LORA.name))
     # The decoder's two tasks are under AdamW; of perplexity less is better.
     for optimizer, cases in (("AdamW", 6), ("SGD with momentum", 4)):
-        assert f"{optimizer}: {OURS} against LoRA, {cases} cases: better in {cases} (" in ours
-        assert f"{optimizer}: {OURS} against LoRA, {cases} cases: better in 0, worse in {cases} (" in theirs
+        assert f"- Under {optimizer}, {OURS} is better than LoRA in {cases} of {cases} cases (+" in ours
+        assert f"- Under {optimizer}, {OURS} is worse than LoRA in {cases} of {cases} cases (-" in theirs
         assert re.search(rf"under {optimizer}, {OURS} comes first", ours)
         assert re.search(rf"under {optimizer}, LoRA comes first", theirs)
     assert f"{OURS} has the best mean on Election tweets, Rotten Tomatoes" in ours
@@ -229,11 +229,11 @@ def test_the_readme_says_what_the_committed_records_say(tmp_path):
 
 def test_the_readmes_summary_is_three_sentences_made_by_the_numbers(tmp_path):
     blocks = [block for block in plan.full() if block.name in ("main", "sgd")]
-    for better, words in ((OURS, "4 / 0 / 0"), (LORA.name, "0 / 4 / 0")):
+    for better, word in ((OURS, "better"), (LORA.name, "worse")):
         text = readme.summary(fill(Store(tmp_path), blocks, better), blocks)
         for title in ("AdamW", "SGD with momentum"):
-            assert re.search(rf"Under {title}, {OURS} is [^:]*: against LoRA {words} \(", text)
-        assert text.count("; against LoRA α/r=2 ") == 2 and "the grid is complete" in text
+            assert f"Under {title}, {OURS} is {word} than LoRA in 4 of 4 cases (" in text
+        assert text.count("LoRA α/r=2 ") == 2 and "the grid is complete" in text
         assert len(re.findall(r"\.(?= [A-Z]|\n)", text.partition("![")[0])) == 3
     (tmp_path / "README.md").write_text("nothing")
     with pytest.raises(ValueError, match="has no <!-- study:begin -->"):

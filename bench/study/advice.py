@@ -3,7 +3,7 @@
 from . import plan
 from .methods import ALLORA, ALLORA_RULES, LORA
 from .results import Budget, Comparison, Results, budgets, compare, tasks_of
-from .sections import mean_of, rule_tasks, table_names
+from .sections import mean_of, rule_tasks, signed, table_names
 from .statistics import mean_interval
 from .tasks import TASKS
 
@@ -79,7 +79,7 @@ def _optimizers(results: Results, tables: dict[Budget, int]) -> list[str]:
         }  # fmt: skip
         said = "; ".join(
             f"under {b.title} {ALLORA.name} reaches {means[b, ALLORA.name]:.1f}% and LoRA {means[b, LORA.name]:.1f}%, "
-            f"a difference of {means[b, ALLORA.name] - means[b, LORA.name]:+.1f} points"
+            f"a difference of {signed(means[b, ALLORA.name] - means[b, LORA.name])} points"
             for b in both
         )
         lines.append(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bench.markdown import table
 
-from . import advice, figures, flaw_report, plan, sections
+from . import advice, figures, flaw_report, plan, sections, verdicts
 from .cells import SEEDS
 from .methods import ALLORA
 from .plan import Block
@@ -56,17 +56,13 @@ def text(store: Store, blocks: list[Block], page: Path) -> str:
     tables: dict[Budget, int] = {}
     rule_tables: dict[Budget, list[int]] = {}
     body = [
-        _compared(numbered, comparisons),
+        _compared(numbered, results, comparisons, said),
         *(_budget(numbered, results, budget, comparisons[budget], tables) for budget in budgets(results)),
     ]
-    for title in OPTIMIZER_TITLES.values():
-        here = [budget for budget in tables if budget.title == title]
-        pairs = [(budget, c) for budget in here for c in comparisons[budget]]
-        said += sections.overall(title, pairs, OTHERS, [tables[budget] for budget in here])
     body += [
         _ranked(numbered, results, said),
-        sections.rules(numbered, results, rule_tables, said),
-        sections.sides(numbered, results, said),
+        sections.rules(numbered, results, rule_tables),
+        sections.sides(numbered, results),
         *(part(numbered, flaw_report.records_of(kind, blocks, store), said) for kind, part in _FLAWS.items()),
     ]
     head = [
@@ -84,17 +80,21 @@ def text(store: Store, blocks: list[Block], page: Path) -> str:
 _FLAWS: dict[str, Callable] = {"dropout": sections.dropout, "norms": sections.norms, "scaling": sections.scaling}
 
 
-def _compared(numbered: Numbered, comparisons) -> str:
-    shown = [(budget, found) for budget, found in comparisons.items() if any(c.sign == 1 for c in found)]
-    if not shown:
+def _compared(numbered: Numbered, results, comparisons, said: list[str]) -> str:
+    found = {title: verdicts.tallies(results, name, OTHERS) for name, title in OPTIMIZER_TITLES.items()}
+    found = {title: tallies for title, tallies in found.items() if tallies}
+    if not found:
         return ""
-    caption = f"{ALLORA.name} minus each other method: accuracy on the test part, {len(SEEDS)} seeds"
-    return "## Against LoRA, DoRA and LoRA+\n\n" + numbered.figure(
-        figures.differences(shown, TITLES, ALLORA.name),
-        "differences",
-        caption,
-        "--only short main sgd samples decoder long",
-    )
+    parts = ["## Against LoRA, DoRA and LoRA+"]
+    shown = [(budget, here) for budget, here in comparisons.items() if any(c.sign == 1 for c in here)]
+    if shown:
+        drawn = figures.differences(shown, TITLES, ALLORA.name)
+        caption = f"{ALLORA.name} minus each other method: accuracy on the test part, {len(SEEDS)} seeds"
+        parts.append(numbered.figure(drawn, "differences", caption, "--only short main sgd samples decoder long"))
+    rows = [row for title, tallies in found.items() for row in verdicts.rows(title, tallies)]
+    parts.append(numbered.table(verdicts.CAPTION, verdicts.HEADINGS, rows))
+    said += [f"{verdicts.sentence(title, tallies)} (Table {numbered.tables})." for title, tallies in found.items()]
+    return "\n\n".join(parts)
 
 
 def _budget(numbered: Numbered, results, budget, comparisons, tables: dict[Budget, int]) -> str:
@@ -140,7 +140,7 @@ def _ranked(numbered: Numbered, results, said: list[str]) -> str:
     for title, here in found.items():
         best = min(here.ranks, key=here.ranks.__getitem__)
         order = ", ".join(f"{name} {here.ranks[name]:.2f}" for name in sorted(here.ranks, key=here.ranks.__getitem__))
-        differ = "do not differ" if here.p >= 0.05 else "differ"
+        differ = "are not told apart" if here.p >= 0.05 else "are told apart"
         said.append(
             f"Ranked over {here.cases} cases under {title}, {best} comes first ({order}); the methods {differ} by "
             f"Friedman's test (p = {here.p:.2g}, Figure {numbered.figures})."

@@ -6,7 +6,7 @@ from . import figures, flaw_report, plan
 from .cells import SEEDS, TUNING_SEEDS
 from .methods import ALLORA, ALLORA_RULES, ALLORA_SIDES, ETAS_SQUARED, LORA, NORMS, OPTIMIZERS, RANK, RATES
 from .plan import Block
-from .results import Budget, Comparison, Result, Results, budgets, methods_of, tasks_of
+from .results import OPTIMIZER_TITLES, Budget, Comparison, Result, Results, budgets, methods_of, tasks_of
 from .statistics import mean_interval, running_mean_spread
 from .store import Store
 from .tasks import TASKS
@@ -104,6 +104,11 @@ def cell(result: Result | None) -> str:
     return number(mean.value, metric) + half + rate + broken
 
 
+def signed(points: float) -> str:
+    """A difference in points, without a negative zero."""
+    return f"{round(points, 1) + 0.0:+.1f}"
+
+
 def difference(comparisons: Sequence[Comparison], task: str, other: str) -> str:
     """A difference in a table."""
     for c in comparisons:
@@ -116,28 +121,6 @@ def difference(comparisons: Sequence[Comparison], task: str, other: str) -> str:
 
 
 # --- sentences ------------------------------------------------------------------------------------------------------
-
-
-def overall(
-    optimizer: str, found: Sequence[tuple[Budget, Comparison]], others: Sequence[str], tables: Sequence[int]
-) -> list[str]:
-    """For each other method, in how many cases under `optimizer` ALLoRA is better, worse, or not told apart, and which."""
-    said = []
-    where = table_names(tables)
-    for other in others:
-        cases = [(budget, c) for budget, c in found if c.other == other]
-        if not cases:
-            continue
-        parts = []
-        for verdict, words in ((1, "better in"), (-1, "worse in")):
-            names = [f"{TASKS[c.task].title} at {b.short}" for b, c in cases if c.verdict == verdict]
-            parts.append(f"{words} {len(names)}" + (f" ({', '.join(names)})" if names else ""))
-        parts.append(f"not told apart in {sum(c.verdict == 0 for _, c in cases)}")
-        points = [100 * c.difference.mean.value for _, c in cases if c.sign == 1]
-        mean = f"; on average {sum(points) / len(points):+.1f} points of accuracy" if points else ""
-        count = f"{len(cases)} case{'s' if len(cases) > 1 else ''}"
-        said.append(f"{optimizer}: {ALLORA.name} against {other}, {count}: {', '.join(parts)}{mean} ({where}).")
-    return said
 
 
 def mean_of(result: Result) -> float:
@@ -161,7 +144,7 @@ def rule_tasks(results: Results, budget: Budget) -> list[str]:
     ]
 
 
-def rules(numbered, results: Results, tables: dict[Budget, list[int]], said: list[str]) -> str:
+def rules(numbered, results: Results, tables: dict[Budget, list[int]]) -> str:
     """A table an optimizer and task: rules by η²."""
     parts = []
     for budget in budgets(results):
@@ -178,14 +161,14 @@ def rules(numbered, results: Results, tables: dict[Budget, list[int]], said: lis
                 [mean_of(results[budget, task, f"ALLoRA {n} η²={e:g}"]) for n in norms for e in ETAS_SQUARED]
                 for norms in (NORMS[:3], NORMS[3:])
             )
-            said.append(
-                f"{TASKS[task].title}, {budget}: weight-dependent rules reach {100 * sum(weight) / len(weight):.1f}% on "
+            parts.append(
+                f"- {TASKS[task].title}, {budget}: weight-dependent rules reach {100 * sum(weight) / len(weight):.1f}% on "
                 f"average, output-dependent ones {100 * sum(output) / len(output):.1f}% (Table {numbered.tables})."
             )
     return "\n\n".join(["## Which rule", *parts]) if parts else ""
 
 
-def sides(numbered, results: Results, said: list[str]) -> str:
+def sides(numbered, results: Results) -> str:
     """Where the coefficient is applied."""
     names = [LORA.name, *(m.name for m in ALLORA_SIDES), ALLORA.name]
     rows, cases = [], []
@@ -200,11 +183,11 @@ def sides(numbered, results: Results, said: list[str]) -> str:
         return ""
     caption = "The coefficient on neither factor, on one of them, on both"
     drawn = numbered.table(caption, ["", "neither (LoRA)", "A", "B", "both"], rows)
-    said += [
-        f"{case}: the coefficient on neither factor, A only, B only, both: {means} (Table {numbered.tables})."
+    said = "\n".join(
+        f"- {case}: the coefficient on neither factor, A only, B only, both: {means} (Table {numbered.tables})."
         for case, means in cases
-    ]
-    return f"## Where the coefficient is applied\n\n{drawn}"
+    )
+    return "\n\n".join(part for part in ("## Where the coefficient is applied", drawn, said) if part)
 
 
 # --- the three flaws ------------------------------------------------------------------------------------------------
@@ -227,17 +210,15 @@ def dropout(numbered, records: list[dict], said: list[str]) -> str:
         for count in steps:
             low, high = running_mean_spread(values, count)
             widths[count] = (high - low) / 2
+        name, where = record["settings"]["method"]["name"], f"(Figure {numbered.figures})"
         shown = ", ".join(f"±{widths[count]:.2g} after {count}" for count in steps)
+        parts.append(
+            f"- {name}: dropout adds {limit:.2g} nats in the limit, and its estimate is spread by {shown} steps {where}."
+        )
         enough = [count for count in steps if widths[count] < abs(limit)]
-        when = (
-            f"smaller than the limit itself from {enough[0]} steps on"
-            if enough
-            else "larger than the limit itself throughout"
-        )
-        said.append(
-            f"{record['settings']['method']['name']}: dropout adds {limit:.2g} nats in the limit, and its estimate is spread "
-            f"by {shown} steps; the spread is {when} (Figure {numbered.figures})."
-        )
+        when = f"at {enough[0]} steps" if enough else f"in no number of steps up to {steps[-1]}"
+        amount = "what dropout adds to the loss falls below the amount itself"
+        said.append(f"{name}: the spread of the estimate of {amount} {when} {where}.")
     return "\n\n".join(parts)
 
 
@@ -258,9 +239,8 @@ def norms(numbered, records: list[dict], said: list[str]) -> str:
                 for name, (b, ba) in found.items()
                 if name != LORA.name
             )
-            said.append(
-                f"After {steps} steps of {optimizer} at one learning rate: {ratios} (Figure {numbered.figures})."
-            )
+            title = OPTIMIZER_TITLES[optimizer]
+            said.append(f"After {steps} steps of {title} at one learning rate: {ratios} (Figure {numbered.figures}).")
     return "\n\n".join(parts)
 
 
@@ -285,8 +265,8 @@ def scaling(numbered, records: list[dict], said: list[str]) -> str:
             )
             more = "more" if e_change > a_change else "less"
             said.append(
-                f"Under {optimizer} multiplying ALLoRA's η changes the logits {more} than multiplying LoRA's α ({e_change:.2f} "
-                f"against {a_change:.2f} of their size, mean over the multipliers), and the layers interact by {e_mixed:.2f} "
-                f"against {a_mixed:.2f} of the change (Figure {numbered.figures})."
+                f"Under {OPTIMIZER_TITLES[optimizer]} multiplying ALLoRA's η changes the logits {more} than multiplying "
+                f"LoRA's α ({e_change:.2f} against {a_change:.2f} of their size, mean over the multipliers), and the layers "
+                f"interact by {e_mixed:.2f} against {a_mixed:.2f} of the change (Figure {numbered.figures})."
             )
     return "\n\n".join(parts)

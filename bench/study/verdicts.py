@@ -1,0 +1,84 @@
+"""How ALLoRA fares against each other method over all cases of an optimizer: as a sentence, and as rows of a table."""
+
+from collections.abc import Sequence
+from statistics import fmean, median
+from typing import NamedTuple
+
+from .methods import ALLORA
+from .results import Budget, Comparison, Results, budgets, compare
+from .sections import signed
+from .tasks import TASKS
+
+HEADINGS = ("optimizer", "against", "cases", "better", "worse", "not told apart", "mean lead", "half interval")
+CAPTION = (
+    f"{ALLORA.name} against each other method; a case is a task and a budget. Mean lead: points of accuracy, mean over the "
+    "cases; half interval: half the 95% interval of a case's difference, in points, median over the cases"
+)
+
+
+class Tally(NamedTuple):
+    """The cases in which ALLoRA meets one other method under one optimizer."""
+
+    other: str
+    cases: list[tuple[Budget, Comparison]]
+
+    def of(self, verdict: int) -> list[str]:
+        """The cases that came out so, in words."""
+        return [f"{TASKS[c.task].title} at {budget.short}" for budget, c in self.cases if c.verdict == verdict]
+
+    @property
+    def lead(self) -> str:
+        """In points of accuracy; empty where no task is measured in it."""
+        points = [100 * c.difference.mean.value for _, c in self.cases if c.sign == 1]
+        return signed(fmean(points)) if points else ""
+
+    @property
+    def half(self) -> str:
+        """How wide the intervals are, in points of accuracy."""
+        points = [100 * c.difference.mean.half for _, c in self.cases if c.sign == 1]
+        return f"±{median(points):.1f}" if points else ""
+
+
+def tallies(results: Results, optimizer: str, others: Sequence[str]) -> list[Tally]:
+    """A tally for each of `others` that has met ALLoRA."""
+    found = [
+        (budget, c)
+        for budget in budgets(results)
+        if budget.optimizer == optimizer
+        for c in compare(results, budget, ALLORA, others)
+    ]
+    counted = [Tally(other, [(budget, c) for budget, c in found if c.other == other]) for other in others]
+    return [tally for tally in counted if tally.cases]
+
+
+def sentence(title: str, found: Sequence[Tally]) -> str:
+    """The outcome under the optimizer called `title`, without a full stop."""
+    same, parts = [], []
+    for tally in found:
+        cases = f"{len(tally.cases)} case{'s' if len(tally.cases) > 1 else ''}"
+        lead = f"{tally.lead} points" if tally.lead else ""
+        better, worse = len(tally.of(1)), len(tally.of(-1))
+        if not better and not worse:
+            same.append(f"{tally.other} ({', '.join(part for part in (cases, lead) if part)})")
+            continue
+        counts = f"in {better} and worse in {worse}" if better and worse else f"in {better or worse}"
+        words = f"{'better' if better else 'worse'} than {tally.other} {counts} of {cases}"
+        parts.append(f"{words} ({lead})" if lead else words)
+    if same:
+        parts.append(f"not told apart from {_listed(same, 'or')}")
+    return f"Under {title}, {ALLORA.name} is {'; '.join(parts)}"
+
+
+def rows(title: str, found: Sequence[Tally]) -> list[list[object]]:
+    """For the table under `HEADINGS`."""
+    return [
+        [title, t.other, len(t.cases), _named(t.of(1)), _named(t.of(-1)), len(t.of(0)), t.lead, t.half] for t in found
+    ]
+
+
+def _named(cases: Sequence[str]) -> str:
+    return f"{len(cases)}: {', '.join(cases)}" if cases else "0"
+
+
+def _listed(words: Sequence[str], last: str) -> str:
+    return f" {last} ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
