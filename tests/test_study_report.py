@@ -10,7 +10,7 @@ from scipy import stats
 from study_cells import fake_record, fill
 
 from bench.study import __main__ as command
-from bench.study import flaw_report, plan, readme, report, results, statistics
+from bench.study import flaw_report, plan, readme, report, results, statistics, verdicts
 from bench.study.cells import SEEDS, identity
 from bench.study.methods import ALLORA, LORA
 from bench.study.store import Store
@@ -104,6 +104,28 @@ def test_who_wins_decides_what_is_said(tmp_path):
     assert f"{OURS} has the best mean on Election tweets, Rotten Tomatoes" in ours
     assert "LoRA has the best mean on Election tweets, Rotten Tomatoes" in theirs
     assert "16 came out for it, 0 against it" in ours and "0 came out for it, 4 against it" in theirs
+
+
+def test_a_verdict_counts_cases_and_leaves_perplexity_out_of_the_points():
+    def case(task, points, p, half=1.0, sign=1):
+        difference = statistics.Difference(statistics.Mean(points / 100, half / 100), p)
+        return results.Budget("adamw", 25, None), results.Comparison(task, "LoRA", difference, p, sign)
+
+    mixed = verdicts.Tally(
+        "LoRA",
+        [case("newsgroups", 2.0, 0.01), case("reuters-r52", -1.04, 0.02, 3.0), case("shakespeare", -90, 0.01, 90, -1)],
+    )
+    alone = verdicts.Tally("DoRA", [case("newsgroups", -0.04, 0.5)])
+    perplexity = verdicts.Tally("LoRA+", [case("shakespeare", 1.0, 0.9, sign=-1)])
+    assert verdicts.sentence("AdamW", [mixed, alone, perplexity]) == (
+        f"Under AdamW, {OURS} is better than LoRA in 2 and worse in 1 of 3 cases (+0.5 points); "
+        "not told apart from DoRA (1 case, +0.0 points) or LoRA+ (1 case)"
+    )
+    better = "2: 20 Newsgroups at 25 steps, Shakespeare, decoder at 25 steps"
+    assert verdicts.rows("AdamW", [mixed, perplexity]) == [
+        ["AdamW", "LoRA", 3, better, "1: Reuters R52 at 25 steps", 0, "+0.5", "±2.0"],
+        ["AdamW", "LoRA+", 1, "0", "0", 1, "", ""],
+    ]
 
 
 def test_a_group_is_shown_only_when_all_its_seeds_are_there(whole, tmp_path):
