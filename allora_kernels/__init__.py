@@ -7,7 +7,14 @@ from .layer.functional import allora_linear
 from .layer.linear import FusedALLoRALinear
 from .layer.wrapped import WrappedALLoRALinear
 from .models.adapt import apply_allora
-from .models.adapted import AdaptReport, active_adapter, adapter_layers, adapter_names, adapter_parameters
+from .models.adapted import (
+    AdaptReport,
+    active_adapter,
+    adapter_layers,
+    adapter_names,
+    adapter_parameter_groups,
+    adapter_parameters,
+)
 from .models.adapters import adapter_rows, add_adapter, remove_adapter, set_adapter
 from .models.async_saving import PendingSave, save_adapters_async
 from .models.disabling import disable_adapters, set_enabled
@@ -25,6 +32,7 @@ __all__ = [
     "active_adapter",
     "adapter_layers",
     "adapter_names",
+    "adapter_parameter_groups",
     "adapter_parameters",
     "adapter_rows",
     "add_adapter",

@@ -385,7 +385,7 @@ def test_the_rule_and_the_layers_are_those_asked_for(settings, tmp_path):
     assert scaled["loss_history"] != unscaled["loss_history"] != plain["loss_history"]
 
 
-def test_the_head_has_its_own_learning_rate(settings, monkeypatch):
+def test_the_head_and_b_have_learning_rates_of_their_own(settings, monkeypatch):
     seen = []
     create = module.FinetuneTrainer.create_optimizer
 
@@ -394,9 +394,10 @@ def test_the_head_has_its_own_learning_rate(settings, monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr(module.FinetuneTrainer, "create_optimizer", spy)
-    finetune(settings(head_learning_rate=0.5, max_steps=1, warmup_steps=1))
-    adapters, head = seen[0].param_groups
-    assert (adapters["initial_lr"], head["initial_lr"]) == (0.02, 0.5)
+    finetune(settings(head_learning_rate=0.5, loraplus_lr_ratio=4.0, max_steps=1, warmup_steps=1))
+    a, b, head = seen[0].param_groups
+    assert (a["initial_lr"], b["initial_lr"], head["initial_lr"]) == (0.02, 0.08, 0.5)
+    assert {p.shape[0] for p in a["params"]} == {p.shape[1] for p in b["params"]} == {4}
     assert [tuple(p.shape) for p in head["params"]] == [(2, 16), (2,)]
 
 

@@ -1,14 +1,16 @@
 """What is adapted in a model: its adapters, the modules saved whole, and the report on them."""
 
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from ..layer import bases
-from ..layer.adapter import DEFAULT_ADAPTER, ALLoRALayer
+from ..layer.adapter import DEFAULT_ADAPTER, ALLoRALayer, NamedAdapter
 from ..layer.wrapped import WrappedALLoRALinear
 from .experts import ADAPTERS
 from .saved_whole import ModuleOfEachAdapter
@@ -171,14 +173,46 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.
     Raises:
         ValueError: there is no adapter of that name.
     """
+    return [p for own in _adapters_of(model, adapter) for p in (own.lora_A, own.lora_B)]
+
+
+def adapter_parameter_groups(
+    model: nn.Module, lr: float, *, loraplus_lr_ratio: float = 1.0, adapter: str | None = None
+) -> list[dict[str, Any]]:
+    """`adapter_parameters` as two groups for a torch optimizer: every lora_A at `lr`, every lora_B at
+    ``loraplus_lr_ratio * lr``, as LoRA+ has it (arXiv 2402.12354, which calls the ratio λ).
+
+    Args:
+        model: a model with adapters.
+        lr: the learning rate of lora_A, > 0.
+        loraplus_lr_ratio: > 0; 1 for one learning rate, 16 is common. With a larger one, `lr` is to be a smaller one.
+        adapter: the name of one; None for all that the model has.
+
+    Raises:
+        ValueError: a number is not finite and positive, the model has no adapters, or none of that name.
+        TypeError: a number is no number.
+    """
+    for name, value in (("lr", lr), ("loraplus_lr_ratio", loraplus_lr_ratio)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not math.isfinite(value) or value <= 0:
+            raise ValueError(f"{name} must be finite and > 0, got {value}")
+    own = _adapters_of(model, adapter)
+    if not own:
+        raise ValueError("the model has no adapters: apply_allora(model) first")
+    return [
+        {"params": [factors.lora_A for factors in own], "lr": lr},
+        {"params": [factors.lora_B for factors in own], "lr": lr * loraplus_lr_ratio},
+    ]
+
+
+def _adapters_of(model: nn.Module, adapter: str | None) -> list[NamedAdapter]:
     if adapter is not None:
         known_adapter(model, adapter)
     return [
-        p
+        layer.adapter(name)
         for layer in adapter_layers(model).values()
         for name in ([adapter] if adapter is not None else layer.adapter_names)
-        for own in [layer.adapter(name)]
-        for p in (own.lora_A, own.lora_B)
     ]
 
 

@@ -14,7 +14,8 @@ LEARNING_RATES = {"adamw": 1e-3, "sgd": 0.1}
 _SMALLEST = {
     "max_length": 2, "warmup_steps": 0, "max_steps": 1, "batch_size": 1, "grad_accumulation": 1, "save_steps": 1, "seed": 0,
 }  # fmt: skip
-_NUMBERS = {"learning_rate": False, "head_learning_rate": False, "epochs": False} | {
+_NUMBERS = {
+    "learning_rate": False, "loraplus_lr_ratio": False, "head_learning_rate": False, "epochs": False,
     "momentum": True, "weight_decay": True, "max_grad_norm": True,
 }  # fmt: skip
 """Settings that are finite numbers: whether they may be zero."""
@@ -49,6 +50,7 @@ class FinetuneConfig:
     ] = False
     optimizer: Annotated[str, "adamw or sgd."] = "adamw"
     learning_rate: Annotated[float | None, "Peak learning rate; by default 1e-3 for adamw, 0.1 for sgd."] = None
+    loraplus_lr_ratio: Annotated[float, "LoRA+: lora_B's learning rate over lora_A's; 1 for the same."] = 1.0
     head_learning_rate: Annotated[float | None, "The classification head's; by default --learning-rate."] = None
     momentum: Annotated[float, "Momentum of sgd."] = 0.0
     weight_decay: Annotated[float, "Weight decay."] = 0.0

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..layer import backend as _backend
-from ..models.adapted import adapter_parameters, saved_modules
+from ..models.adapted import adapter_parameter_groups, saved_modules
 from ..models.loading import load_adapter
 from ..models.saving import save_adapter
 from .adapter_trainer import AdapterTrainer
@@ -216,11 +216,14 @@ class FinetuneTrainer(AdapterTrainer):
             return self.optimizer
         config = self.config
         in_heads = {p for head in saved_modules(self.model, self.adapter).values() for p in head.parameters()}
-        own = in_heads.union(adapter_parameters(self.model, self.adapter))
-        trained = [p for p in self.model.parameters() if p.requires_grad and p in own]
         groups = [
-            {"params": [p for p in trained if p not in in_heads], "lr": config.learning_rate},
-            {"params": [p for p in trained if p in in_heads], "lr": config.head_learning_rate or config.learning_rate},
+            *adapter_parameter_groups(
+                self.model, config.learning_rate, loraplus_lr_ratio=config.loraplus_lr_ratio, adapter=self.adapter
+            ),
+            {
+                "params": [p for p in self.model.parameters() if p.requires_grad and p in in_heads],
+                "lr": config.head_learning_rate or config.learning_rate,
+            },
         ]
         groups = [group for group in groups if group["params"]]
         if config.optimizer == "sgd":
