@@ -100,7 +100,9 @@ def test_a_seed_gives_every_method_the_same_head_and_the_same_a(task):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("method", [methods.LORA, methods.LORA_PLUS, methods.HEAD, methods.FULL], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [methods.LORA, methods.LORA_PLUS, methods.ALLORA_PLUS, methods.HEAD, methods.FULL], ids=lambda m: m.name
+)
 def test_each_parameter_has_the_rate_it_should(task, method, optimizer):
     model = methods.build(task, method, 0)
     made = methods.make_optimizer(model, method, optimizer, 1e-3)
@@ -112,7 +114,7 @@ def test_each_parameter_has_the_rate_it_should(task, method, optimizer):
         if p.requires_grad and p in head:
             assert rates[p] == (1e-3 if method == methods.HEAD else methods.OPTIMIZERS[optimizer]["head_learning_rate"])
         elif p.requires_grad:
-            assert rates[p] == pytest.approx(16e-3 if method == methods.LORA_PLUS and "lora_B" in name else 1e-3)
+            assert rates[p] == pytest.approx(16e-3 if method.kind.endswith("a+") and "lora_B" in name else 1e-3)
     assert type(made) is {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer]
     assert optimizer != "sgd" or {group["momentum"] for group in made.param_groups} == {0.9}
 

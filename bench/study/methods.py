@@ -3,7 +3,7 @@
 import copy
 import functools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .tasks import Task, label_names, model_folder
@@ -23,7 +23,7 @@ class Method:
 
     name: str
     kind: str
-    """frozen (nothing), head (the classifier alone), full, lora, dora, lora+ or allora."""
+    """frozen (nothing), head (the classifier alone), full, lora, dora, lora+, allora or allora+."""
     alpha: float = 1.0
     """alpha/r."""
     dropout: float = 0.0
@@ -34,8 +34,8 @@ class Method:
 
     def settings(self) -> dict[str, Any]:
         """What belongs to the identity of a cell, with what no method varies."""
-        fixed = {"r": RANK} if self.kind in ("lora", "dora", "lora+", "allora") else {}
-        fixed |= {"ratio": LORAPLUS_RATIO} if self.kind == "lora+" else {}
+        fixed = {"r": RANK} if self.kind not in ("frozen", "head", "full") else {}
+        fixed |= {"ratio": LORAPLUS_RATIO} if self.kind in ("lora+", "allora+") else {}
         return {**asdict(self), **fixed}
 
 
@@ -52,11 +52,13 @@ LORA_2_DROPOUT = Method("LoRA α/r=2 dropout 0.1", "lora", alpha=2.0, dropout=0.
 DORA, LORA_PLUS = Method("DoRA", "dora"), Method("LoRA+", "lora+")
 ALLORA_RULES = tuple(allora(norm, eta) for norm in NORMS for eta in ETAS_SQUARED)
 ALLORA = allora("row", 4)
+ALLORA_PLUS = replace(ALLORA, name=f"{ALLORA.name} with LoRA+", kind="allora+")
 ALLORA_SIDES = (allora("row", 4, "A"), allora("row", 4, "B"))
 METHODS = {
     m.name: m
     for m in (
         FROZEN, HEAD, FULL, LORA, LORA_2, LORA_DROPOUT, LORA_2_DROPOUT, DORA, LORA_PLUS, *ALLORA_RULES, *ALLORA_SIDES,
+        ALLORA_PLUS,
     )
 }  # fmt: skip
 
@@ -116,7 +118,7 @@ def adapt(model: "nn.Module", method: Method, head: str | None) -> "nn.Module":
         modules_to_save=[head] if head else None,
         task_type="SEQ_CLS" if head else "CAUSAL_LM",
     )
-    if method.kind != "allora":
+    if method.norm is None:
         return get_peft_model(model, config)
     eta = math.sqrt(method.eta_squared)
     # The coefficient does not leave dA as a factor of its rows, so "A only" is the rule with dB's factor divided out
@@ -163,14 +165,15 @@ RATES = {"adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "sgd": (1e-2, 3e-2, 1e-1
 
 
 def make_optimizer(model: "nn.Module", method: Method, name: str, rate: float) -> "torch.optim.Optimizer":
-    """The optimizer of `method`: PEFT's for LoRA+; the head in a group of its own, except where it is all there is."""
+    """The optimizer of `method`: PEFT's where its learning rates are LoRA+'s; the head in a group of its own, except where
+    it is all there is."""
     import torch
     from peft.optimizers import create_loraplus_optimizer
 
     settings = dict(OPTIMIZERS[name])
     head_rate = settings.pop("head_learning_rate")
     cls = torch.optim.AdamW if name == "adamw" else torch.optim.SGD
-    if method.kind == "lora+":
+    if method.kind in ("lora+", "allora+"):
         decay = settings.pop("weight_decay")
         optimizer = create_loraplus_optimizer(
             model, cls, lr=rate, loraplus_lr_ratio=LORAPLUS_RATIO, loraplus_weight_decay=decay, **settings

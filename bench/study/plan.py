@@ -58,6 +58,14 @@ def full() -> list[Block]:
             "Where the coefficient is applied, 25 steps",
             _groups(FEW_TASKS, (m.LORA, m.ALLORA, *m.ALLORA_SIDES), ("adamw", "sgd"), (25,)),
         ),
+        Block(
+            "plus",
+            "ALLoRA with LoRA+'s learning rates",
+            (
+                *_groups(FEW_TASKS, (m.LORA_PLUS, m.ALLORA, m.ALLORA_PLUS), steps=(25, 100)),
+                *_groups(FEW_TASKS, (m.LORA_PLUS, m.ALLORA, m.ALLORA_PLUS), ("sgd",)),
+            ),
+        ),
         Block("rules", "Rules and η², 25 steps", _groups(FEW_TASKS, m.ALLORA_RULES, ("adamw", "sgd"), (25,))),
         Block("samples", "32 and 256 samples, AdamW", _groups(FEW_TASKS, (*COMPARED, m.HEAD), samples=(32, 256))),
         Block("dropout", "Dropout in LoRA, AdamW", _groups(ENCODER_TASKS, (m.LORA_DROPOUT, m.LORA_2_DROPOUT))),

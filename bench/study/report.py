@@ -7,7 +7,7 @@ from bench.markdown import table
 
 from . import advice, figures, flaw_report, plan, sections, verdicts
 from .cells import SEEDS
-from .methods import ALLORA
+from .methods import ALLORA, ALLORA_PLUS, LORA_PLUS, LORAPLUS_RATIO
 from .plan import Block
 from .results import OPTIMIZER_TITLES, Budget, budgets, collect, compare, rank_scores, tasks_of
 from .statistics import ranking
@@ -61,6 +61,7 @@ def text(store: Store, blocks: list[Block], page: Path) -> str:
     ]
     body += [
         _ranked(numbered, results, said),
+        _combined(numbered, results),
         sections.rules(numbered, results, rule_tables),
         sections.sides(numbered, results),
         *(part(numbered, flaw_report.records_of(kind, blocks, store), said) for kind, part in _FLAWS.items()),
@@ -95,6 +96,30 @@ def _compared(numbered: Numbered, results, comparisons, said: list[str]) -> str:
     parts.append(numbered.table(verdicts.CAPTION, verdicts.HEADINGS, rows))
     said += [f"{verdicts.sentence(title, tallies)} (Table {numbered.tables})." for title, tallies in found.items()]
     return "\n\n".join(parts)
+
+
+def _combined(numbered: Numbered, results) -> str:
+    """ALLoRA at LoRA+'s learning rates, against each of the two."""
+    others = [LORA_PLUS.name, ALLORA.name]
+    found = {t: verdicts.tallies(results, name, others, ALLORA_PLUS) for name, t in OPTIMIZER_TITLES.items()}
+    found = {title: tallies for title, tallies in found.items() if tallies}
+    if not found:
+        return ""
+    rows = [row for title, tallies in found.items() for row in verdicts.rows(title, tallies)]
+    caption = (
+        f"{ALLORA_PLUS.name}, lora_B at {LORAPLUS_RATIO} times lora_A's learning rate, against each of the two alone"
+    )
+    return "\n\n".join(
+        [
+            "## ALLoRA with LoRA+",
+            "Added when the first results were known, in which LoRA+ came first.",
+            numbered.table(caption, verdicts.HEADINGS, rows),
+            *(
+                f"- {verdicts.sentence(title, tallies, ALLORA_PLUS)} (Table {numbered.tables})."
+                for title, tallies in found.items()
+            ),
+        ]
+    )
 
 
 def _budget(numbered: Numbered, results, budget, comparisons, tables: dict[Budget, int]) -> str:

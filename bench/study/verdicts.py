@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean, median
 from typing import NamedTuple
 
-from .methods import ALLORA
+from .methods import ALLORA, Method
 from .results import Budget, Comparison, Results, budgets, compare
 from .sections import signed
 from .tasks import TASKS
@@ -17,7 +17,7 @@ CAPTION = (
 
 
 class Tally(NamedTuple):
-    """The cases in which ALLoRA meets one other method under one optimizer."""
+    """The cases in which a method meets one other under one optimizer."""
 
     other: str
     cases: list[tuple[Budget, Comparison]]
@@ -39,19 +39,19 @@ class Tally(NamedTuple):
         return f"±{median(points):.1f}" if points else ""
 
 
-def tallies(results: Results, optimizer: str, others: Sequence[str]) -> list[Tally]:
-    """A tally for each of `others` that has met ALLoRA."""
+def tallies(results: Results, optimizer: str, others: Sequence[str], ours: Method = ALLORA) -> list[Tally]:
+    """A tally for each of `others` that has met `ours`."""
     found = [
         (budget, c)
         for budget in budgets(results)
         if budget.optimizer == optimizer
-        for c in compare(results, budget, ALLORA, others)
+        for c in compare(results, budget, ours, others)
     ]
     counted = [Tally(other, [(budget, c) for budget, c in found if c.other == other]) for other in others]
     return [tally for tally in counted if tally.cases]
 
 
-def sentence(title: str, found: Sequence[Tally]) -> str:
+def sentence(title: str, found: Sequence[Tally], ours: Method = ALLORA) -> str:
     """The outcome under the optimizer called `title`, without a full stop."""
     same, parts = [], []
     for tally in found:
@@ -66,7 +66,7 @@ def sentence(title: str, found: Sequence[Tally]) -> str:
         parts.append(f"{words} ({lead})" if lead else words)
     if same:
         parts.append(f"not told apart from {_listed(same, 'or')}")
-    return f"Under {title}, {ALLORA.name} is {'; '.join(parts)}"
+    return f"Under {title}, {ours.name} is {'; '.join(parts)}"
 
 
 def rows(title: str, found: Sequence[Tally]) -> list[list[object]]:
