@@ -199,7 +199,10 @@ def adapter_parameter_groups(
             raise ValueError(f"{name} must be finite and > 0, got {value}")
     own = _adapters_of(model, adapter)
     if not own:
-        raise ValueError("the model has no adapters: apply_allora(model) first")
+        raise ValueError(
+            "the model has no adapters: apply_allora(model) first; for a PeftModel there is "
+            "peft.optimizers.create_loraplus_optimizer"
+        )
     return [
         {"params": [factors.lora_A for factors in own], "lr": lr},
         {"params": [factors.lora_B for factors in own], "lr": lr * loraplus_lr_ratio},
