@@ -61,7 +61,7 @@ def text(store: Store, blocks: list[Block], page: Path) -> str:
     ]
     body += [
         _ranked(numbered, results, said),
-        _combined(numbered, results),
+        _combined(numbered, results, said),
         sections.rules(numbered, results, rule_tables),
         sections.sides(numbered, results),
         *(part(numbered, flaw_report.records_of(kind, blocks, store), said) for kind, part in _FLAWS.items()),
@@ -93,12 +93,13 @@ def _compared(numbered: Numbered, results, comparisons, said: list[str]) -> str:
         caption = f"{ALLORA.name} minus each other method: accuracy on the test part, {len(SEEDS)} seeds"
         parts.append(numbered.figure(drawn, "differences", caption, "--only short main sgd samples decoder long"))
     rows = [row for title, tallies in found.items() for row in verdicts.rows(title, tallies)]
-    parts.append(numbered.table(verdicts.CAPTION, verdicts.HEADINGS, rows))
+    caption = f"{ALLORA.name} against each other method. {verdicts.COLUMNS}"
+    parts.append(numbered.table(caption, verdicts.HEADINGS, rows))
     said += [f"{verdicts.sentence(title, tallies)} (Table {numbered.tables})." for title, tallies in found.items()]
     return "\n\n".join(parts)
 
 
-def _combined(numbered: Numbered, results) -> str:
+def _combined(numbered: Numbered, results, said: list[str]) -> str:
     """ALLoRA at LoRA+'s learning rates, against each of the two."""
     others = [LORA_PLUS.name, ALLORA.name]
     found = {t: verdicts.tallies(results, name, others, ALLORA_PLUS) for name, t in OPTIMIZER_TITLES.items()}
@@ -106,20 +107,14 @@ def _combined(numbered: Numbered, results) -> str:
     if not found:
         return ""
     rows = [row for title, tallies in found.items() for row in verdicts.rows(title, tallies)]
-    caption = (
-        f"{ALLORA_PLUS.name}, lora_B at {LORAPLUS_RATIO} times lora_A's learning rate, against each of the two alone"
-    )
-    return "\n\n".join(
-        [
-            "## ALLoRA with LoRA+",
-            "Added when the first results were known, in which LoRA+ came first.",
-            numbered.table(caption, verdicts.HEADINGS, rows),
-            *(
-                f"- {verdicts.sentence(title, tallies, ALLORA_PLUS)} (Table {numbered.tables})."
-                for title, tallies in found.items()
-            ),
-        ]
-    )
+    times = f"lora_B at {LORAPLUS_RATIO} times lora_A's learning rate"
+    caption = f"{ALLORA_PLUS.name}, {times}, against each of the two alone. {verdicts.COLUMNS}"
+    drawn = numbered.table(caption, verdicts.HEADINGS, rows)
+    said += [
+        f"{verdicts.sentence(title, tallies, ALLORA_PLUS)} (Table {numbered.tables})."
+        for title, tallies in found.items()
+    ]
+    return f"## ALLoRA with LoRA+\n\nAdded when the first results were known, in which LoRA+ came first.\n\n{drawn}"
 
 
 def _budget(numbered: Numbered, results, budget, comparisons, tables: dict[Budget, int]) -> str:

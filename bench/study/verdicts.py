@@ -10,10 +10,11 @@ from .sections import signed
 from .tasks import TASKS
 
 HEADINGS = ("optimizer", "against", "cases", "better", "worse", "not told apart", "mean lead", "half interval")
-CAPTION = (
-    f"{ALLORA.name} against each other method; a case is a task and a budget. Mean lead: points of accuracy, mean over the "
-    "cases; half interval: half the 95% interval of a case's difference, in points, median over the cases"
+COLUMNS = (
+    "A case is a task and a budget; mean lead: points of accuracy, mean over the cases; half interval: half the 95% interval "
+    "of a case's difference, in points, median over the cases"
 )
+"""What the headings mean, for a caption."""
 
 
 class Tally(NamedTuple):
@@ -65,7 +66,7 @@ def sentence(title: str, found: Sequence[Tally], ours: Method = ALLORA) -> str:
         words = f"{'better' if better else 'worse'} than {tally.other} {counts} of {cases}"
         parts.append(f"{words} ({lead})" if lead else words)
     if same:
-        parts.append(f"not told apart from {_listed(same, 'or')}")
+        parts.append(f"not told apart from {_any_of(same)}")
     return f"Under {title}, {ours.name} is {'; '.join(parts)}"
 
 
@@ -80,5 +81,5 @@ def _named(cases: Sequence[str]) -> str:
     return f"{len(cases)}: {', '.join(cases)}" if cases else "0"
 
 
-def _listed(words: Sequence[str], last: str) -> str:
-    return f" {last} ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
+def _any_of(words: Sequence[str]) -> str:
+    return " or ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
