@@ -34,7 +34,10 @@ def common(folder):
     }
 
 
-RUNS = [{"name": "small", "r": 2, "learning-rate": 1e-3}, {"name": "large", "r": 8, "norm": "none", "eta": 1.0}]
+RUNS = [
+    {"name": "small", "r": 2, "learning-rate": 1e-3},
+    {"name": "large", "r": 8, "norm": "none", "eta": 1.0, "loraplus-lr-ratio": 4},
+]
 
 
 def allora(tmp_path, settings, *options, name="runs.yaml"):
@@ -79,7 +82,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(folder, tmp_path):
     result = allora(tmp_path, common(folder) | {"output": str(tmp_path / "out"), "runs": RUNS}, "--dry-run")
     assert result.exit_code == 0, result.output
     assert "2 runs over one base model" in result.output and "nothing was written" in result.output
-    assert "large: r=8, eta=1, norm=None, adamw, learning rate 0.001, seed 0" in result.output
+    assert "large: r=8, eta=1, norm=None, adamw, learning rate 0.001 (of lora_B 0.004), seed 0" in result.output
     assert "4 rows a step, 3 steps" in result.output
     assert [p.name for p in tmp_path.iterdir()] == ["runs.yaml"]
 

@@ -130,7 +130,8 @@ def dry_run_together(configs: Mapping[str, FinetuneConfig]) -> DryRunTogether:
         rows += config.batch_size * max(lengths)
         lines[name] = (
             f"r={config.r}, eta={config.eta:g}, norm={config.norm}, {config.optimizer}, learning rate "
-            f"{config.learning_rate:g}, seed {config.seed}; {config.data}: {len(lengths):,} rows to train on "
+            f"{config.learning_rate:g} (of lora_B {config.learning_rate * config.loraplus_lr_ratio:g}), seed "
+            f"{config.seed}; {config.data}: {len(lengths):,} rows to train on "
             f"({sum(lengths):,} tokens), {len(prepared[name].evaluation):,} to evaluate on; "
             f"{config.batch_size * config.grad_accumulation} rows a step, {steps(config, len(lengths)):,} steps; into "
             f"{config.output}"
