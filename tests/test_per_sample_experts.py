@@ -292,8 +292,47 @@ def test_sorting_by_sample_reads_nothing_back(starts, monkeypatch):
     assert torch.equal(spread, samples.float()) and ends.tolist() == experts.bincount(minlength=4).cumsum(0).tolist()
 
 
+class Listed(nn.Module):
+    """Experts that are linear layers in a list: each gets the rows that `rows_of` chooses for it of all [b * T, K]."""
+
+    def __init__(self, rows_of):
+        super().__init__()
+        self.experts, self.rows_of = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), rows_of
+
+    def forward(self, x):
+        flat = x.reshape(-1, x.shape[-1])
+        return [expert(flat[self.rows_of(i)]) for i, expert in enumerate(self.experts)]
+
+
+@pytest.mark.parametrize("starts", [None, [0, 1, 3]])
+def test_rows_that_are_routed_to_a_list_of_experts_are_no_samples(starts):
+    # As many rows for each expert as there are samples, or as cu_seqlens has.
+    model = Listed(lambda i: torch.tensor([[0, 3, 5], [1, 2, 4]][i]))
+    apply_allora(model, r=2, target_modules="all-linear")
+    ranges = None if starts is None else torch.tensor(starts, dtype=torch.int32)
+    with per_sample.record(model, ranges), pytest.raises(ValueError, match=r"'experts\.0' is \[3, 4\].*batch_dim=0"):
+        model(torch.randn(3, 2, 4))
+
+
+def test_a_list_of_experts_that_see_every_sample():
+    model = Listed(lambda i: slice(None))
+    apply_allora(model, r=2, target_modules="all-linear")
+    pretend_to_train(model)
+    x = torch.randn(5, 4)
+
+    def loss(model, x):
+        return sum(y.square().sum() for y in model(x.to(model.experts[0].weight.dtype)))
+
+    with per_sample.record(model, batch_dim=0):
+        loss(model, x).backward()
+    assert_recorded(model, one_by_one(model, x.split(1), loss))
+
+
 def test_opacus_is_refused():
     pytest.importorskip("opacus")
     from allora_kernels.integrations.opacus import reasons_against
 
+    listed = Listed(lambda i: slice(None))
+    apply_allora(listed, r=2, target_modules="all-linear")
     assert any("sorted by expert and not by sample" in reason for reason in reasons_against(block().train()))
+    assert any("'experts.1' is among experts" in reason for reason in reasons_against(listed.train()))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..layer import backend as _backend
 from ..layer.adapter import ALLoRALayer
 from ..layer.linear import FusedALLoRALinear
+from ..layer.routing import among_experts
 from ..layer.switching import state_of_call
 from ..layer.wrapped import WrappedALLoRALinear
 from ..per_sample.samples import Samples
@@ -84,6 +85,11 @@ def reasons_against(model: nn.Module) -> list[str]:
             if trained and module.grouped:
                 reasons.append(
                     f"{name!r} adapts the experts of a mixture, whose rows are sorted by expert and not by sample"
+                )
+            elif trained and among_experts(name):
+                reasons.append(
+                    f"layer {name!r} is among experts, and rows that are routed to it would count as samples: adapt other "
+                    "layers, or call the list of experts otherwise where each of them sees every sample"
                 )
             if trained and not module.training:
                 reasons.append(

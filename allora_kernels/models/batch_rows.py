@@ -12,6 +12,7 @@ from ..groups.adapters import Adapter, apply
 from ..groups.packing import Layout
 from ..layer.adapter import ALLoRALayer
 from ..layer.host_values import on_device
+from ..layer.routing import among_experts
 
 
 class BatchRows:
@@ -55,7 +56,7 @@ class BatchRows:
         """
         lead, count = x.shape[: x.dim() - trailing], len(self.names)
         name = self._layer_names.get(module, type(module).__name__)
-        routed = "experts" in name.split(".") and len(lead) == 1
+        routed = among_experts(name) and len(lead) == 1
         if lead and not routed:
             if lead[0] == count:
                 return lead[1:].numel()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..layer.routing import among_experts
 from ..layer.sharding import is_sharded
 from .forward_passes import Forward, ForwardPasses
 from .grouped import GroupSamples
@@ -188,9 +189,16 @@ class Recording:
 
         Raises:
             ValueError: their number is unknown: x has no such dimension, or another size there than the model's inputs or than
-                an earlier layer's in the same forward pass, or not as many rows as `cu_seqlens` ends at.
+                an earlier layer's in the same forward pass, or not as many rows as `cu_seqlens` ends at. Or the layer may
+                be an expert that rows are routed to.
         """
         name = self.names[layer]
+        if self.batch_dim is None and among_experts(name) and x.dim() == 2:
+            raise ValueError(
+                f"which sample each row is of cannot be told: the input of layer {name!r} is {list(x.shape)}, and rows may "
+                "have been routed to an expert of a mixture. Where every expert sees all rows in their order, say so by "
+                "record(model, batch_dim=0)"
+            )
         if forward.ragged is not None:
             _check_rows(forward, name, list(x.shape[:-1]))
             return forward.ragged
