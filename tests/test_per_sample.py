@@ -538,6 +538,22 @@ def test_norms_only_keeps_nothing_of_size_b(monkeypatch):
         per_sample.clip_(model, 1.0)
 
 
+@pytest.mark.parametrize("what", ["input", "step"])
+def test_clipping_refuses_to_sum_from_what_was_written_to_since(what, backend):
+    model, x = Net(), torch.randn(5, 3, 11)
+    optimizer = torch.optim.SGD(adapters(model).values(), lr=1e-3)
+    with per_sample.record(model, norms_only=True):
+        model(x).square().sum().backward()
+    before = [p.grad.clone() for p in adapters(model).values()]
+    if what == "input":
+        x.copy_(torch.randn(5, 3, 11))
+    else:
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="written to since the backward pass: call clip_ before"):
+        per_sample.clip_(model, 1.0)
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(adapters(model).values(), before))
+
+
 class _NoHostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read back from the device"

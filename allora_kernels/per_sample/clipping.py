@@ -95,7 +95,7 @@ def clip_(model: nn.Module, max_norm: float) -> Tensor:
 
     Raises:
         ValueError: `max_norm` is not > 0; or a parameter has a gradient that was not recorded, which would stay unclipped.
-        RuntimeError: as `norms`; or a norms-only record was clipped before.
+        RuntimeError: as `norms`; or a norms-only record was clipped before, or what it sums from was written to since.
     """
     if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not 0 < max_norm < math.inf:
         raise ValueError(f"max_norm must be a finite number > 0, got {max_norm!r}")
@@ -109,8 +109,14 @@ def clip_(model: nn.Module, max_norm: float) -> Tensor:
             f"{loose[0]!r} has a gradient that was not recorded and would stay unclipped: freeze it, and call zero_grad before "
             "the record"
         )
-    if any(call.weigh is None for _, kept in recorded for call in kept.calls):
+    to_sum = [call.weighing for _, kept in recorded for call in kept.calls]
+    if None in to_sum:
         raise RuntimeError("this norms-only record was clipped already, which used it up")
+    if any(weighing.is_stale for weighing in to_sum):
+        raise RuntimeError(
+            "a norms-only record sums again from the layers' inputs and adapters, and one of them was written to since the "
+            "backward pass: call clip_ before the optimizer's step and before an input is reused, or record without norms_only"
+        )
     sample_norms = norms(model)
     weights = max_norm / sample_norms.clamp_min(max_norm)
     for adapter, kept in recorded:
@@ -157,10 +163,10 @@ def _with_gradient_anywhere(model: nn.Module, parameters: list[nn.Parameter]) ->
 def _weigh(adapter: nn.Module, calls: list[Call], weights: Tensor) -> None:
     sums: list[Tensor | None] = [None, None]
     for call, w in zip(calls, weights.split([call.samples.count for call in calls])):
-        for i, part in enumerate(call.weigh(w)):
+        for i, part in enumerate(call.weighing.sums(w)):
             sums[i] = part if sums[i] is None else sums[i] + part
         # G and x are not needed any more; the norms stay.
-        call.weigh = None
+        call.weighing = None
     for p, total in zip((adapter.lora_A, adapter.lora_B), sums):
         if total is not None:
             _set_grad(p, total)

@@ -2,7 +2,7 @@
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -16,11 +16,26 @@ from .grouped import GroupSamples
 from .samples import Samples
 
 
+class Weighing:
+    """``sums(w)``: (dA, dB) of samples with the weights w [b], from `tensors`, which must stay as they are until then."""
+
+    def __init__(
+        self, sums: Callable[[Tensor], tuple[Tensor | None, Tensor | None]], tensors: Iterable[Tensor | None]
+    ) -> None:
+        self.sums = sums
+        self._versions = [(t, t._version) for t in tensors if t is not None]
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether one of the tensors was written to since."""
+        return any(t._version != version for t, version in self._versions)
+
+
 @dataclass
 class Call:
     """What the backward passes left of the samples that one adapter of a layer had in a forward pass: their gradients `a`
     [b, *A's shape] and `b` [b, *B's shape]; or, where only norms were asked for, their `squares` [b], the gradients' sums
-    `totals` (dA, dB), and `weigh`, which turns weights [b] into the weighted sums (dA, dB) and keeps what that takes."""
+    `totals` (dA, dB), and `weighing`, which sums them with weights later and keeps what that takes."""
 
     count: int
     """How many samples the forward pass is of."""
@@ -31,7 +46,7 @@ class Call:
     b: Tensor | None = None
     squares: Tensor | None = None
     totals: tuple[Tensor | None, Tensor | None] = (None, None)
-    weigh: Callable[[Tensor], tuple[Tensor | None, Tensor | None]] | None = None
+    weighing: Weighing | None = None
 
     @property
     def where(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from ..layer.routing import among_experts
 from ..layer.sharding import is_sharded
 from .forward_passes import Forward, ForwardPasses
 from .grouped import GroupSamples
-from .kept import Call, Kept, Run, in_order
+from .kept import Call, Kept, Run, Weighing, in_order
 from .samples import Rows, Samples
 from .steps import sample_steps
 
@@ -255,7 +255,8 @@ class Recording:
             ds, da, db, call.squares = steps.sample_squared_norms(*common, need_ds, *dtypes, samples)
             call.totals = da, db
             kept_b = lora_B.clone() if self._copies else lora_B
-            call.weigh = lambda w: steps.weighted_grads(g, x, s, kept_b, c, eta, norm, w, *dtypes, samples)
+            kept = (g, x, s, kept_b, c)
+            call.weighing = Weighing(lambda w: steps.weighted_grads(*kept, eta, norm, w, *dtypes, samples), kept)
         else:
             ds, call.a, call.b = steps.sample_grads(*common, need_ds, *(t is not None for t in dtypes), samples)
             sums = zip((call.a, call.b), dtypes)
