@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from allora_kernels import FusedALLoRALinear, apply_allora, reference
+from allora_kernels import FusedALLoRALinear, apply_allora, merge_adapter, reference
 from allora_kernels.layer.backend import TRITON_INSTALLED
 
 K, HIDDEN, N, R = 12, 20, 9, 3
@@ -136,6 +139,36 @@ def test_a_compiled_model_under_autocast_and_checkpointing(backend, compiles):
     assert compiles() == 1
     for ours, expected in zip(trained(model).values(), trained(plain).values()):
         torch.testing.assert_close(ours.grad, expected.grad, rtol=0.02, atol=1e-3)
+
+
+# --- torch.export and its relatives -----------------------------------------------------------------------------------
+
+
+def test_an_exported_model_takes_any_length_and_is_loaded_from_a_file(backend, tmp_path):
+    model = make_model()
+    rows = torch.export.Dim("rows")
+    torch.export.save(torch.export.export(model, (X,), dynamic_shapes=({0: rows},)), tmp_path / "model.pt2")
+    x = torch.randn(17, K)
+    torch.save(x, tmp_path / "x.pt")
+    # Another process knows the kernels' ops by this import alone.
+    load = f"""
+        import torch
+        {"import allora_kernels.layer.ops" if backend == "triton" else ""}
+        program = torch.export.load("{tmp_path}/model.pt2")
+        torch.save(program.module()(torch.load("{tmp_path}/x.pt")), "{tmp_path}/y.pt")
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(load)], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), model(x))
+
+
+def test_jit_trace_and_forward_mode_are_refused():
+    model = make_model()
+    with pytest.raises(RuntimeError, match="or merge_adapter"):
+        torch.jit.trace(model, X)
+    merge_adapter(model)
+    torch.testing.assert_close(torch.jit.trace(model, X)(X), model(X))
+    with pytest.raises(NotImplementedError, match="to use it with forward mode AD"):
+        torch.func.jvp(make_model(), (X,), (X,))
 
 
 # --- precision -------------------------------------------------------------------------------------------------------

@@ -22,6 +22,10 @@ ETA_RANGE = (1e-18, 1e18)
 def check_rule(r: int, eta: float, norm: str | None) -> None:
     """Raise ValueError or TypeError unless `r`, `eta` and `norm` name an adapter this library can train."""
     if isinstance(r, bool) or not isinstance(r, (int, torch.SymInt)):
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "an adapted layer cannot be traced by torch.jit.trace: use torch.export.export, or merge_adapter(model) first"
+            )
         raise TypeError(f"r must be an int, got {type(r).__name__}")
     if not 1 <= r <= MAX_RANK:
         raise ValueError(f"r must be between 1 and {MAX_RANK}, got {r}")
