@@ -106,6 +106,17 @@ def test_who_wins_decides_what_is_said(tmp_path):
     assert "16 came out for it, 0 against it" in ours and "0 came out for it, 4 against it" in theirs
 
 
+def test_what_dropout_does_is_counted_against_the_same_method_without_it(tmp_path):
+    blocks = [block for block in plan.full() if block.name in ("main", "dropout")]
+    # Without dropout LoRA is better than all, also than LoRA α/r=2 and both with dropout.
+    text = report.text(fill(Store(tmp_path), blocks, better=LORA.name), blocks, tmp_path / "study.md")
+    assert "Under AdamW, LoRA dropout 0.1 is worse than LoRA in 4 of 4 cases (-" in text
+    assert "Under AdamW, LoRA α/r=2 dropout 0.1 is not told apart from LoRA α/r=2 (4 cases, " in text
+    assert text.count("### What it does to the accuracy") == 1
+    alone = [block for block in blocks if block.name == "dropout"]
+    assert "What it does to the accuracy" not in report.text(Store(tmp_path), alone, tmp_path / "study.md")
+
+
 def test_a_verdict_counts_cases_and_leaves_perplexity_out_of_the_points():
     def case(task, points, p, half=1.0, sign=1):
         difference = statistics.Difference(statistics.Mean(points / 100, half / 100), p)

@@ -1,13 +1,13 @@
 """Writes the page of the study and its plots from the records alone. Every statement about an outcome is made from numbers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.markdown import table
 
 from . import advice, figures, flaw_report, plan, sections, verdicts
 from .cells import SEEDS
-from .methods import ALLORA, ALLORA_PLUS, LORA_PLUS, LORAPLUS_RATIO
+from .methods import ALLORA, ALLORA_PLUS, LORA, LORA_2, LORA_2_DROPOUT, LORA_DROPOUT, LORA_PLUS, LORAPLUS_RATIO
 from .plan import Block
 from .results import OPTIMIZER_TITLES, Budget, budgets, collect, compare, rank_scores, tasks_of
 from .statistics import ranking
@@ -64,7 +64,10 @@ def text(store: Store, blocks: list[Block], page: Path) -> str:
         _combined(numbered, results, said),
         sections.rules(numbered, results, rule_tables),
         sections.sides(numbered, results),
-        *(part(numbered, flaw_report.records_of(kind, blocks, store), said) for kind, part in _FLAWS.items()),
+        sections.dropout(numbered, flaw_report.records_of("dropout", blocks, store), said),
+        _dropped(numbered, results, said),
+        sections.norms(numbered, flaw_report.records_of("norms", blocks, store), said),
+        sections.scaling(numbered, flaw_report.records_of("scaling", blocks, store), said),
     ]
     head = [
         "# Does ALLoRA help, and when?",
@@ -78,43 +81,50 @@ def text(store: Store, blocks: list[Block], page: Path) -> str:
     return "\n\n".join(part for part in [*head, *body, sections.LIMITS] if part) + "\n"
 
 
-_FLAWS: dict[str, Callable] = {"dropout": sections.dropout, "norms": sections.norms, "scaling": sections.scaling}
-
-
 def _compared(numbered: Numbered, results, comparisons, said: list[str]) -> str:
-    found = {title: verdicts.tallies(results, name, OTHERS) for name, title in OPTIMIZER_TITLES.items()}
-    found = {title: tallies for title, tallies in found.items() if tallies}
-    if not found:
+    drawn = _tallied(numbered, results, [(ALLORA, OTHERS)], f"{ALLORA.name} against each other method", said)
+    if not drawn:
         return ""
     parts = ["## Against LoRA, DoRA and LoRA+"]
     shown = [(budget, here) for budget, here in comparisons.items() if any(c.sign == 1 for c in here)]
     if shown:
-        drawn = figures.differences(shown, TITLES, ALLORA.name)
         caption = f"{ALLORA.name} minus each other method: accuracy on the test part, {len(SEEDS)} seeds"
-        parts.append(numbered.figure(drawn, "differences", caption, "--only short main sgd samples decoder long"))
-    rows = [row for title, tallies in found.items() for row in verdicts.rows(title, tallies)]
-    caption = f"{ALLORA.name} against each other method. {verdicts.COLUMNS}"
-    parts.append(numbered.table(caption, verdicts.HEADINGS, rows))
-    said += [f"{verdicts.sentence(title, tallies)} (Table {numbered.tables})." for title, tallies in found.items()]
-    return "\n\n".join(parts)
+        figure = figures.differences(shown, TITLES, ALLORA.name)
+        parts.append(numbered.figure(figure, "differences", caption, "--only short main sgd samples decoder long"))
+    return "\n\n".join([*parts, drawn])
 
 
 def _combined(numbered: Numbered, results, said: list[str]) -> str:
     """ALLoRA at LoRA+'s learning rates, against each of the two."""
-    others = [LORA_PLUS.name, ALLORA.name]
-    found = {t: verdicts.tallies(results, name, others, ALLORA_PLUS) for name, t in OPTIMIZER_TITLES.items()}
-    found = {title: tallies for title, tallies in found.items() if tallies}
-    if not found:
-        return ""
-    rows = [row for title, tallies in found.items() for row in verdicts.rows(title, tallies)]
     times = f"lora_B at {LORAPLUS_RATIO} times lora_A's learning rate"
-    caption = f"{ALLORA_PLUS.name}, {times}, against each of the two alone. {verdicts.COLUMNS}"
-    drawn = numbered.table(caption, verdicts.HEADINGS, rows)
-    said += [
-        f"{verdicts.sentence(title, tallies, ALLORA_PLUS)} (Table {numbered.tables})."
-        for title, tallies in found.items()
-    ]
-    return f"## ALLoRA with LoRA+\n\nAdded when the first results were known, in which LoRA+ came first.\n\n{drawn}"
+    caption = f"{ALLORA_PLUS.name}, {times}, against each of the two alone"
+    drawn = _tallied(numbered, results, [(ALLORA_PLUS, [LORA_PLUS.name, ALLORA.name])], caption, said)
+    why = "Added when the first results were known, in which LoRA+ came first."
+    return f"## ALLoRA with LoRA+\n\n{why}\n\n{drawn}" if drawn else ""
+
+
+def _dropped(numbered: Numbered, results, said: list[str]) -> str:
+    """LoRA with dropout against itself without."""
+    pairs = [(LORA_DROPOUT, [LORA.name]), (LORA_2_DROPOUT, [LORA_2.name])]
+    caption = f"LoRA with dropout {LORA_DROPOUT.dropout} against the same without dropout"
+    drawn = _tallied(numbered, results, pairs, caption, said)
+    return f"### What it does to the accuracy\n\n{drawn}" if drawn else ""
+
+
+def _tallied(numbered: Numbered, results, pairs, caption: str, said: list[str]) -> str:
+    """A table of how each method of `pairs` fares against its others, and a sentence of each for every optimizer; nothing where
+    none of them have met."""
+    rows, sentences = [], []
+    for ours, others in pairs:
+        for name, title in OPTIMIZER_TITLES.items():
+            if found := verdicts.tallies(results, name, others, ours):
+                rows += verdicts.rows(title, found)
+                sentences.append(verdicts.sentence(title, found, ours))
+    if not rows:
+        return ""
+    drawn = numbered.table(f"{caption}. {verdicts.COLUMNS}", verdicts.HEADINGS, rows)
+    said += [f"{sentence} (Table {numbered.tables})." for sentence in sentences]
+    return drawn
 
 
 def _budget(numbered: Numbered, results, budget, comparisons, tables: dict[Budget, int]) -> str:
