@@ -97,8 +97,8 @@ def test_who_wins_decides_what_is_said(tmp_path):
     ours, theirs = (winner(name, tmp_path) for name in (OURS, LORA.name))
     # The decoder's two tasks are under AdamW; of perplexity less is better.
     for optimizer, cases in (("AdamW", 6), ("SGD with momentum", 4)):
-        assert f"- Under {optimizer}, {OURS} is better than LoRA in {cases} of {cases} cases (+" in ours
-        assert f"- Under {optimizer}, {OURS} is worse than LoRA in {cases} of {cases} cases (-" in theirs
+        assert f"- Under {optimizer}, {OURS} is better than LoRA in {cases} of {cases} cases (mean +" in ours
+        assert f"- Under {optimizer}, {OURS} is worse than LoRA in {cases} of {cases} cases (mean -" in theirs
         assert re.search(rf"under {optimizer}, {OURS} comes first", ours)
         assert re.search(rf"under {optimizer}, LoRA comes first", theirs)
     assert f"{OURS} has the best mean on Election tweets, Rotten Tomatoes" in ours
@@ -110,7 +110,7 @@ def test_what_dropout_does_is_counted_against_the_same_method_without_it(tmp_pat
     blocks = [block for block in plan.full() if block.name in ("main", "dropout")]
     # Without dropout LoRA is better than all, also than LoRA α/r=2 and both with dropout.
     text = report.text(fill(Store(tmp_path), blocks, better=LORA.name), blocks, tmp_path / "study.md")
-    assert "Under AdamW, LoRA dropout 0.1 is worse than LoRA in 4 of 4 cases (-" in text
+    assert "Under AdamW, LoRA dropout 0.1 is worse than LoRA in 4 of 4 cases (mean -" in text
     assert "Under AdamW, LoRA α/r=2 dropout 0.1 is not told apart from LoRA α/r=2 (4 cases, " in text
     assert text.count("### What it does to the accuracy") == 1
     alone = [block for block in blocks if block.name == "dropout"]
@@ -129,8 +129,8 @@ def test_a_verdict_counts_cases_and_leaves_perplexity_out_of_the_points():
     alone = verdicts.Tally("DoRA", [case("newsgroups", -0.04, 0.5)])
     perplexity = verdicts.Tally("LoRA+", [case("shakespeare", 1.0, 0.9, sign=-1)])
     assert verdicts.sentence("AdamW", [mixed, alone, perplexity]) == (
-        f"Under AdamW, {OURS} is better than LoRA in 2 and worse in 1 of 3 cases (+0.5 points); "
-        "not told apart from DoRA (1 case, +0.0 points) or LoRA+ (1 case)"
+        f"Under AdamW, {OURS} is better than LoRA in 2 and worse in 1 of 3 cases (mean +0.5 points); "
+        "not told apart from DoRA (1 case, mean +0.0 points) or LoRA+ (1 case)"
     )
     better = "2: 20 Newsgroups at 25 steps, Shakespeare, decoder at 25 steps"
     assert verdicts.rows("AdamW", [mixed, perplexity]) == [

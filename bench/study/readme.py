@@ -37,7 +37,7 @@ def summary(store: Store, blocks: list[Block]) -> str:
     done, total = plan.counts(plan.whole(blocks), store)
     state = "the grid is complete" if done == total else f"{done} of the grid's {total} cells are there"
     return (
-        f"{' '.join(said)} A case is a task and a length of training, points are of accuracy and on average; the others are "
+        f"{' '.join(said)} A case is a task and a length of training, points are of accuracy; the others are "
         f"PEFT's, each method is at its own best learning rate of one grid, with {len(SEEDS)} seeds, and tables, the three "
         f"flaws and the limits are on [the study's page](docs/study.md) ({state}).\n\n"
         "![ALLoRA minus PEFT's methods: points of accuracy](docs/study-differences.png)"

@@ -57,7 +57,7 @@ def sentence(title: str, found: Sequence[Tally], ours: Method = ALLORA) -> str:
     same, parts = [], []
     for tally in found:
         cases = f"{len(tally.cases)} case{'s' if len(tally.cases) > 1 else ''}"
-        lead = f"{tally.lead} points" if tally.lead else ""
+        lead = f"mean {tally.lead} points" if tally.lead else ""
         better, worse = len(tally.of(1)), len(tally.of(-1))
         if not better and not worse:
             same.append(f"{tally.other} ({', '.join(part for part in (cases, lead) if part)})")
