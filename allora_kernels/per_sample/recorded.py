@@ -65,7 +65,8 @@ def record(
         norms_only: keep the norms alone, no tensor with b but them. G and x of every layer stay until `clip_`, `clear` or
             the next record, so that `clip_` can sum again with weights.
         batch_dim: the dimension of a layer's input that runs over samples: 1 for a model that works on [T, b, K]. Other than 0
-            it costs a copy of G and x. None for 0, checked against the leading dimensions of the model's inputs.
+            it costs a copy of G and x. None for 0, checked against the leading dimensions of the model's inputs, and refused
+            for 2-D inputs of layers in a list called ``experts``, whose rows a router may have chosen.
         samples: how many one backward pass is of, where it reaches several forward passes: as many as each has, they are of
             the same samples; as many as all have together, they are of different ones.
 
