@@ -23,6 +23,11 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import csrc_triton
 from csrc_triton import configs, describable, plans
+from csrc_triton.down_project import down_project_beside
+from csrc_triton.fused_linear_persistent import launch_persistent
+from csrc_triton.low_rank_add import low_rank_product
+from csrc_triton.outer_pair import outer_pair, pick_pair
+from csrc_triton.sweep import Rule
 
 from .machine_code import AccessWidths, access_widths
 from .occupancy import resident_blocks, resident_share
@@ -194,13 +199,22 @@ def launches(
     c = {norm: torch.empty(n + r if norm == "factor" else n, dtype=torch.float32) for norm in ("row", "factor")}
     label = f"{str(dtype).split('.')[1]}/{str(adapter_dtype).split('.')[1]} R={r}"
     yield f"down_project {label}", lambda: csrc_triton.down_project(x, a, compute)
+    for config in configs.candidates("down_project_beside", 0, k, r, dtype, arch, compute):
+        yield f"down_project beside {label}", lambda config=config: down_project_beside(x, a, compute, config)
     for plan in plans.options(plans.Call("adapted_linear", m, n, k, r, dtype, compute), arch, describable(x, w)):
         if plan.way != "vendor":
             yield f"y {plan.way} {label}", lambda plan=plan: csrc_triton.adapted_linear(x, w, bias, a, b, compute, plan)
     for plan in plans.options(plans.Call("fused_linear", m, k, n, r, dtype, compute), arch, describable(g, w.mT)):
         if plan.way != "vendor":
             yield f"dx {plan.way} {label}", lambda plan=plan: csrc_triton.fused_linear(g, w.mT, None, s, a.mT, plan)
+    for config in configs.candidates("fused_linear_persistent", n, k, r, dtype, arch, compute):
+        if describable(x, w):
+            yield (
+                f"y persistent overlap {label}",
+                lambda config=config: launch_persistent(x, w, bias, s, b, config, overlap=True),
+            )
     yield f"low_rank_add {label}", lambda: csrc_triton.low_rank_add(g, s, b)
+    yield f"low_rank_product {label}", lambda: low_rank_product(s, b, bias, dtype)
     for norm in ("row", "matrix", "factor"):
         yield f"C {norm} {label}", lambda norm=norm: csrc_triton.weight_coefficient(a, b, 2.0, norm)
     for norm in ("row", "factor", "token", "entry"):
@@ -210,6 +224,14 @@ def launches(
                 g, x, s, b, c.get(norm), 2.0, norm, True, adapter_dtype, adapter_dtype
             ),
         )
+    for norm in (None, "row", "matrix", "factor", "token"):
+        yield (
+            f"layer_grads {norm} {label}",
+            lambda norm=norm: csrc_triton.layer_grads(g, x, s, w, a, b, 2.0, norm, adapter_dtype, adapter_dtype),
+        )
+    pair = pick_pair(n, k, r, dtype, arch, compute)
+    if pair is not None:
+        yield f"outer_pair beside {label}", lambda: outer_pair(g, s, Rule(), x, s, Rule(), pair, start_next=True)
     # Samples of 16 rows share a program, those of 512 are cut; the shortest take the Gram form.
     for norm, rows in (("row", 16), ("entry", 16), ("token", 512), ("row", 1), ("entry", 1)):
         segments = csrc_triton.Segments(m // rows, rows)

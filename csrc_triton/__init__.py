@@ -13,6 +13,7 @@ from .grouped_adapter_grad import grouped_adapter_grads
 from .grouped_down_project import grouped_down_project
 from .grouped_fused_linear import grouped_fused_linear
 from .grouped_sample_grad import grouped_sample_grads, grouped_sample_squared_norms
+from .layer_grads import layer_grads
 from .low_rank_add import low_rank_add
 from .norms import squared_norms
 from .row_norms import token_coefficient, weight_coefficient
@@ -33,6 +34,7 @@ __all__ = [
     "grouped_fused_linear",
     "grouped_sample_grads",
     "grouped_sample_squared_norms",
+    "layer_grads",
     "low_rank_add",
     "plan_added_steps",
     "plan_steps",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import batch_invariance, configs
-from .combine import combine
+from .combine import combine, combine_groups
 from .configs import cdiv
 from .down_project import down_project
 from .row_norms import token_coefficient
@@ -55,31 +55,30 @@ def sweep_chunks(
     f: Tensor | None,
     rule: Rule,
     outer_layout: str,
-    projected: Tensor | None,
-    scaled: Tensor | None,
+    sums: "Sums | None",
     plan: SweepPlan,
 ) -> Tensor | None:
     """Both stages of the sums over v's columns, the first of those over its rows; v [M, L], M >= 1.
 
-    Fills `projected` and `scaled` [M, R], where they are wanted. Returns the segments' sums of ``V~ᵀ U~`` in fp32:
+    Fills `sums`, where there are some. Returns the segments' sums of ``V~ᵀ U~`` in fp32:
     [P, L, R] for `outer_layout` "LR", [P, R, L] for "RL", None for "".
     """
     (M, L), R, config = v.shape, u.shape[1], plan.config
     # Every tile of columns has its own [rows, R] share of projected and scaled.
     tiles_l = cdiv(L, config.BLOCK_N)
-    wanted = [t for t in (projected, scaled) if t is not None]
+    wanted = 0 if sums is None else len(sums.all)
     chunk_m, segment_m = plan.chunk_rows, plan.segment_rows
     segments = cdiv(min(M, chunk_m), segment_m)
     result = outer = None
     if outer_layout:
         result, outer = empty_outer(total_segments(M, chunk_m, segment_m), L, R, outer_layout, v.device)
-    shares = [torch.empty(tiles_l, min(M, chunk_m), R, device=v.device, dtype=torch.float32) for _ in wanted]
+    shares = torch.empty(wanted * tiles_l * min(M, chunk_m) * R, device=v.device, dtype=torch.float32)
 
     for chunk in range(cdiv(M, chunk_m)):
         rows = slice(chunk * chunk_m, min(M, (chunk + 1) * chunk_m))
         num_rows = rows.stop - rows.start
         # The same memory for every chunk, contiguous for its number of rows.
-        parts = [share.view(-1)[: tiles_l * num_rows * R].view(tiles_l, num_rows, R) for share in shares]
+        parts = shares[: wanted * tiles_l * num_rows * R].view(wanted, tiles_l, num_rows, R)
         count = cdiv(num_rows, segment_m)
         sweep(
             v[rows],
@@ -89,11 +88,10 @@ def sweep_chunks(
             Cut(count, 1, num_rows, count, segment_m),
             config,
             None if outer is None else outer[chunk * segments : (chunk + 1) * segments],
-            projected=parts[0] if projected is not None else None,
-            scaled=parts[-1] if scaled is not None else None,
+            **(sums.shares(parts) if wanted else {}),
         )
-        for target, part in zip(wanted, parts):
-            combine(part, target.dtype, out=target[rows])
+        if wanted:
+            sums.add_up(parts, rows)
     return result
 
 
@@ -123,16 +121,31 @@ def project(
 class Sums:
     """The [M, R] sums over G's columns that are due, and where a sweep puts them: dS, and u = G~ B.
 
-    Where C does not touch that sum u is dS, for "token" times C[m], which the sweep over x applies.
+    Where C does not touch that sum u is dS, for "token" times C[m], which the sweep over x applies. `all` has one or both,
+    `projected` and `scaled` the one that is the sweep's product of that name.
     """
 
     def __init__(self, s: Tensor, norm: str | None, need_ds: bool, need_da: bool) -> None:
         apart = norm in ("row", "entry")
-        self.ds = torch.empty_like(s, memory_format=torch.contiguous_format) if need_ds else s.new_empty(0)
         another = need_da and (apart or not need_ds)
-        self.u = torch.empty_like(s, memory_format=torch.contiguous_format) if another else self.ds
+        self.all = s.new_empty(int(need_ds) + int(another), *s.shape)
+        self.ds = self.all[0] if need_ds else s.new_empty(0)
+        self.u = self.all[-1] if another else self.ds
         self.projected = self.ds if need_ds else (self.u if need_da and not apart else None)
         self.scaled = self.u if need_da and apart else None
+
+    def shares(self, parts: Tensor) -> dict[str, Tensor]:
+        """`sweep`'s arguments for the shares ``parts [sums, tiles, M, R]`` of `all`."""
+        named = {"projected": (self.projected, 0), "scaled": (self.scaled, -1)}
+        return {name: parts[place] for name, (wanted, place) in named.items() if wanted is not None}
+
+    def add_up(self, parts: Tensor, rows: slice = slice(None)) -> None:
+        """Those rows of `all`, from their shares ``[sums, tiles, rows, R]``."""
+        if parts.shape[2] == self.all.shape[1]:
+            combine_groups(parts.flatten(0, 1), len(parts), parts.shape[1], None, out=self.all)
+            return
+        for target, part in zip(self.all, parts):
+            combine(part, target.dtype, out=target[rows])
 
 
 def adapter_grads(
@@ -178,14 +191,14 @@ def adapter_grads(
     if plan.separate:
         projected, u = project(g, b, c, norm, compute, need_ds, need_da)
         ds = projected if need_ds else ds
-        outer = sweep_chunks(g, s, None, rule_g, layout, None, None, plan) if need_db else None
+        outer = sweep_chunks(g, s, None, rule_g, layout, None, plan) if need_db else None
     else:
         sums = Sums(s, norm, need_ds, need_da)
         ds, u = sums.ds, sums.u
-        outer = sweep_chunks(g, s, b, rule_g, layout, sums.projected, sums.scaled, plan)
+        outer = sweep_chunks(g, s, b, rule_g, layout, sums, plan)
     if need_db:
         db = combine(outer, dtype_b)
     if need_da:
         plan = plan_sweep(M, x.shape[1], R, None, 0, True, x.dtype, compute, arch)
-        da = combine(sweep_chunks(x, u, None, rule_x, "RL", None, None, plan), dtype_a)
+        da = combine(sweep_chunks(x, u, None, rule_x, "RL", None, plan), dtype_a)
     return ds, da, db

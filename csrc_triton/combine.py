@@ -73,11 +73,17 @@ def combine(partial: Tensor, dtype: torch.dtype, weights: Tensor | None = None, 
 
 
 def combine_groups(
-    partial: Tensor, groups: int, parts: int, first: Tensor | None, dtype: torch.dtype = torch.float32
+    partial: Tensor,
+    groups: int,
+    parts: int,
+    first: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The sums [Q, ...] in `dtype` of each group's parts of ``partial [·, ...]``: `parts` of them a group, or those from
-    ``first[q]`` to ``first[q + 1]`` (int32 [Q + 1])."""
-    out = torch.empty(groups, *partial.shape[1:], device=partial.device, dtype=dtype)
+    ``first[q]`` to ``first[q + 1]`` (int32 [Q + 1]). `out`, where it is given, is contiguous and has its own dtype."""
+    if out is None:
+        out = torch.empty(groups, *partial.shape[1:], device=partial.device, dtype=dtype)
     _launch(partial, None, first, out, groups, parts)
     return out
 

@@ -1,7 +1,8 @@
 """Block sizes as plain data, and the one function that picks them.
 
-Provenance: every entry here was chosen from what it compiles to (registers, shared memory, instructions; see
-tests/test_offline_compile.py). None has been measured on a device yet.
+Provenance: sm_90's entries for 16-bit x are the fastest of those measured on an H200 on 2026-11-26 (docs/performance.md).
+Every other entry was chosen from what it compiles to (registers, shared memory, instructions; see
+tests/test_offline_compile.py), and has not been measured.
 """
 
 import functools
@@ -26,7 +27,7 @@ class Config:
     BLOCK_R: int
     num_warps: int
     num_stages: int
-    GROUP_M: int = 8
+    GROUP_M: int = 16
     all_registers: bool = False
 
     def __str__(self) -> str:
@@ -59,10 +60,18 @@ class Machine:
 
 
 _ASSUMED = {"tiles": 0.85, "inside": 0.85, "persistent": 0.95}
+_HOPPER = {"tiles": 0.9, "inside": 0.75, "persistent": 0.98}
 
 MACHINES = {
     "sm_80": Machine(250e12, 1.7e12, 4e-6, _ASSUMED, 0.5, "assumed for an A100 80 GB on 2026-11-23, not measured"),
-    "sm_90": Machine(800e12, 3.0e12, 4e-6, _ASSUMED, 0.5, "assumed for an H100 SXM on 2026-11-23, not measured"),
+    "sm_90": Machine(
+        800e12,
+        3.0e12,
+        4e-6,
+        _HOPPER,
+        0.5,
+        "efficiency measured on an H200 on 2026-11-26, the rest assumed for an H100 SXM",
+    ),
     "sm_100": Machine(1600e12, 7.0e12, 4e-6, _ASSUMED, 0.5, "assumed for a B200 on 2026-11-23, not measured"),
     "*": Machine(200e12, 1.0e12, 6e-6, _ASSUMED, 0.5, "assumed on 2026-11-23, not measured"),
 }
@@ -99,34 +108,42 @@ _TABLES = {
         ("*", "mixed"): [(64, 128, 32, 16, 4, 3), (64, 64, 32, 16, 4, 3)],
         ("*", "32"): [(64, 64, 16, 16, 4, 2)],
         ("unaligned", "mixed"): [(64, 64, 32, 16, 2, 3)],
-        ("unaligned", "32"): [(64, 64, 16, 16, 2, 2)],
+        ("unaligned", "32"): [(64, 64, 16, 16, 4, 2)],
         ("interpreter", "*"): [(64, 64, 64, 64, 1, 1)],
     },
     "fused_linear_persistent": {
         ("sm_90", "16-broken"): [(128, 256, 64, 16, 8, 3)],
-        ("sm_90", "16"): [(128, 256, 64, 64, 8, 3)],
-        ("sm_90", "mixed"): [(128, 256, 64, 16, 8, 3)],
+        ("sm_90", "16"): [(128, 256, 64, 64, 8, 3), (128, 128, 64, 32, 4, 4)],
+        ("sm_90", "mixed"): [(128, 256, 64, 16, 8, 3), (128, 128, 64, 16, 4, 4)],
         ("interpreter", "*"): [(32, 64, 32, 64, 1, 1)],
     },
     "down_project": {
         ("sm_90", "16"): (64, 0, 128, 64, 4, 4),
-        ("sm_90", "mixed"): (64, 0, 64, 32, 4, 4),
+        ("sm_90", "mixed"): (128, 0, 64, 32, 8, 3),
         ("*", "16"): (64, 0, 64, 64, 4, 2),
         ("*", "mixed"): (64, 0, 64, 16, 4, 2),
         ("*", "32"): (32, 0, 32, 32, 4, 2),
         ("interpreter", "*"): (64, 0, 64, 64, 1, 1),
     },
+    # Small enough to stand on a multiprocessor beside a program of the persistent GEMM.
+    "down_project_beside": {("sm_90", "16"): [(64, 0, 64, 32, 4, 3)]},
+    # As small, for the sums over rows that run beside the GEMM for dX; narrowest first.
+    "outer_pair": {
+        ("sm_90", "16"): [(64, 64, 0, 32, 4, 3), (64, 128, 0, 32, 4, 2)],
+        ("interpreter", "*"): [(32, 32, 0, 64, 1, 1), (32, 64, 0, 64, 1, 1)],
+    },
     "low_rank_add": {
         ("unaligned", "16"): (64, 64, 0, 32, 4, 1),
         ("*", "16"): (64, 128, 0, 32, 4, 1),
+        ("sm_90", "mixed"): (64, 128, 0, 16, 4, 1),
         ("*", "mixed"): (32, 64, 0, 16, 4, 1),
         ("*", "32"): (32, 32, 0, 16, 4, 1),
         ("interpreter", "*"): (64, 64, 0, 64, 1, 1),
     },
     "sweep": {
         ("sm_80", "16-broken"): (32, 128, 0, 64, 8, 2),
-        ("sm_90", "16"): (64, 256, 0, 64, 8, 3),
-        ("sm_90", "mixed"): (64, 128, 0, 32, 8, 3),
+        ("sm_90", "16"): (128, 128, 0, 64, 8, 3),
+        ("sm_90", "mixed"): (64, 128, 0, 16, 4, 2),
         ("sm_90", "mixed-fp16"): (32, 64, 0, 16, 4, 2),
         ("gfx942", "16"): (32, 128, 0, 32, 4, 2),
         ("gfx942", "mixed-fp16"): (32, 64, 0, 16, 4, 1),
@@ -139,8 +156,8 @@ _TABLES = {
     "sweep_wide": {
         ("sm_80", "16-broken"): (32, 256, 0, 16, 8, 2),
         ("sm_100", "16-broken"): (64, 256, 0, 32, 8, 2),
-        ("sm_90", "16"): (64, 512, 0, 32, 8, 2),
-        ("sm_90", "mixed"): (32, 256, 0, 16, 8, 2),
+        ("sm_90", "16"): (128, 128, 0, 64, 8, 3),
+        ("sm_90", "mixed"): (64, 128, 0, 16, 4, 2),
         ("sm_90", "mixed-fp16"): (32, 64, 0, 16, 4, 2),
         ("sm_100", "16"): (64, 512, 0, 32, 8, 2),
         ("sm_100", "mixed"): (32, 256, 0, 16, 8, 2),
@@ -233,6 +250,18 @@ def pick_config(
     """The one of the `candidates` to take for M rows: of several, the tile whose waves over the chip cost least."""
     found = candidates(op, N, K, R, dtype, arch, low_rank_dtype)
     return found[0] if len(found) == 1 else min(found, key=lambda config: wave_cost(config, M, N, arch))
+
+
+def can_overlap(device: torch.device) -> bool:
+    """Whether a kernel can begin on this device before the one in front of it has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.version.hip is None and _gpu_properties(device.index).major >= 9
+
+
+def beside(K: int, R: int, dtype: torch.dtype, arch: str, low_rank_dtype: torch.dtype) -> Config | None:
+    """The configuration of a pass for S that leaves room on each multiprocessor for the GEMM's program, which begins before
+    S is there; None where this architecture has none or the rank needs more room."""
+    found = candidates("down_project_beside", 0, K, R, dtype, arch, low_rank_dtype)
+    return next((config for config in found if config.BLOCK_R >= R), None)
 
 
 def wave_cost(config: Config, M: int, N: int, arch: str) -> float:

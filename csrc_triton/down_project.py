@@ -4,38 +4,48 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import batch_invariance, configs
-from .combine import combine
+from .combine import combine_groups
 from .configs import cdiv
 from .launching import launch
 from .tiling import TRITON_DTYPE, dot, dot_precision, narrow, offsets
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "PARTS"])
 def _down_project_kernel(
     x_ptr,
     a_ptr,
+    scale_ptr,
     s_ptr,
     M,
     K,
     R,
+    PARTS,
     stride_xm,
     stride_xk,
     stride_ar,
     stride_ak,
+    stride_scale,
     SPLIT_K,
     DTYPE: tl.constexpr,
     OUT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    START_NEXT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """``s[p] = x[:, part p] A[:, part p]ᵀ`` for x [M, K], A [R, K], contiguous s [P, M, R], part p = SPLIT_K columns of x.
+    """``s[p] = x[:, part p] A[:, part p]ᵀ`` for x [M, K], A [R, K], contiguous s [P, M, R], part p = SPLIT_K columns of x;
+    with HAS_SCALE also ``s[PARTS + p]``, of A times scale [K].
 
-    One program writes one [BLOCK_M, BLOCK_R] tile of one part; accumulates in fp32.
+    One program writes one [BLOCK_M, BLOCK_R] tile of one part; accumulates in fp32. With START_NEXT the stream's next kernel
+    may begin once all of these programs have.
     """
+    if START_NEXT:
+        gdc_launch_dependents()
     offs_m = offsets(tl.program_id(0) * BLOCK_M, BLOCK_M)
     offs_r = offsets(tl.program_id(1) * BLOCK_R, BLOCK_R)
     part = tl.program_id(2)
@@ -48,51 +58,94 @@ def _down_project_kernel(
     a_ptrs = a_ptr + offs_k[:, None] * stride_ak + offs_r[None, :] * stride_ar
     step = tl.full((), BLOCK_K, tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    if HAS_SCALE:
+        scaled = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k in range(start, stop, BLOCK_K):
         mask_k = (k + tl.arange(0, BLOCK_K)) < stop
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         a = tl.load(a_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_K, BLOCK_R]
         acc = dot(x, a, acc, DTYPE, PRECISION)
+        if HAS_SCALE:
+            scale = tl.load(scale_ptr + (k + tl.arange(0, BLOCK_K)) * stride_scale, mask=mask_k, other=0.0)
+            scaled = dot(x, a * scale[:, None], scaled, DTYPE, PRECISION)
         x_ptrs += step * stride_xk
         a_ptrs += step * stride_ak
     s_ptrs = s_ptr + (part.to(tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :]
     tl.store(s_ptrs, narrow(acc, OUT_DTYPE), mask=mask_m[:, None] & mask_r[None, :])
+    if HAS_SCALE:
+        s_ptrs += tl.full((), PARTS, tl.int64) * M * R
+        tl.store(s_ptrs, narrow(scaled, OUT_DTYPE), mask=mask_m[:, None] & mask_r[None, :])
 
 
 def down_project(x: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
     """``S = x Aᵀ [M, R]`` in `dtype` (fp32, fp16 or bf16), for x [M, K] and a [R, K] of any strides."""
-    (M, K), R = x.shape, a.shape[0]
+    return _project(x, a, None, dtype)[0]
+
+
+def down_project_twice(x: Tensor, a: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[x Aᵀ, x (A ⊙ scale)ᵀ] [2, M, R]`` in `dtype` from one pass over x, for scale [K] (fp32); else as `down_project`."""
+    return _project(x, a, scale, dtype)
+
+
+def down_project_beside(x: Tensor, a: Tensor, dtype: torch.dtype, config: configs.Config) -> Tensor:
+    """`down_project` by small programs, beside which the stream's next kernel may begin at once; M >= 1."""
+    s = torch.empty(x.shape[0], a.shape[0], device=x.device, dtype=dtype)
+    _launch(x, a, None, s, 1, x.shape[1], dtype, config, start_next=True)
+    return s
+
+
+def _project(x: Tensor, a: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    (M, K), R, products = x.shape, a.shape[0], 1 if scale is None else 2
     if M == 0:
-        return torch.empty(0, R, device=x.device, dtype=dtype)
+        return torch.empty(products, 0, R, device=x.device, dtype=dtype)
     arch = configs.arch_of(x.device)
     planned_rows = batch_invariance.planned_rows(M)
     config = configs.pick_config("down_project", planned_rows, 0, K, R, x.dtype, arch, dtype)
-    tiles = (cdiv(M, config.BLOCK_M), cdiv(R, config.BLOCK_R))
+    tiles = cdiv(planned_rows, config.BLOCK_M) * cdiv(R, config.BLOCK_R)
     # A part shorter than eight steps spends its time in the prologue.
-    parts = configs.num_splits(cdiv(planned_rows, config.BLOCK_M) * tiles[1], K, 8 * config.BLOCK_K, arch, waves=1)
+    parts = configs.num_splits(tiles, K, 8 * config.BLOCK_K, arch, waves=1)
     split_k = cdiv(cdiv(K, parts), config.BLOCK_K) * config.BLOCK_K
     parts = cdiv(K, split_k)
-    out_dtype = dtype if parts == 1 else torch.float32
-    s = torch.empty(parts, M, R, device=x.device, dtype=out_dtype)
+    s = torch.empty(products * parts, M, R, device=x.device, dtype=dtype if parts == 1 else torch.float32)
+    _launch(x, a, scale, s, parts, split_k, dtype, config, start_next=False)
+    return s if parts == 1 else combine_groups(s, products, parts, None, dtype)
+
+
+def _launch(
+    x: Tensor,
+    a: Tensor,
+    scale: Tensor | None,
+    s: Tensor,
+    parts: int,
+    split_k: int,
+    dtype: torch.dtype,
+    config: configs.Config,
+    start_next: bool,
+) -> None:
+    (M, K), R = x.shape, a.shape[0]
     launch(
         _down_project_kernel,
-        (*tiles, parts),
+        (cdiv(M, config.BLOCK_M), cdiv(R, config.BLOCK_R), parts),
         x,
         a,
+        scale,
         s,
         M,
         K,
         R,
+        parts,
         *x.stride(),
         *a.stride(),
+        0 if scale is None else scale.stride(0),
         split_k,
         DTYPE=TRITON_DTYPE[dtype],
-        OUT_DTYPE=TRITON_DTYPE[out_dtype],
+        OUT_DTYPE=TRITON_DTYPE[s.dtype],
         PRECISION=dot_precision(dtype, x.dtype, dtype),
+        HAS_SCALE=scale is not None,
+        START_NEXT=start_next,
         BLOCK_M=config.BLOCK_M,
         BLOCK_K=config.BLOCK_K,
         BLOCK_R=config.BLOCK_R,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return s[0] if parts == 1 else combine(s, dtype)

@@ -63,6 +63,7 @@ def plan_groups(
     config = dataclasses.replace(config, num_warps=8) if norm == "entry" and config.num_stages == 1 else config
     columns = config.BLOCK_N * config.BLOCK_R // (1 if compute == torch.float32 else 4)
     narrow_loads = R % 16 != 0 and compute == torch.float32 and configs.arch_of(v.device) != "interpreter"
+    config = dataclasses.replace(config, num_warps=8) if narrow_loads else config
     wide = (config.BLOCK_M >= 64 and columns >= 2**12) or narrow_loads
     separate = plan.separate or (norm == "row" and sums == 2 and wide)
     return dataclasses.replace(plan, config=config, separate=separate)

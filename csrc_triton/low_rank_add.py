@@ -1,5 +1,7 @@
-"""``y += S Bᵀ`` in place, for a y that a layer this library does not own (quantized, foreign) has computed."""
+"""``y += S Bᵀ`` in place, for a y that a layer this library does not own (quantized, foreign) has computed; and ``bias + S Bᵀ``
+by itself, for a GEMM of the vendor's to be added to."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,11 +15,13 @@ from .tiling import TRITON_DTYPE, add_low_rank, dot_precision, grouped_tile, nar
 @triton.jit(do_not_specialize=["M"])
 def _low_rank_add_kernel(
     y_ptr,
+    bias_ptr,
     s_ptr,
     b_ptr,
     M,
     N,
     R,
+    stride_bias,
     stride_ym,
     stride_yn,
     stride_sm,
@@ -27,14 +31,16 @@ def _low_rank_add_kernel(
     DTYPE: tl.constexpr,
     LOW_RANK_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """``y += S Bᵀ`` for y [M, N], S [M, R], B [N, R].
+    """``y = bias + S Bᵀ`` for y [M, N], bias [N], S [M, R], B [N, R]; IN_PLACE: added to y.
 
-    One program updates one [BLOCK_M, BLOCK_N] tile of y; the sum is taken in fp32 and rounded once.
+    One program writes one [BLOCK_M, BLOCK_N] tile of y; the sum is taken in fp32 and rounded once.
     """
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     offs_m = offsets(pid_m * BLOCK_M, BLOCK_M)
@@ -43,7 +49,11 @@ def _low_rank_add_kernel(
     mask_n = offs_n < N
     y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn
     mask = mask_m[:, None] & mask_n[None, :]
-    acc = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if IN_PLACE:
+        acc += tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     acc = add_low_rank(
         acc,
         (s_ptr, stride_sm, stride_sr),
@@ -62,6 +72,17 @@ def _low_rank_add_kernel(
 
 def low_rank_add(y: Tensor, s: Tensor, b: Tensor) -> None:
     """``y += S Bᵀ`` in place, for y [M, N], s [M, R] and b [N, R] of any strides; computed in s's dtype."""
+    _launch(y, None, s, b, in_place=True)
+
+
+def low_rank_product(s: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``bias + S Bᵀ [M, N]`` in `dtype`, for s [M, R], b [N, R] and bias [N] of any strides; computed in s's dtype."""
+    y = torch.empty(s.shape[0], b.shape[0], device=s.device, dtype=dtype)
+    _launch(y, bias, s, b, in_place=False)
+    return y
+
+
+def _launch(y: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, in_place: bool) -> None:
     (M, N), R = y.shape, s.shape[1]
     if M == 0:
         return
@@ -71,17 +92,21 @@ def low_rank_add(y: Tensor, s: Tensor, b: Tensor) -> None:
         _low_rank_add_kernel,
         (cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N),),
         y,
+        bias,
         s,
         b,
         M,
         N,
         R,
+        0 if bias is None else bias.stride(0),
         *y.stride(),
         *s.stride(),
         *b.stride(),
         DTYPE=TRITON_DTYPE[y.dtype],
         LOW_RANK_DTYPE=TRITON_DTYPE[s.dtype],
         PRECISION=dot_precision(s.dtype, y.dtype, y.dtype),
+        IN_PLACE=in_place,
+        HAS_BIAS=bias is not None,
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_R=config.BLOCK_R,

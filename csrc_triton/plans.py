@@ -13,7 +13,7 @@ WAYS = {
     "inside": "S inside the GEMM, one launch",
     "tiles": "GEMM with the low-rank epilogue, a program a tile",
     "persistent": "persistent GEMM with the low-rank epilogue, tiles by descriptors",
-    "vendor": "the vendor's GEMM, then a rank-R update in place",
+    "vendor": "the rank-R product, then the vendor's GEMM added to it",
 }
 OPS = ("adapted_linear", "fused_linear")
 """The products that have a choice: y with S yet to be computed, and any product with S given."""
@@ -68,11 +68,14 @@ def estimate(call: Call, plan: Plan, arch: str) -> float:
     gemm = 2 * M * N * K / (flops / 16 if wide else flops)
     s_pass = machine.launch + M * K * dtype.itemsize / machine.bandwidth if call.op == "adapted_linear" else 0.0
     if plan.way == "vendor":
-        return s_pass + gemm + 2 * machine.launch + 2 * M * N * dtype.itemsize / machine.bandwidth
+        return s_pass + gemm + 2 * machine.launch + M * N * dtype.itemsize / machine.bandwidth
     config = plan.config
     # Against a GEMM in tiles of 128 x 256 that fill the chip evenly.
     gemm *= configs.wave_cost(config, M, N, arch) / (M * N / sms * (1 + 32 / 128 + 32 / 256))
     gemm /= machine.efficiency_fp32 if wide else machine.efficiency[plan.way]
+    if plan.way == "persistent" and configs.beside(K, call.R, dtype, arch, call.low_rank_dtype) is not None:
+        # S is computed beside the GEMM, which is slower by a third of that pass.
+        s_pass /= 3
     if plan.way == "inside":
         return machine.launch + gemm * (1 + 2 * config.BLOCK_R / config.BLOCK_N)
     return s_pass + machine.launch + gemm

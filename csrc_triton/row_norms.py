@@ -21,7 +21,7 @@ from . import configs
 from .configs import cdiv
 from .groups import group_strides
 from .launching import launch
-from .tiling import coefficient, dot, offsets, sqrt_of_square
+from .tiling import TRITON_DTYPE, added_apart, coefficient, dot, offsets, sqrt_of_square
 
 _BLOCK_R = 32
 _BLOCK_L = 64
@@ -40,12 +40,15 @@ def _gram_kernel(
     stride_fl,
     SPLIT_L,
     PARTS,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
     """``partial[g, p] = F_g[:, part p] F_g[:, part p]ᵀ`` for F [E, R, L], partial [E, P, R, R], part p = SPLIT_L columns.
 
-    One program writes one [BLOCK_R, BLOCK_R] tile of one part; accumulates in fp32.
+    One program writes one [BLOCK_R, BLOCK_R] tile of one part. Products of 16-bit elements are exact in fp32, in which they
+    are added up.
     """
     offs_i = offsets(tl.program_id(0) * BLOCK_R, BLOCK_R)
     offs_j = offsets(tl.program_id(1) * BLOCK_R, BLOCK_R)
@@ -63,7 +66,7 @@ def _gram_kernel(
         columns_ptrs = f_ptr + offs_l[:, None] * stride_fl + offs_j[None, :] * stride_fr
         rows = tl.load(rows_ptrs, mask=mask_i[:, None] & mask_l[None, :], other=0.0)  # [BLOCK_R, BLOCK_L]
         columns = tl.load(columns_ptrs, mask=mask_l[:, None] & mask_j[None, :], other=0.0)  # [BLOCK_L, BLOCK_R]
-        acc = dot(rows, columns, acc, tl.float32, "ieee")
+        acc = added_apart(dot(rows, columns, tl.zeros_like(acc), DTYPE, PRECISION), acc)
     partial_ptrs = partial_ptr + tl.program_id(2).to(tl.int64) * R * R + offs_i[:, None] * R + offs_j[None, :]
     tl.store(partial_ptrs, acc, mask=mask_i[:, None] & mask_j[None, :])
 
@@ -77,6 +80,7 @@ def gram_parts(factor: Tensor) -> Tensor:
     split_l = cdiv(cdiv(L, min(parts, _MAX_PARTS)), _BLOCK_L) * _BLOCK_L
     parts = cdiv(L, split_l)
     partial = torch.empty(*factor.shape[:-2], parts, R, R, device=factor.device, dtype=torch.float32)
+    whole = factor.dtype == torch.float32
     launch(
         _gram_kernel,
         (tiles, tiles, groups * parts),
@@ -87,10 +91,14 @@ def gram_parts(factor: Tensor) -> Tensor:
         *group_strides(factor),
         split_l,
         parts,
+        DTYPE=TRITON_DTYPE[factor.dtype],
+        PRECISION="split3" if whole else "ieee",
         BLOCK_R=_BLOCK_R,
-        BLOCK_L=_BLOCK_L,
+        # Three parts of each operand fill the registers.
+        BLOCK_L=_BLOCK_L // 2 if whole else _BLOCK_L,
         num_warps=4,
         num_stages=2,
+        **configs.all_registers(configs.arch_of(factor.device)),
     )
     return partial
 

@@ -90,7 +90,7 @@ def _run(g, x, s, b, c, eta, norm, need_ds, need_da, need_db, segments, reduce, 
     # Samples do not end where chunks of rows do, so a G too long for one chunk has its sums over columns taken apart.
     if norm == "entry" and plan.chunk_rows < M:
         sums = Sums(s, norm, need_ds, need_da)
-        sweep_chunks(g, s, b, rule_g, "", sums.projected, sums.scaled, plan)
+        sweep_chunks(g, s, b, rule_g, "", sums, plan)
         ds, u = sums.ds, sums.u
         if need_db:
             result_b = reduce(g, s, b, rule_g, segments, config, "LR")
@@ -102,17 +102,14 @@ def _run(g, x, s, b, c, eta, norm, need_ds, need_da, need_db, segments, reduce, 
         sums = Sums(s, norm, need_ds, need_da)
         ds, u = sums.ds, sums.u
         tiles = cdiv(N, config.BLOCK_N)
-        wanted = [t for t in (sums.projected, sums.scaled) if t is not None]
-        shares = [torch.empty(tiles, M, R, device=g.device, dtype=torch.float32) for _ in wanted]
-        projected = shares[0] if sums.projected is not None else None
-        scaled = shares[-1] if sums.scaled is not None else None
+        parts = torch.empty(len(sums.all), tiles, M, R, device=g.device, dtype=torch.float32)
         if need_db:
-            result_b = reduce(g, s, b, rule_g, segments, config, "LR", projected=projected, scaled=scaled)
-        elif wanted:
+            result_b = reduce(g, s, b, rule_g, segments, config, "LR", **sums.shares(parts))
+        elif len(parts):
             cut = segments.cut(N, R, config, arch)
-            sweep(g, s, b, rule_g, cut, config, None, projected=projected, scaled=scaled)
-        for target, share in zip(wanted, shares):
-            combine(share, target.dtype, out=target)
+            sweep(g, s, b, rule_g, cut, config, None, **sums.shares(parts))
+        if len(parts):
+            sums.add_up(parts)
     if need_da:
         config = plan_sweep(M, x.shape[1], R, None, 0, True, x.dtype, compute, arch).config
         config = fit(config, segments, None, totals)

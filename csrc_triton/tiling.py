@@ -37,6 +37,12 @@ def narrow(t, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def added_apart(product, acc):
+    """``acc + product`` for a dot's `product`, by one fp32 addition: of a plain one the compiler makes the dot's own start."""
+    return tl.fma(product, tl.full(acc.shape, 1.0, tl.float32), acc)
+
+
+@triton.jit
 def _dot_narrow(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     if INTERPRETED:
         # The interpreter multiplies bf16 as if it were an integer type; in fp32 the same products are exact.
@@ -51,6 +57,11 @@ def _dot_split(a, b, acc, PARTS: tl.constexpr):
     8 bits of mantissa a part: PARTS=3 is as exact as fp32, PARTS=2 leaves 2^-16, enough under a 16-bit result. An
     infinite operand gives nan.
     """
+    total = acc
+    if PARTS > 2:
+        # Matrix units cut off what they add to a larger sum, always towards zero: over a long loop that is many times the
+        # error of fp32. So this tile's product is summed up alone.
+        acc = tl.zeros_like(acc)
     PARTS_A: tl.constexpr = 1 if a.dtype == tl.bfloat16 else (2 if a.dtype == tl.float16 else PARTS)
     PARTS_B: tl.constexpr = 1 if b.dtype == tl.bfloat16 else (2 if b.dtype == tl.float16 else PARTS)
     a0 = narrow(a, tl.bfloat16)
@@ -72,7 +83,8 @@ def _dot_split(a, b, acc, PARTS: tl.constexpr):
         acc = _dot_narrow(a1, b0, acc, tl.bfloat16, "ieee")
     if PARTS_B > 1:
         acc = _dot_narrow(a0, b1, acc, tl.bfloat16, "ieee")
-    return _dot_narrow(a0, b0, acc, tl.bfloat16, "ieee")
+    acc = _dot_narrow(a0, b0, acc, tl.bfloat16, "ieee")
+    return added_apart(acc, total) if PARTS > 2 else acc
 
 
 @triton.jit
@@ -82,23 +94,11 @@ def dot(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
         return _dot_split(a, b, acc, 3)
     elif PRECISION == "split2":
         return _dot_split(a, b, acc, 2)
+    elif tl.float32 == DTYPE:
+        # A tile's products are summed up alone: one sum over a whole row would collect the rounding of all its terms.
+        return added_apart(_dot_narrow(a, b, tl.zeros_like(acc), DTYPE, PRECISION), acc)
     else:
         return _dot_narrow(a, b, acc, DTYPE, PRECISION)
-
-
-@triton.jit
-def _add_low_rank_step(
-    acc, s, b, offs_m, offs_n, mask_m, mask_n, r, R, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr
-):
-    s_ptr, stride_sm, stride_sr = s
-    b_ptr, stride_bn, stride_br = b
-    offs_r = offsets(r, BLOCK_R)
-    mask_r = offs_r < R
-    s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
-    b_ptrs = b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn
-    s_tile = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
-    b_tile = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_R, BLOCK_N]
-    return dot(s_tile, b_tile, acc, DTYPE, PRECISION)
 
 
 @triton.jit
@@ -114,18 +114,21 @@ def add_low_rank(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    ONE_STEP: tl.constexpr = False,
 ):
     """``acc + S Bᵀ`` for the tile (offs_m, offs_n); the whole rank, BLOCK_R of it at a time.
 
-    s and b are (pointer, stride of a row, stride of the rank) of S [M, R] and B [N, R]. ONE_STEP says that R <= BLOCK_R:
-    without a loop of its own this does not end the pipeline of a loop around it.
+    s and b are (pointer, stride of a row, stride of the rank) of S [M, R] and B [N, R].
     """
-    if ONE_STEP:
-        acc = _add_low_rank_step(acc, s, b, offs_m, offs_n, mask_m, mask_n, 0, R, DTYPE, PRECISION, BLOCK_R)
-    else:
-        for r in tl.range(0, R, BLOCK_R, num_stages=1):
-            acc = _add_low_rank_step(acc, s, b, offs_m, offs_n, mask_m, mask_n, r, R, DTYPE, PRECISION, BLOCK_R)
+    s_ptr, stride_sm, stride_sr = s
+    b_ptr, stride_bn, stride_br = b
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        offs_r = offsets(r, BLOCK_R)
+        mask_r = offs_r < R
+        s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
+        b_ptrs = b_ptr + offs_r[:, None] * stride_br + offs_n[None, :] * stride_bn
+        s_tile = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+        b_tile = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_R, BLOCK_N]
+        acc = dot(s_tile, b_tile, acc, DTYPE, PRECISION)
     return acc
 
 

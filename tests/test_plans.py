@@ -63,8 +63,8 @@ def test_estimates_are_of_the_size_of_bytes_and_flops():
     big = call(m=8192)
     frozen = 2 * 8192 * 4096 * 4096 / configs.MACHINES["sm_90"].flops
     vendor = plans.estimate(big, plans.Plan("vendor", None), "sm_90")
-    # One pass over x for S and two over y for the update, of 266 FLOP a byte each, and three launches.
-    assert vendor == pytest.approx(frozen * (1 + 3 * (800e12 / 3e12) / 4096) + 3 * 4e-6, rel=1e-3)
+    # One pass over x for S and one over y for the product, of 266 FLOP a byte each, and three launches.
+    assert vendor == pytest.approx(frozen * (1 + 2 * (800e12 / 3e12) / 4096) + 3 * 4e-6, rel=1e-3)
 
 
 def test_small_problems_take_smaller_tiles():

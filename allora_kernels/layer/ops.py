@@ -87,3 +87,16 @@ adapter_grads: Callable[..., tuple[Tensor, Tensor, Tensor]] = define(
     _adapter_grads_fake,
     vmap_rules.adapter_grads,
 )
+
+
+def _layer_grads_fake(g, x, s, weight, a, b, eta, norm, dtype_a, dtype_b):
+    return g.new_empty(x.shape), s.new_empty(a.shape, dtype=dtype_a), s.new_empty(b.shape, dtype=dtype_b)
+
+
+layer_grads: Callable[..., tuple[Tensor, Tensor, Tensor]] = define(
+    "layer_grads(Tensor g, Tensor x, Tensor s, Tensor weight, Tensor a, Tensor b, float eta, str? norm,"
+    " ScalarType dtype_a, ScalarType dtype_b) -> (Tensor, Tensor, Tensor)",
+    csrc_triton.layer_grads,
+    _layer_grads_fake,
+    vmap_rules.layer_grads,
+)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 import csrc_triton
 
+from ..reference import WEIGHT_NORMS
+
 
 def _rows(t: Tensor, dim: int) -> Tensor:
     """``[V, M, L]`` batched along `dim` as the rows ``[V·M, L]``."""
@@ -61,3 +63,14 @@ def adapter_grads(info, in_dims, g, x, s, b, c, eta, norm, need_ds, dtype_a, dty
     da = s.new_empty(count, 0) if da is None else da.to(dtype_a)
     db = s.new_empty(count, 0) if db is None else db.to(dtype_b)
     return (ds, da, db), (0, 0, 0)
+
+
+def layer_grads(info, in_dims, g, x, s, weight, a, b, eta, norm, dtype_a, dtype_b):
+    args = (g, x, s, weight, a, b, eta, norm, dtype_a, dtype_b)
+    if None in in_dims[:3] or in_dims[3:6] != (None, None, None):
+        return _one_by_one(torch.ops.allora.layer_grads, info, in_dims, args)
+    c = csrc_triton.weight_coefficient(a, b, eta, norm) if norm in WEIGHT_NORMS else None
+    sums = (*in_dims[:3], *(None,) * 7)
+    (ds, da, db), _ = adapter_grads(info, sums, g, x, s, b, c, eta, norm, True, dtype_a, dtype_b)
+    dx, _ = fused_linear(info, (in_dims[0], None, None, 0, None), g, weight.mT, None, ds, a.mT)
+    return (dx, da, db), (0, 0, 0)

@@ -184,7 +184,8 @@ BAD = {
 @pytest.mark.parametrize("backend", [None, "triton"])
 @pytest.mark.parametrize(("which", "change", "error", "message"), BAD.values(), ids=BAD)
 def test_bad_arguments_are_named(device, which, change, error, message, backend):
-    if device == "cuda" and which == OFFSETS and error is ValueError and "rows" in message:
+    values_are_wrong = which == OFFSETS and error is ValueError and "must be" not in message
+    if device == "cuda" and values_are_wrong:
         pytest.skip("a device assertion, which ends the process's use of the GPU")
     *tensors, _, offsets = make(((3, 0, 4), 1), 9, 11, 3, device=device)
     tensors = [*tensors, offsets]

@@ -46,6 +46,12 @@ def test_opcheck_of_the_backward(inputs, s, norm, need):
 
 
 @norms
+def test_opcheck_of_the_whole_backward(inputs, s, norm):
+    args = (inputs.g, inputs.x, s, inputs.weight, inputs.lora_A, inputs.lora_B, 2.0, norm)
+    torch.library.opcheck(ops.layer_grads, (*args, inputs.lora_A.dtype, inputs.lora_B.dtype))
+
+
+@norms
 def test_fullgraph_compile_gives_the_eager_values(device, norm):
     inputs = make_inputs(7, 19, 23, 3, device=device)
     x, weight, bias, lora_A, lora_B, g = inputs

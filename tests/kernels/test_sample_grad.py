@@ -47,7 +47,7 @@ def sample_by_sample(samples, tensors, norm, dtype):
         grads.append(reference.adapter_grads(g[rows], x[rows], s[rows], b, c, ETA, norm, False, dtype, dtype)[1:])
     if not grads:
         R, K, N = s.shape[1], x.shape[1], g.shape[1]
-        return torch.zeros(0, R, K, dtype=dtype), torch.zeros(0, N, R, dtype=dtype)
+        return g.new_zeros(0, R, K, dtype=dtype), g.new_zeros(0, N, R, dtype=dtype)
     return tuple(torch.stack(part) for part in zip(*grads))
 
 

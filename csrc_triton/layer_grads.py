@@ -1,0 +1,54 @@
+"""The layer's whole backward pass: dX, dA and dB, where all are asked for.
+
+dX waits for nothing but dS. So where the GPU can run a small kernel beside the persistent GEMM, one pass over G takes dS and
+u = G~ B, and the sums for dB and dA, each a pass of its own over G and over x, run while the GEMM for dX does (`outer_pair`).
+Elsewhere the steps follow one another, with dB and dS from one read of G (`adapter_grads`).
+"""
+
+import torch
+from torch import Tensor
+
+from . import batch_invariance, configs, plans
+from .adapter_grad import adapter_grads, rules
+from .combine import combine
+from .down_project import down_project, down_project_twice
+from .fused_linear import fused_linear
+from .fused_linear_persistent import describable, launch_persistent
+from .outer_pair import outer_pair, pick_pair
+from .row_norms import weight_coefficient
+
+
+def layer_grads(
+    g: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eta: float,
+    norm: str | None,
+    dtype_a: torch.dtype,
+    dtype_b: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dX = g W + dS A [M, K]`` with ``dS = g B``, ``dA = (g~ B)ᵀ x [R, K]`` and ``dB = g~ᵀ S [N, R]`` with ``g~ = C ⊙ g``.
+
+    g [M, N], x [M, K], s [M, R], weight [N, K], a [R, K] and b [N, R] of any strides; C by `norm` and `eta`.
+    """
+    c = weight_coefficient(a, b, eta, norm) if norm in ("row", "matrix", "factor") else None
+    (M, N), K, R = g.shape, x.shape[1], s.shape[1]
+    pair = pick_pair(N, K, R, g.dtype, configs.arch_of(g.device), s.dtype)
+    if M == 0 or pair is None or norm == "entry" or batch_invariance.enabled():
+        ds, da, db = adapter_grads(g, x, s, b, c, eta, norm, True, dtype_a, dtype_b)
+        return fused_linear(g, weight.mT, None, ds, a.mT), da, db
+
+    ds, u = down_project_twice(g, b.mT, c, s.dtype) if norm == "row" else (down_project(g, b.mT, s.dtype),) * 2
+    call = plans.Call("fused_linear", M, K, N, R, g.dtype, s.dtype)
+    plan = plans.pick(call, g.device, describable(g, weight.mT))
+    overlap = plan.way == "persistent" and configs.can_overlap(g.device)
+    rule_g, rule_x = rules(s, b, c, eta, norm, K)
+    parts_b, parts_a = outer_pair(g, s, rule_g, x, u, rule_x, pair, overlap)
+    if overlap:
+        dx = launch_persistent(g, weight.mT, None, ds, a.mT, plan.config, overlap=True)
+    else:
+        dx = fused_linear(g, weight.mT, None, ds, a.mT, plan)
+    return dx, combine(parts_a, dtype_a), combine(parts_b, dtype_b)

@@ -1,0 +1,61 @@
+"""dX, dA and dB in one call against the reference's steps one by one."""
+
+import pytest
+import torch
+from cases import LAYOUTS, dtypes, layouts, shape_id, shapes
+from red_zones import in_red_zone, poisoned_outputs
+
+import csrc_triton
+from allora_kernels import reference
+from allora_kernels.testing import assert_close, make_inputs
+
+norms = pytest.mark.parametrize("norm", reference.NORMS)
+ETA = 2.0
+
+
+def by_steps(g, x, s, weight, a, b, norm, dtype_a, dtype_b):
+    c = reference.weight_coefficient(a, b, ETA, norm) if norm in reference.WEIGHT_NORMS else None
+    ds, da, db = reference.adapter_grads(g, x, s, b, c, ETA, norm, True, dtype_a, dtype_b)
+    return reference.fused_linear(g, weight.mT, None, ds, a.mT), da, db
+
+
+def check(inputs, norm, layout=LAYOUTS["rows"]):
+    x, weight, _, a, b, g = inputs
+    s = reference.down_project(x, a, torch.promote_types(x.dtype, a.dtype))
+    tensors = (g, x, s, weight, a, b)
+    with poisoned_outputs():
+        ours = csrc_triton.layer_grads(*(in_red_zone(layout(t)) for t in tensors), ETA, norm, a.dtype, b.dtype)
+    eager = by_steps(*tensors, norm, a.dtype, b.dtype)
+    exact = by_steps(*(t.double() for t in tensors), norm, torch.float64, torch.float64)
+    for name, *values in zip(("dx", "da", "db"), ours, eager, exact):
+        assert_close(*values, name)
+
+
+@norms
+@shapes
+def test_matches_the_reference(device, norm, shape):
+    check(make_inputs(*shape, torch.bfloat16, device=device), norm)
+
+
+@norms
+@dtypes
+def test_dtypes(device, norm, dtypes):
+    check(make_inputs(70, 45, 67, 16, *dtypes, device=device), norm)
+
+
+@norms
+@layouts
+def test_takes_any_strides(device, norm, layout):
+    check(make_inputs(70, 56, 136, 16, torch.float16, device=device), norm, layout)
+
+
+@norms
+@pytest.mark.parametrize("shape", [(300, 264, 136, 16), (520, 1024, 264, 8), (40, 72, 520, 32)], ids=shape_id)
+def test_the_sums_beside_dx(device, norm, shape):
+    """Aligned operands: on a GPU that can, the sums run beside the GEMM, and it starts before they have ended."""
+    check(make_inputs(*shape, torch.bfloat16, device=device), norm)
+
+
+def test_more_rows_than_a_segment(device, monkeypatch):
+    monkeypatch.setattr(csrc_triton.configs, "num_splits", lambda *args, **kwargs: 5)
+    check(make_inputs(333, 70, 40, 5, device=device), "row")
