@@ -209,10 +209,11 @@ def launches(
             yield f"dx {plan.way} {label}", lambda plan=plan: csrc_triton.fused_linear(g, w.mT, None, s, a.mT, plan)
     for config in configs.candidates("fused_linear_persistent", n, k, r, dtype, arch, compute):
         if describable(x, w):
-            yield (
-                f"y persistent overlap {label}",
-                lambda config=config: launch_persistent(x, w, bias, s, b, config, overlap=True),
-            )
+            for wait in ("for S", "at the end"):
+                yield (
+                    f"y persistent, waits {wait} {label}",
+                    lambda config=config, wait=wait: launch_persistent(x, w, bias, s, b, config, wait),
+                )
     yield f"low_rank_add {label}", lambda: csrc_triton.low_rank_add(g, s, b)
     yield f"low_rank_product {label}", lambda: low_rank_product(s, b, bias, dtype)
     for norm in ("row", "matrix", "factor"):

@@ -33,6 +33,6 @@ def adapted_linear(
         beside = configs.beside(K, R, x.dtype, configs.arch_of(x.device), dtype)
         if beside is not None:
             s = down_project_beside(x, a, dtype, beside)
-            return launch_persistent(x, weight, bias, s, b, plan.config, overlap=True), s
+            return launch_persistent(x, weight, bias, s, b, plan.config, wait="for S"), s
     s = down_project(x, a, dtype)
     return fused_linear(x, weight, bias, s, b, plan), s

@@ -35,7 +35,7 @@ def _fused_linear_persistent_kernel(
     LOW_RANK_PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     W_ROWS_OVER_K: tl.constexpr,
-    WAIT_FOR_S: tl.constexpr,
+    WAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -45,8 +45,8 @@ def _fused_linear_persistent_kernel(
 ):
     """``y = x Wᵀ + bias + S Bᵀ`` for x [M, K], W [N, K] (W_ROWS_OVER_K: stored [K, N]), S [M, R], B [N, R], y [M, N].
 
-    Program p writes the tiles p, p + NUM_PROGRAMS, ... of y; accumulates in fp32, rounds once. With WAIT_FOR_S it may have
-    been started before the kernel that writes S has ended.
+    Program p writes the tiles p, p + NUM_PROGRAMS, ... of y; accumulates in fp32, rounds once. It may have been started before
+    the kernel in front of it has ended: WAIT "for S" waits for that where S is read, "at the end" where nothing of it is.
     """
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     HALF_N: tl.constexpr = BLOCK_N // 2
@@ -62,7 +62,7 @@ def _fused_linear_persistent_kernel(
             w = w_desc.load([k, start_n]) if W_ROWS_OVER_K else w_desc.load([start_n, k]).T  # [BLOCK_K, BLOCK_N]
             acc = dot(x, w, acc, DTYPE, "ieee")
 
-        if WAIT_FOR_S:
+        if WAIT == "for S":
             gdc_wait()
         offs_m = offsets(start_m, BLOCK_M)
         offs_n = offsets(start_n, BLOCK_N)
@@ -86,6 +86,9 @@ def _fused_linear_persistent_kernel(
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF_N)), (0, 2, 1)))
         y_desc.store([start_m, start_n], narrow(left, DTYPE))
         y_desc.store([start_m, start_n + HALF_N], narrow(right, DTYPE))
+    if WAIT == "at the end":
+        # What comes after this kernel waits for its end alone.
+        gdc_wait()
 
 
 def describable(x: Tensor, weight: Tensor) -> bool:
@@ -98,12 +101,13 @@ def _aligned(t: Tensor) -> bool:
 
 
 def launch_persistent(
-    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, config: Config, overlap: bool = False
+    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, config: Config, wait: str = ""
 ) -> Tensor:
     """y, for operands that are `describable`.
 
-    `overlap`: the stream's last kernel is the one that writes s, began after all else that is read here was written, and
-    starts what comes after it (`tiling.start_next`); this one then runs beside it until s is needed.
+    With `wait` this runs beside the stream's last kernel, which lets it (START_NEXT), and which began after all that is read
+    here was written: all but s where `wait` is "for S", all where it is "at the end". That kernel must not read or write what
+    y's memory was before.
     """
     (M, K), N, R = x.shape, weight.shape[0], s.shape[1]
     y = torch.empty(M, N, device=x.device, dtype=x.dtype)
@@ -131,7 +135,7 @@ def launch_persistent(
         LOW_RANK_PRECISION=dot_precision(s.dtype, x.dtype, x.dtype),
         HAS_BIAS=bias is not None,
         W_ROWS_OVER_K=w_rows_over_k,
-        WAIT_FOR_S=overlap,
+        WAIT=wait,
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
@@ -140,6 +144,6 @@ def launch_persistent(
         NUM_PROGRAMS=programs,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        launch_pdl=overlap,
+        launch_pdl=wait != "",
     )
     return y

@@ -48,7 +48,7 @@ def layer_grads(
     rule_g, rule_x = rules(s, b, c, eta, norm, K)
     parts_b, parts_a = outer_pair(g, s, rule_g, x, u, rule_x, pair, overlap)
     if overlap:
-        dx = launch_persistent(g, weight.mT, None, ds, a.mT, plan.config, overlap=True)
+        dx = launch_persistent(g, weight.mT, None, ds, a.mT, plan.config, wait="at the end")
     else:
         dx = fused_linear(g, weight.mT, None, ds, a.mT, plan)
     return dx, combine(parts_a, dtype_a), combine(parts_b, dtype_b)

@@ -183,15 +183,9 @@ def _outer_pair_kernel(
 
 
 def pick_pair(N: int, K: int, R: int, dtype: torch.dtype, arch: str, compute: torch.dtype) -> configs.Config | None:
-    """The configuration for these sizes: the narrowest tile whose programs all fit the chip side by side, so that the next
-    kernel need not wait for a second wave; None where this architecture has none, or none for so large a rank."""
-    found = [c for c in configs.candidates("outer_pair", N, K, R, dtype, arch, compute) if c.BLOCK_R >= R]
-    fit = (config for config in found if _programs(N, K, config) <= configs.sms_of(arch))
-    return next(fit, found[-1] if found else None)
-
-
-def _programs(N: int, K: int, config: configs.Config) -> int:
-    return cdiv(N, config.BLOCK_N) + cdiv(K, config.BLOCK_N)
+    """The configuration for these sizes; None where this architecture has none, or none for so large a rank."""
+    found = configs.candidates("outer_pair", N, K, R, dtype, arch, compute)
+    return next((config for config in found if config.BLOCK_R >= R), None)
 
 
 def outer_pair(
@@ -210,7 +204,7 @@ def outer_pair(
     one `row_scale` for both.
     """
     (M, N), K, R = g.shape, x.shape[1], s.shape[1]
-    programs = _programs(N, K, config)
+    programs = cdiv(N, config.BLOCK_N) + cdiv(K, config.BLOCK_N)
     parts = configs.num_splits(programs, M, 8 * config.BLOCK_M, configs.arch_of(g.device), waves=1)
     segment_m = cdiv(cdiv(M, parts), config.BLOCK_M) * config.BLOCK_M
     parts = cdiv(M, segment_m)

@@ -154,7 +154,7 @@ def _quadratic_coefficient_kernel(
             offs_q = (i + tl.arange(0, BLOCK_R))[:, None] * R + (j + tl.arange(0, BLOCK_R))[None, :]
             v = tl.load(v_ptrs, mask=mask_l[:, None] & mask_i[None, :], other=0.0)  # [BLOCK_L, BLOCK_R]
             q = _add_parts(q_ptr, offs_q, mask_i[:, None] & mask_j[None, :], PARTS, R * R)  # [BLOCK_R, BLOCK_R]
-            product = dot(v, q, product, tl.float32, "ieee")
+            product = dot(v, q, product, tl.float32, "split3")
         v_ptrs = v_ptr + offs_l[:, None] * stride_vl + offs_j[None, :] * stride_vr
         v = tl.load(v_ptrs, mask=mask_l[:, None] & mask_j[None, :], other=0.0).to(tl.float32)
         form += tl.sum(product * v, axis=1)
@@ -186,8 +186,8 @@ def quadratic_coefficient(v: Tensor, q: Tensor, eta: float, inv_etas_squared: Te
         eta**-2,
         HAS_ETAS=inv_etas_squared is not None,
         BLOCK_L=_BLOCK_L,
-        # Wider tiles spill: an IEEE dot runs on the scalar units, out of registers.
-        BLOCK_R=16,
+        # Wider tiles of three parts spill.
+        BLOCK_R=configs.block_r(R, 32),
         num_warps=8,
         num_stages=1,
         **configs.all_registers(configs.arch_of(v.device)),
