@@ -63,7 +63,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing after this long (default 9)")
     parser.add_argument("--rounds", type=int, default=30, help="rounds of a layer's timing (default 30)")
     parser.add_argument("--output", type=Path, help="file to merge the results into (a GPU's default: bench/results)")
-    parser.add_argument("--commit", help="the commit to record where this is a copy without a repository")
+    parser.add_argument("--commit", help="the commit to record, for a copy whose repository does not know it")
     return parser.parse_args(arguments)
 
 

@@ -11,12 +11,16 @@ def table(headings: list[str], rows: list[list[object]]) -> str:
 
 
 def provenance(data: dict) -> str:
-    """Where the numbers come from, each run that a record is left of."""
-    lines = []
+    """Where the numbers come from, each run that a record is left of; those that differ by their time alone in one line."""
+    dates: dict[str, list[str]] = {}
     for run in data["runs"]:
         changed = ", with uncommitted changes" if run.get("changed_files") else ""
         versions = ", ".join(
             f"{name} {run.get(name)}" for name in ("driver", "torch", "triton", "transformers", "peft", "opacus")
         )
-        lines.append(f"{run['device']}, {versions}, commit {str(run.get('commit'))[:10]}{changed}, {run['date']}.")
-    return "\n".join(dict.fromkeys(lines))
+        source = f"{run['device']}, {versions}, commit {str(run.get('commit'))[:10]}{changed}"
+        dates.setdefault(source, []).append(run["date"])
+    return "\n".join(
+        f"{source}, {min(found)}{f' to {max(found)}' if max(found) > min(found) else ''}."
+        for source, found in dates.items()
+    )

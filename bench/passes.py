@@ -69,23 +69,30 @@ def _epilogue(z: Sizes) -> tuple[Pass, Pass]:
     )
 
 
-def _sweep_of_g(z: Sizes) -> list[Pass]:
-    """dS, u and dB on an H100, as `sweep_plan` cuts it: one sweep that leaves shares, or two reads of G."""
+def _sums(z: Sizes) -> list[Pass]:
+    """dS, u, dB and dA on an H100, as `layer_grads` orders them: dB and dA beside the GEMM for dX; or one sweep over G for dS, u
+    and dB, as `sweep_plan` cuts it, and one over x."""
     case = z.case
     together = Pass("dS, u and dB from one sweep over G", z.y + z.s + z.b, 2 * z.s + z.b, 3 * z.over_n)
+    of_x = Pass("dA from one sweep over x", z.x + z.s, z.a, z.over_k)
+    apart = Pass("dS and u from a pass over G", z.y + 2 * z.b, 2 * z.s, 2 * z.over_n)
     if not TRITON_INSTALLED:
-        return [together]
+        return [together, of_x]
+    from csrc_triton.outer_pair import pick_pair
     from csrc_triton.sweep_plan import plan_sweep
 
     dtype, adapter_dtype = getattr(torch, case.dtype), getattr(torch, case.adapter_dtype)
     compute = torch.promote_types(dtype, adapter_dtype)
+    if pick_pair(case.N, case.K, case.R, dtype, "sm_90", compute) is not None:
+        return [apart, Pass("dB and dA from G and x", z.y + z.x + 2 * z.s, z.a + z.b, z.over_n + z.over_k)]
     plan = plan_sweep(case.M, case.N, case.R, "row", 2, True, dtype, compute, "sm_90")
     if not plan.separate:
         more = plan.extra_reads * z.y
-        return [replace(together, reads=together.reads + more, cached=plan.partial_bytes)]
+        return [replace(together, reads=together.reads + more, cached=plan.partial_bytes), of_x]
     return [
-        Pass("dS and u from a pass over G", z.y * plan.extra_reads + 2 * z.b, 2 * z.s, 2 * z.over_n),
+        replace(apart, reads=z.y * plan.extra_reads + 2 * z.b),
         Pass("dB from a sweep over G", z.y + z.s, z.b, z.over_n, plan.partial_bytes),
+        of_x,
     ]
 
 
@@ -93,8 +100,7 @@ def _ours(z: Sizes) -> tuple[list[Pass], list[Pass]]:
     y, dx = _epilogue(z)
     return [_s(z), y], [
         Pass("C from A Aᵀ and B", z.a + z.b, 4 * z.case.N, 2.0 * z.case.R**2 * (z.case.K + z.case.N)),
-        *_sweep_of_g(z),
-        Pass("dA from one sweep over x", z.x + z.s, z.a, z.over_k),
+        *_sums(z),
         dx,
     ]
 

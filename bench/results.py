@@ -24,7 +24,7 @@ FOLDER = ROOT / "bench" / "results"
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict:
-    """What a number must say of where it comes from; `commit` where there is no repository to ask."""
+    """What a number must say of where it comes from; `commit` where the repository, if there is one, does not know."""
     found = {
         "device": "cpu",
         "arch": platform.machine(),
@@ -32,8 +32,8 @@ def environment(device: torch.device, commit: str | None = None) -> dict:
         **{name: _version(name) for name in ("torch", "triton", "transformers", "peft", "opacus")},
         "cuda": torch.version.cuda or torch.version.hip,
         "python": platform.python_version(),
-        "commit": _git("rev-parse", "HEAD") or commit,
-        "changed_files": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": commit or _git("rev-parse", "HEAD"),
+        "changed_files": commit is None and bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "threads": torch.get_num_threads(),
     }

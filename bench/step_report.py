@@ -69,7 +69,8 @@ def _cell(record: dict, name: str, over: str) -> str:
     time, floor = median(record, name, "step"), median(record, over, "step")
     if time is None:
         return f"{row['status']}: {row['reason']}" if "reason" in row else row["status"]
-    text = f"{time:.1f} ({row['step']['p20_ms']:.1f} to {row['step']['p80_ms']:.1f})"
+    digits = 1 if time >= 10 else 2
+    text = f"{time:.{digits}f} ({row['step']['p20_ms']:.{digits}f} to {row['step']['p80_ms']:.{digits}f})"
     text += f" = {time / floor:.2f}x" if floor else ""
     peak = row.get("step_peak_bytes")
     return text if peak is None else f"{text}, {peak / 2**20:,.0f} MiB"

@@ -16,6 +16,7 @@ from .grouped_sample_grad import grouped_sample_grads, grouped_sample_squared_no
 from .layer_grads import layer_grads
 from .low_rank_add import low_rank_add
 from .norms import squared_norms
+from .outer_pair import pick_pair
 from .row_norms import token_coefficient, weight_coefficient
 from .sample_grad import sample_grads, sample_squared_norms
 from .segments import Segments
@@ -73,11 +74,22 @@ def plan_steps(
         return str(plan) if plan.config is None else f"Triton on {arch}: {plan}"
 
     forward, backward = way("adapted_linear", N, K), way("fused_linear", K, N)
-    steps = (
-        {} if forward.way == "inside" else {"down_project": _config("down_project", M, 0, K, r, dtype, compute, arch)}
-    )
+    overlaps = configs.can_overlap(device)
+    beside = configs.beside(K, r, dtype, arch, compute) if forward.way == "persistent" and overlaps else None
+    steps = {}
+    if beside is not None:
+        steps["down_project"] = f"Triton on {arch}, {beside}, beside the GEMM for y"
+    elif forward.way != "inside":
+        steps["down_project"] = _config("down_project", M, 0, K, r, dtype, compute, arch)
     steps |= {"adapted_linear (y)": describe(forward), "fused_linear (dx)": describe(backward)}
-    steps |= _plan_gradients(M, N, K, r, norm, dtype, compute, arch)
+    pair = pick_pair(N, K, r, dtype, arch, compute)
+    if pair is None or norm == "entry" or batch_invariance.enabled():
+        steps |= _plan_gradients(M, N, K, r, norm, dtype, compute, arch)
+    else:
+        note = ", beside the GEMM for dx" if backward.way == "persistent" and overlaps else ""
+        steps["down_project (ds)"] = _config("down_project", M, 0, N, r, dtype, compute, arch)
+        steps["outer_pair (da, db)"] = f"Triton on {arch}, {pair}{note}"
+        steps |= _plan_coefficient(norm, arch)
     if batch_invariance.enabled():
         y, dx = invariance_cost("adapted_linear", N, K), invariance_cost("fused_linear", K, N)
         steps["batch invariance"] = (
@@ -123,8 +135,10 @@ def _plan_gradients(
         "adapter_grads (sweep over g)": plan_sweep_step(N, norm, sums_over_columns(norm, True, True)),
         "adapter_grads (sweep over x)": plan_sweep_step(K, None, 0),
     }
+    return steps | _plan_coefficient(norm, arch)
+
+
+def _plan_coefficient(norm: str | None, arch: str) -> dict[str, str]:
     if norm in ("row", "matrix", "factor"):
-        steps["weight_coefficient"] = f"Triton on {arch}, once a backward pass"
-    elif norm == "token":
-        steps["token_coefficient"] = f"Triton on {arch}"
-    return steps
+        return {"weight_coefficient": f"Triton on {arch}, once a backward pass"}
+    return {"token_coefficient": f"Triton on {arch}"} if norm == "token" else {}

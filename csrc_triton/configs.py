@@ -60,7 +60,7 @@ class Machine:
 
 
 _ASSUMED = {"tiles": 0.85, "inside": 0.85, "persistent": 0.95}
-_HOPPER = {"tiles": 0.9, "inside": 0.75, "persistent": 0.98}
+_HOPPER = {"tiles": 0.9, "inside": 0.7, "persistent": 0.98}
 
 MACHINES = {
     "sm_80": Machine(250e12, 1.7e12, 4e-6, _ASSUMED, 0.5, "assumed for an A100 80 GB on 2026-11-23, not measured"),
@@ -267,12 +267,21 @@ def beside(K: int, R: int, dtype: torch.dtype, arch: str, low_rank_dtype: torch.
 def wave_cost(config: Config, M: int, N: int, arch: str) -> float:
     """What a GEMM of M x N costs in these tiles, in elements of the output computed by one multiprocessor after another.
 
-    A tile's operands are as many bytes as its perimeter is long, so a small tile costs more an element: 1 + 32 (1/m + 1/n)
-    as much, which is computed, not measured.
+    A tile's operands are as many bytes as its perimeter is long, so a small tile costs more an element: 1 + 64 (1/m + 1/n)
+    as much, fitted to what tiles of 64 to 256 took on an H200.
     """
     m, n = config.BLOCK_M, config.BLOCK_N
     waves = cdiv(cdiv(M, m) * cdiv(N, n), sms_of(arch))
-    return waves * m * n * (1 + 32 / m + 32 / n)
+    return waves * m * n * _perimeter_cost(m, n)
+
+
+def even_cost(m: int, n: int, M: int, N: int, arch: str) -> float:
+    """`wave_cost` of tiles of m x n that fill the chip evenly."""
+    return M * N / sms_of(arch) * _perimeter_cost(m, n)
+
+
+def _perimeter_cost(m: int, n: int) -> float:
+    return 1 + 64 / m + 64 / n
 
 
 def num_splits(tiles: int, length: int, step: int, arch: str, waves: int = 2) -> int:

@@ -71,13 +71,13 @@ def estimate(call: Call, plan: Plan, arch: str) -> float:
         return s_pass + gemm + 2 * machine.launch + M * N * dtype.itemsize / machine.bandwidth
     config = plan.config
     # Against a GEMM in tiles of 128 x 256 that fill the chip evenly.
-    gemm *= configs.wave_cost(config, M, N, arch) / (M * N / sms * (1 + 32 / 128 + 32 / 256))
+    gemm *= configs.wave_cost(config, M, N, arch) / configs.even_cost(128, 256, M, N, arch)
     gemm /= machine.efficiency_fp32 if wide else machine.efficiency[plan.way]
     if plan.way == "persistent" and configs.beside(K, call.R, dtype, arch, call.low_rank_dtype) is not None:
         # S is computed beside the GEMM, which is slower by a third of that pass.
         s_pass /= 3
     if plan.way == "inside":
-        return machine.launch + gemm * (1 + 2 * config.BLOCK_R / config.BLOCK_N)
+        return machine.launch + gemm * (1 + config.BLOCK_R / config.BLOCK_N)
     return s_pass + machine.launch + gemm
 
 

@@ -97,7 +97,7 @@ def test_targets_and_table_of_made_up_results():
     over = (384 + 150) / (384 + 100)
     assert f"| experts: memory with the weights over `frozen`, worst case | ≤ 1.05x | {over:.3g}x | **no** |" in table
 
-    assert "| `peft` | 2.0 (2.0 to 2.0) = 2.00x, 900 MiB |" in step_report.block(step_report.EXPERTS, [data])
+    assert "| `peft` | 2.00 (2.00 to 2.00) = 2.00x, 900 MiB |" in step_report.block(step_report.EXPERTS, [data])
     case, rows = next(step_budget.rows(step_budget.EXPERTS, 800, 3, [data]))
     assert case == GPU_CASES[0] and rows[1][0] == "ours" and rows[1][-1] == "1.250"
     unmeasured = report.blocks({}, {})
