@@ -70,8 +70,8 @@ def _epilogue(z: Sizes) -> tuple[Pass, Pass]:
 
 
 def _sums(z: Sizes) -> list[Pass]:
-    """dS, u, dB and dA on an H100, as `layer_grads` orders them: dB and dA beside the GEMM for dX; or one sweep over G for dS, u
-    and dB, as `sweep_plan` cuts it, and one over x."""
+    """dS, u, dB and dA on an H100, as `layer_grads` orders them: dB and dA beside the GEMM for dX; or one sweep over G for dS,
+    u and dB, as `sweep_plan` cuts it, and one over x."""
     case = z.case
     together = Pass("dS, u and dB from one sweep over G", z.y + z.s + z.b, 2 * z.s + z.b, 3 * z.over_n)
     of_x = Pass("dA from one sweep over x", z.x + z.s, z.a, z.over_k)

@@ -38,8 +38,8 @@ def narrow(t, DTYPE: tl.constexpr):
 
 @triton.jit
 def added_apart(product, acc):
-    """``acc + product`` for a dot's `product`, by one fp32 addition: of a plain one the compiler makes the dot's own start."""
-    return tl.fma(product, tl.full(acc.shape, 1.0, tl.float32), acc)
+    """``acc + product`` for a dot's `product`, by one fp32 addition: of a plain sum the compiler makes the dot's own start."""
+    return acc - (0.0 - product)
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def _dot_split(a, b, acc, PARTS: tl.constexpr):
     if PARTS_B > 1:
         acc = _dot_narrow(a0, b1, acc, tl.bfloat16, "ieee")
     acc = _dot_narrow(a0, b0, acc, tl.bfloat16, "ieee")
-    return added_apart(acc, total) if PARTS > 2 else acc
+    return acc + total if PARTS > 2 else acc
 
 
 @triton.jit

@@ -34,6 +34,36 @@ def compile_for(arch, *options):
     return results
 
 
+def test_a_tile_of_an_fp32_sum_is_summed_alone():
+    """Taken for the start of its dot, the sum so far would be cut off by the matrix units: no interpreter shows that."""
+    script = """
+import torch, triton
+from bench import offline_compile as oc
+from csrc_triton import configs, down_project, fused_linear, plans
+from csrc_triton.row_norms import gram_parts
+
+half, whole = torch.bfloat16, torch.float32
+tiles = configs.candidates("fused_linear", 256, 256, 16, whole, "sm_90")[0]
+square, s, b = torch.empty(256, 256), torch.empty(256, 16), torch.empty(256, 16)
+calls = (
+    lambda: fused_linear(square, square, None, s, b, plans.Plan("tiles", tiles)),
+    lambda: gram_parts(torch.empty(16, 4096, dtype=half)),
+    lambda: gram_parts(torch.empty(16, 4096)),
+    lambda: down_project(torch.empty(8192, 4096, dtype=half), torch.empty(16, 4096), whole),
+)
+for call in calls:
+    kernel, args, kwargs = oc.catch_launches(call, "sm_90")[0]
+    source, options = oc.specialize(kernel, args, kwargs, "sm_90")
+    code = triton.compile(source, target=oc.TARGETS["sm_90"], options=options).asm["ttir"]
+    starts = [line.split("tt.dot")[1].split(",")[2].split()[0] for line in code.splitlines() if "tt.dot" in line]
+    # A dot begins at zero, or goes on where the dot before it in this tile ended.
+    assert starts and starts[0].startswith("%cst"), (kernel, starts)
+    assert not any("iter" in start or start.startswith("%acc_arg") or start.startswith("%arg") for start in starts), starts
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arch, dtype",

@@ -74,10 +74,12 @@ def test_persistent_with_more_and_fewer_tiles_than_programs(few_sms, dtypes, ran
     *tensors, _ = make_inputs(rows, 520, 136, rank, *dtypes)
     compute = torch.promote_types(*dtypes)
     call = plans.Call("adapted_linear", rows, 520, 136, rank, dtypes[0], compute)
-    (plan,) = [plan for plan in plans.options(call, "sm_90") if plan.way == "persistent"]
-    y, _ = csrc_triton.adapted_linear(*tensors, compute, plan)
     exact = reference.adapted_linear(*doubles(*tensors), torch.float64)[0]
-    assert_close(y, reference.adapted_linear(*tensors, compute)[0], exact, "y")
+    eager = reference.adapted_linear(*tensors, compute)[0]
+    for plan in plans.options(call, "sm_90"):
+        if plan.way == "persistent":
+            y, _ = csrc_triton.adapted_linear(*tensors, compute, plan)
+            assert_close(y, eager, exact, f"y of {plan}")
 
 
 @over("arch", "dtypes", "layout", plan=["tiles", "inside"])
@@ -132,6 +134,27 @@ def test_adapter_grads(arch, few_sms, dtypes, norm, layout, shape, form, monkeyp
     exact = reference.adapter_grads(*doubles(g, x, s, b, c), ETA, norm, True, torch.float64, torch.float64)
     for name, *results in zip(("ds", "da", "db"), ours, eager, exact):
         assert_close(*results, name)
+
+
+@over(
+    "few_sms",
+    "norm",
+    "layout",
+    dtypes=[(F16, F16), (BF16, BF16), (BF16, F32)],
+    shape=[*AXES["shape"], (300, 144, 272, 16)],
+)
+def test_layer_grads(few_sms, dtypes, norm, layout, shape):
+    g, x, s, b, c = backward_arguments(shape, dtypes, norm)
+    inputs = make_inputs(*shape, *dtypes)
+    weight, a = inputs.weight, inputs.lora_A
+    ours = csrc_triton.layer_grads(*(laid_out(t, layout) for t in (g, x, s, weight, a, b)), ETA, norm, b.dtype, b.dtype)
+    results = []
+    for tensors, dtype in (((g, x, s, weight, a, b, c), b.dtype), (doubles(g, x, s, weight, a, b, c), torch.float64)):
+        g, x, s, weight, a, b, c = tensors
+        ds, da, db = reference.adapter_grads(g, x, s, b, c, ETA, norm, True, dtype, dtype)
+        results.append((reference.fused_linear(g, weight.mT, None, ds, a.mT), da, db))
+    for name, *values in zip(("dx", "da", "db"), ours, *results):
+        assert_close(*values, name)
 
 
 def segments_of(lengths):

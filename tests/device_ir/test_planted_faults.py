@@ -43,6 +43,17 @@ def down_project():
     module("down_project").down_project(torch.randn(5, 2500), torch.randn(3, 2500), F32)
 
 
+def outer_pair(M=300):
+    g, s, x, u = (torch.randn(size, dtype=F16) for size in ((M, 144), (M, 16), (M, 272), (M, 16)))
+    config = module("outer_pair").pick_pair(144, 272, 16, F16, "sm_90", F16)
+    rule = module("sweep").Rule()
+    module("outer_pair").outer_pair(g, s, rule, x, u, rule, config)
+
+
+def down_project_twice():
+    module("down_project").down_project_twice(torch.randn(70, 64), torch.randn(3, 64), torch.ones(64), F32)
+
+
 def combine():
     module("combine").combine(torch.randn(3, 2000), F32)
 
@@ -110,8 +121,16 @@ FAULTS = [
          combine),
     write("_combine_kernel", "combine", "axis=0), OUT_DTYPE), mask=mask)", "axis=0), OUT_DTYPE))", combine),
     race("_down_project_kernel", "down_project", "part.to(tl.int64) * M", "0 * M", down_project),
-    write("_down_project_kernel", "down_project", "mask=mask_m[:, None] & mask_r[None, :])\n\n\ndef",
-          "mask=mask_r[None, :])\n\n\ndef", down_project),
+    write("_down_project_kernel", "down_project", "narrow(acc, OUT_DTYPE), mask=mask_m[:, None] & mask_r[None, :])",
+          "narrow(acc, OUT_DTYPE), mask=mask_r[None, :])", down_project),
+    race("_down_project_kernel", "down_project", "tl.full((), PARTS, tl.int64) * M * R", "tl.full((), PARTS, tl.int64) * R",
+         down_project_twice),
+    race("_outer_pair_kernel", "outer_pair", "out_ptrs += offs_l[:, None]", "out_ptrs += (offs_l - pid_l * BLOCK_L)[:, None]",
+         outer_pair),
+    write("_outer_pair_kernel", "outer_pair", "acc, mask=mask_l[:, None] & mask_r[None, :])", "acc, mask=mask_r[None, :])",
+          outer_pair),
+    read("_outer_pair_kernel", "outer_pair", "v_ptrs, mask=mask_m[:, None] & mask_l[None, :]", "v_ptrs, mask=mask_m[:, None]",
+         outer_pair),
     race("_fused_linear_kernel", "fused_linear", "y_ptr + offs_m[:, None]", "y_ptr + (offs_m - pid_m * BLOCK_M)[:, None]",
          lambda: products("tiles", M=300)),
     race("_fused_linear_kernel", "fused_linear", "s_ptr + offs_m[:, None]", "s_ptr + (offs_m - pid_m * BLOCK_M)[:, None]",
