@@ -149,7 +149,9 @@ def test_an_accelerated_model_is_the_one_it_was(backend, kind, settings):
     assert all(isinstance(layer, cls) and type(layer) is not cls for layer, cls in zip(layers(model), classes))
     assert (list(model.state_dict()), [id(p) for p in model.parameters()]) == (keys, ids)
     torch.testing.assert_close(of(model), values, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(gradients(model), want, rtol=1e-3, atol=1e-3)
+    # An int8 layer rounds its input to 127 steps: what differs in the last bit may be rounded to the next one.
+    step = max(t.abs().max().item() for t in want.values()) / 127 if kind == "8bit" else 0.0
+    torch.testing.assert_close(gradients(model), want, rtol=1e-3, atol=max(1e-3, step))
     assert any("bias" in name for name in want) == ("bias" in settings)
     assert accelerate_lora(model) == report
     restore_lora(model)
