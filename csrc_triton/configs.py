@@ -260,7 +260,14 @@ def can_overlap(device: torch.device) -> bool:
 def beside(K: int, R: int, dtype: torch.dtype, arch: str, low_rank_dtype: torch.dtype) -> Config | None:
     """The configuration of a pass for S that leaves room on each multiprocessor for the GEMM's program, which begins before
     S is there; None where this architecture has none or the rank needs more room."""
-    found = candidates("down_project_beside", 0, K, R, dtype, arch, low_rank_dtype)
+    return whole_rank("down_project_beside", 0, K, R, dtype, arch, low_rank_dtype)
+
+
+def whole_rank(
+    op: str, N: int, K: int, R: int, dtype: torch.dtype, arch: str, low_rank_dtype: torch.dtype
+) -> Config | None:
+    """The first of the `candidates` whose tile has the whole rank; None where none has."""
+    found = candidates(op, N, K, R, dtype, arch, low_rank_dtype)
     return next((config for config in found if config.BLOCK_R >= R), None)
 
 

@@ -184,8 +184,7 @@ def _outer_pair_kernel(
 
 def pick_pair(N: int, K: int, R: int, dtype: torch.dtype, arch: str, compute: torch.dtype) -> configs.Config | None:
     """The configuration for these sizes; None where this architecture has none, or none for so large a rank."""
-    found = configs.candidates("outer_pair", N, K, R, dtype, arch, compute)
-    return next((config for config in found if config.BLOCK_R >= R), None)
+    return configs.whole_rank("outer_pair", N, K, R, dtype, arch, compute)
 
 
 def outer_pair(
