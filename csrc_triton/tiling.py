@@ -28,7 +28,7 @@ def grouped_tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
 @triton.jit
 def narrow(t, DTYPE: tl.constexpr):
     """The tile `t` in DTYPE, rounded to nearest even."""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
+    if INTERPRETED and (tl.bfloat16 == DTYPE and t.dtype != DTYPE):
         # The interpreter truncates to bf16, so the rounding is done on the bits before.
         bits = t.to(tl.float32).to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)

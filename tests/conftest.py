@@ -11,9 +11,12 @@ if not HAS_GPU:
     # Kernels are built for the interpreter or for a GPU when they are first imported. The variable is taken back, so
     # that tests of models take the eager backend on the CPU as a user's would; kernel tests set it again.
     os.environ["TRITON_INTERPRET"] = "1"
+    import quick_interpreter
+
     import csrc_triton  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
+    quick_interpreter.install()
 
 
 def pytest_addoption(parser):

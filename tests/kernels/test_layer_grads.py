@@ -50,7 +50,12 @@ def test_takes_any_strides(device, norm, layout):
 
 
 @norms
-@pytest.mark.parametrize("shape", [(300, 272, 144, 16), (520, 1024, 272, 8), (40, 80, 528, 32)], ids=shape_id)
+@pytest.mark.parametrize(
+    "shape",
+    # The largest is for the overlap, which the interpreter does not have.
+    [(300, 272, 144, 16), pytest.param((520, 1024, 272, 8), marks=pytest.mark.gpu), (40, 80, 528, 32)],
+    ids=shape_id,
+)
 def test_the_sums_beside_dx(device, norm, shape):
     """Aligned operands: on a GPU that can, the sums run beside the GEMM, and it starts before they have ended."""
     check(make_inputs(*shape, torch.bfloat16, device=device), norm)
