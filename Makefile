@@ -9,7 +9,7 @@ WORKERS ?= 2
 .PHONY: test test-configurations test-device-ir test-hub test-oldest-peft demo demo-lm qlora trl-sft trl-dpo mislabelled study bench lint test-newest docs clean
 
 test: $(VENV)/.ready lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal --durations=20
 
 lint: $(VENV)/.ready
 	$(RUN) -m ruff check .
