@@ -73,7 +73,10 @@ def plan_steps(
     def describe(plan):
         return str(plan) if plan.config is None else f"Triton on {arch}: {plan}"
 
-    forward, backward = way("adapted_linear", N, K), way("fused_linear", K, N)
+    pair = pick_pair(N, K, r, dtype, arch, compute)
+    if norm == "entry" or batch_invariance.enabled():
+        pair = None
+    forward, backward = way("adapted_linear", N, K), way("fused_linear" if pair is None else "layer_grads", K, N)
     overlaps = configs.can_overlap(device)
     beside = configs.beside(K, r, dtype, arch, compute) if forward.way == "persistent" and overlaps else None
     steps = {}
@@ -82,8 +85,7 @@ def plan_steps(
     elif forward.way != "inside":
         steps["down_project"] = _config("down_project", M, 0, K, r, dtype, compute, arch)
     steps |= {"adapted_linear (y)": describe(forward), "fused_linear (dx)": describe(backward)}
-    pair = pick_pair(N, K, r, dtype, arch, compute)
-    if pair is None or norm == "entry" or batch_invariance.enabled():
+    if pair is None:
         steps |= _plan_gradients(M, N, K, r, norm, dtype, compute, arch)
     else:
         note = ", beside the GEMM for dx" if backward.way == "persistent" and overlaps else ""

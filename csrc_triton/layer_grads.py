@@ -42,7 +42,7 @@ def layer_grads(
         return fused_linear(g, weight.mT, None, ds, a.mT), da, db
 
     ds, u = down_project_twice(g, b.mT, c, s.dtype) if norm == "row" else (down_project(g, b.mT, s.dtype),) * 2
-    call = plans.Call("fused_linear", M, K, N, R, g.dtype, s.dtype)
+    call = plans.Call("layer_grads", M, K, N, R, g.dtype, s.dtype)
     plan = plans.pick(call, g.device, describable(g, weight.mT))
     overlap = plan.way == "persistent" and configs.can_overlap(g.device)
     rule_g, rule_x = rules(s, b, c, eta, norm, K)

@@ -15,8 +15,9 @@ WAYS = {
     "persistent": "persistent GEMM with the low-rank epilogue, tiles by descriptors",
     "vendor": "the rank-R product, then the vendor's GEMM added to it",
 }
-OPS = ("adapted_linear", "fused_linear")
-"""The products that have a choice: y with S yet to be computed, and any product with S given."""
+OPS = ("adapted_linear", "fused_linear", "layer_grads")
+"""The products that have a choice: y with S yet to be computed, any product with S given, and such a dX with the sums for dA
+and dB yet to be computed."""
 
 
 class Call(NamedTuple):
@@ -66,19 +67,24 @@ def estimate(call: Call, plan: Plan, arch: str) -> float:
     sms = configs.sms_of(arch)
     flops = machine.flops * sms / configs.sms_of(configs.family(arch))
     gemm = 2 * M * N * K / (flops / 16 if wide else flops)
-    s_pass = machine.launch + M * K * dtype.itemsize / machine.bandwidth if call.op == "adapted_linear" else 0.0
+    # Over x for S, over x and g for dA and dB.
+    passes = 0.0
+    if call.op == "adapted_linear":
+        passes = machine.launch + M * K * dtype.itemsize / machine.bandwidth
+    elif call.op == "layer_grads":
+        passes = machine.launch + M * (N + K) * dtype.itemsize / machine.bandwidth
     if plan.way == "vendor":
-        return s_pass + gemm + 2 * machine.launch + M * N * dtype.itemsize / machine.bandwidth
+        return passes + gemm + 2 * machine.launch + M * N * dtype.itemsize / machine.bandwidth
     config = plan.config
     # Against a GEMM in tiles of 128 x 256 that fill the chip evenly.
     gemm *= configs.wave_cost(config, M, N, arch) / configs.even_cost(128, 256, M, N, arch)
     gemm /= machine.efficiency_fp32 if wide else machine.efficiency[plan.way]
     if plan.way == "persistent" and configs.beside(K, call.R, dtype, arch, call.low_rank_dtype) is not None:
-        # S is computed beside the GEMM, which is slower by a third of that pass.
-        s_pass /= 3
+        # They run beside the GEMM, which is slower by a third of them. Of a larger rank none has room there.
+        passes /= 3
     if plan.way == "inside":
         return machine.launch + gemm * (1 + config.BLOCK_R / config.BLOCK_N)
-    return s_pass + machine.launch + gemm
+    return passes + machine.launch + gemm
 
 
 def pick(call: Call, device: torch.device, describable: bool) -> Plan:
@@ -101,7 +107,9 @@ def pick_by_cost(call: Call, device: torch.device, describable: bool) -> Plan:
 @functools.lru_cache(maxsize=4096)
 def _pick(call: Call, arch: str, describable: bool, key: str | None) -> Plan:
     found = options(call, arch, describable)
-    measured = tuning.lookup(key, call) if key else None
+    # What is measured of dX is dX alone.
+    product = call._replace(op="fused_linear") if call.op == "layer_grads" else call
+    measured = tuning.lookup(key, product) if key else None
     if measured in found:
         return Plan(*measured)
     return found[0] if arch == "interpreter" else min(found, key=lambda plan: estimate(call, plan, arch))

@@ -33,7 +33,7 @@ def call(op="adapted_linear", m=2048, n=4096, k=4096, r=16, dtypes=(torch.bfloat
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("op", ["adapted_linear", "fused_linear"])
+@pytest.mark.parametrize("op", plans.OPS)
 def test_every_case_has_a_plan_that_can_run(op, arch):
     for m, n, k, r in itertools.product([1, 513, 100_000], [1, 4096], [41, 14336], [1, 64, 65, 256]):
         for dtypes, describable in itertools.product(DTYPES, [False, True]):
@@ -59,6 +59,16 @@ def test_each_way_is_the_best_somewhere_on_hopper():
     assert chosen == set(plans.WAYS)
 
 
+def test_the_sums_that_run_beside_the_gemm_alone_can_decide():
+    alone, with_sums = (call(op, m=8192, n=4096, k=14336) for op in ("fused_linear", "layer_grads"))
+    assert plans._pick(alone, "sm_90", True, None).way == "vendor"
+    assert plans._pick(with_sums, "sm_90", True, None).way == "persistent"
+    # Where they find no room there, they cost every plan the same.
+    for size in ({"r": 64}, {"n": 1024}, {"m": 300}):
+        alone, with_sums = (call(op, **{"r": 64} | size) for op in ("fused_linear", "layer_grads"))
+        assert plans._pick(alone, "sm_90", True, None) == plans._pick(with_sums, "sm_90", True, None)
+
+
 def test_estimates_are_of_the_size_of_bytes_and_flops():
     big = call(m=8192)
     frozen = 2 * 8192 * 4096 * 4096 / configs.MACHINES["sm_90"].flops
@@ -76,8 +86,8 @@ def test_small_problems_take_smaller_tiles():
     assert -(-512 // 64) * -(-1024 // 64) >= 128  # of 132 multiprocessors
 
 
-def save(way, config, m=2048, milliseconds=1.0):
-    tuning.save(KEY, tuning.entry(call(m=m), way, config, {way: milliseconds}, "2026-01-01"))
+def save(way, config, m=2048, milliseconds=1.0, op="adapted_linear"):
+    tuning.save(KEY, tuning.entry(call(op, m=m), way, config, {way: milliseconds}, "2026-01-01"))
 
 
 def test_a_measurement_is_preferred_near_where_it_was_taken():
@@ -89,6 +99,7 @@ def test_a_measurement_is_preferred_near_where_it_was_taken():
     estimated = plans._pick(call(m=5000), "sm_90", True, None)
     assert plans._pick(call(m=5000), "sm_90", True, KEY) == estimated
     assert plans._pick(call(n=1024), "sm_90", True, KEY) == plans._pick(call(n=1024), "sm_90", True, None)
+    assert plans._pick(call("layer_grads"), "sm_90", True, KEY) == plans._pick(call("layer_grads"), "sm_90", True, None)
     assert plans._pick(call(), "sm_90", True, "another GPU") == plans._pick(call(), "sm_90", True, None)
 
 
@@ -109,6 +120,12 @@ def test_a_measured_plan_that_cannot_run_is_not_taken():
     save(*persistent)
     assert plans._pick(call(), "sm_90", True, KEY) == persistent
     assert plans._pick(call(), "sm_90", False, KEY).way != "persistent"
+
+
+def test_what_was_measured_of_dx_is_taken_for_it_with_its_sums():
+    tiles = plans.options(call("fused_linear"), "sm_90")[1]
+    save(*tiles, op="fused_linear")
+    assert plans._pick(call("layer_grads"), "sm_90", True, KEY) == tiles
 
 
 @pytest.mark.parametrize("content", ["not json", "[]", '{"entries": 3}', '{"entries": [{"call": 1}]}'])
