@@ -13,10 +13,9 @@ from .grouped_adapter_grad import grouped_adapter_grads
 from .grouped_down_project import grouped_down_project
 from .grouped_fused_linear import grouped_fused_linear
 from .grouped_sample_grad import grouped_sample_grads, grouped_sample_squared_norms
-from .layer_grads import layer_grads
+from .layer_grads import layer_grads, pick_apart
 from .low_rank_add import low_rank_add
 from .norms import squared_norms
-from .outer_pair import pick_pair
 from .row_norms import token_coefficient, weight_coefficient
 from .sample_grad import sample_grads, sample_squared_norms
 from .segments import Segments
@@ -73,9 +72,7 @@ def plan_steps(
     def describe(plan):
         return str(plan) if plan.config is None else f"Triton on {arch}: {plan}"
 
-    pair = pick_pair(N, K, r, dtype, arch, compute)
-    if norm == "entry" or batch_invariance.enabled():
-        pair = None
+    pair = pick_apart(N, K, r, norm, dtype, arch, compute)
     forward, backward = way("adapted_linear", N, K), way("fused_linear" if pair is None else "layer_grads", K, N)
     overlaps = configs.can_overlap(device)
     beside = configs.beside(K, r, dtype, arch, compute) if forward.way == "persistent" and overlaps else None

@@ -18,6 +18,15 @@ from .outer_pair import outer_pair, pick_pair
 from .row_norms import weight_coefficient
 
 
+def pick_apart(
+    N: int, K: int, R: int, norm: str | None, dtype: torch.dtype, arch: str, compute: torch.dtype
+) -> configs.Config | None:
+    """The configuration of the sums for dB and dA where they are taken apart from dS; None where step follows step."""
+    if norm == "entry" or batch_invariance.enabled():
+        return None
+    return pick_pair(N, K, R, dtype, arch, compute)
+
+
 def layer_grads(
     g: Tensor,
     x: Tensor,
@@ -36,8 +45,8 @@ def layer_grads(
     """
     c = weight_coefficient(a, b, eta, norm) if norm in ("row", "matrix", "factor") else None
     (M, N), K, R = g.shape, x.shape[1], s.shape[1]
-    pair = pick_pair(N, K, R, g.dtype, configs.arch_of(g.device), s.dtype)
-    if M == 0 or pair is None or norm == "entry" or batch_invariance.enabled():
+    pair = pick_apart(N, K, R, norm, g.dtype, configs.arch_of(g.device), s.dtype)
+    if M == 0 or pair is None:
         ds, da, db = adapter_grads(g, x, s, b, c, eta, norm, True, dtype_a, dtype_b)
         return fused_linear(g, weight.mT, None, ds, a.mT), da, db
 

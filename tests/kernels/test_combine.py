@@ -21,6 +21,12 @@ def test_sums_the_parts(device, dtype, shape, weighted):
     assert_close(out, eager.to(dtype), exact, "sum")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounds_as_torch_does(device, dtype):
+    partial = torch.cat([torch.randn(1, 500), torch.tensor([[1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8]])], dim=1).to(device)
+    assert torch.equal(combine(partial, dtype), partial[0].to(dtype))
+
+
 def test_sums_equal_groups(device):
     partial = torch.randn(6, 5, 130, device=device)
     with poisoned_outputs():
