@@ -16,6 +16,7 @@ from .grouped_sample_grad import grouped_sample_grads, grouped_sample_squared_no
 from .layer_grads import layer_grads, pick_apart
 from .low_rank_add import low_rank_add
 from .norms import squared_norms
+from .replay import replayed
 from .row_norms import token_coefficient, weight_coefficient
 from .sample_grad import sample_grads, sample_squared_norms
 from .segments import Segments
@@ -38,6 +39,7 @@ __all__ = [
     "low_rank_add",
     "plan_added_steps",
     "plan_steps",
+    "replayed",
     "sample_grads",
     "sample_squared_norms",
     "squared_norms",

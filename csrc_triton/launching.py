@@ -4,11 +4,14 @@ Triton finds the compiled kernel for a launch by specialising every argument and
 ours, which is what a small GEMM takes. Here the key is what decides that specialisation and little more.
 """
 
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton import JITFunction, knobs
+from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 MAX_REMEMBERED = 8192
@@ -20,33 +23,67 @@ _compiled: dict[tuple, Any] = {}
 _signatures: dict[int, "Signature"] = {}
 
 
+class _Watch(threading.local):
+    watcher: Callable | None = None
+
+
+watch = _Watch()
+"""Its `watcher` is told of this thread's launches: kernel, grid, args, options, what was compiled (the interpreter: None)."""
+
+
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """``kernel[grid](*args, **options)`` on the device of the first argument, a tensor or a descriptor of one.
 
     args: the kernel's tensors, then its numbers; options: its constexprs in their order, then launch options.
     """
     device = getattr(args[0], "base", args[0]).device
-    # Kernels built for the interpreter take tensors of any device, and have nothing compiled to remember.
-    if device.type != "cuda" or not isinstance(kernel, JITFunction):
+    compiled = None
+    if not _is_compiled(kernel, device):
         kernel[grid](*args, **options)
     elif device.index == torch.cuda.current_device():
-        launch_remembered(kernel, grid, args, options, device.index)
+        compiled = launch_remembered(kernel, grid, args, options, device.index)
     else:
         with torch.cuda.device(device):
-            launch_remembered(kernel, grid, args, options, device.index)
+            compiled = launch_remembered(kernel, grid, args, options, device.index)
+    if watch.watcher is not None:
+        watch.watcher(kernel, grid, args, options, compiled)
 
 
-def launch_remembered(kernel, grid: tuple[int, ...], args: tuple, options: dict[str, Any], device: int) -> None:
-    """`launch` on the current device, number `device`."""
+def _is_compiled(kernel, device: torch.device) -> bool:
+    # Kernels built for the interpreter take tensors of any device, and have nothing compiled to remember.
+    return device.type == "cuda" and isinstance(kernel, JITFunction)
+
+
+def launch_remembered(kernel, grid: tuple[int, ...], args: tuple, options: dict[str, Any], device: int) -> Any:
+    """`launch` on the current device, number `device`. Returns what was compiled for it."""
     key = specialization_key(kernel, args, options, device)
     compiled = _compiled.get(key)
     if compiled is None:
         if len(_compiled) >= MAX_REMEMBERED:
             _compiled.clear()
-        _compiled[key] = kernel[grid](*args, **options)
+        compiled = _compiled[key] = kernel[grid](*args, **options)
     else:
-        constexprs = tuple(options.values())[: signature(kernel).constexprs]
-        compiled[(*grid, 1, 1)[:3]](*args, *constexprs)
+        stream = driver.active.get_current_stream(device)
+        run(compiled, (*grid, 1, 1)[:3], (*args, *constexprs(kernel, options)), stream)
+    return compiled
+
+
+def run(compiled, grid: tuple[int, int, int], args: Sequence, stream: int) -> None:
+    """Launch what was `compiled` on the current device, as Triton itself does it; args: all of the kernel's, a tensor or the
+    address of its first element where it has a pointer."""
+    enter, leave = _used(knobs.runtime.launch_enter_hook), _used(knobs.runtime.launch_exit_hook)
+    metadata = None if enter is None else compiled.launch_metadata(grid, stream, *args)
+    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *args)
+
+
+def _used(hook: Callable | None) -> Callable | None:
+    # An empty chain of hooks would be called for nothing, and its arguments prepared.
+    return hook if getattr(hook, "calls", hook) else None
+
+
+def constexprs(kernel, options: dict[str, Any]) -> tuple:
+    """The kernel's constexprs, without the launch options behind them."""
+    return tuple(options.values())[: signature(kernel).constexprs]
 
 
 def specialization_key(kernel, args: tuple, options: dict[str, Any], device: int) -> tuple:
@@ -60,10 +97,13 @@ def specialization_key(kernel, args: tuple, options: dict[str, Any], device: int
     parts = [*map(_tensor_part, args[:tensors]), *args[tensors:]]
     for i in unspecialized:
         parts[i] = args[i] >> 31
+    return (id(kernel), device, *compile_settings(), *parts, *options.values())
+
+
+def compile_settings() -> tuple:
+    """Triton's settings that change what it compiles."""
     settings = (knobs.runtime.debug, knobs.compilation.instrumentation_mode)
-    if ON_ROCM:
-        settings += (knobs.amd.use_buffer_ops,)
-    return (id(kernel), device, *settings, *parts, *options.values())
+    return (*settings, knobs.amd.use_buffer_ops) if ON_ROCM else settings
 
 
 def _tensor_part(argument: Tensor | TensorDescriptor | None) -> tuple | None:

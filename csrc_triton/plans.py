@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import batch_invariance, configs, tuning
+from . import batch_invariance, configs, replay, tuning
 from .configs import Config
 
 WAYS = {
@@ -125,3 +125,4 @@ def _pick_invariant(call: Call, arch: str) -> Plan:
 def forget() -> None:
     """Pick anew from now on: after tuning."""
     _pick.cache_clear()
+    replay.forget()

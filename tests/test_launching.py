@@ -18,10 +18,11 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
+from triton.knobs import HookChain  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from csrc_triton import launching  # noqa: E402
+from csrc_triton import launching, replay  # noqa: E402
 
 # Specialising a descriptor imports this, which fails where `conftest` had Triton itself loaded for the interpreter.
 with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
@@ -57,7 +58,8 @@ class Compiled(CompiledKernel):
         return None
 
     def run(self, *args):
-        self.launches.append((self, args))
+        # An empty chain of hooks is as good as none.
+        self.launches.append((self, [None if isinstance(a, HookChain) and not a.calls else a for a in args]))
 
 
 @pytest.fixture
@@ -124,6 +126,111 @@ def test_the_second_launch_does_not_ask_triton(launches, monkeypatch):
     monkeypatch.setattr(JITFunction, "run", lambda *_, **__: pytest.fail("asked again"))
     launching.launch_remembered(_kernel, (9,), arguments(rows=6, m=101, scale=0.5), options(), 0)
     assert len(launches) == 2
+
+
+@pytest.fixture
+def replayed(launches, monkeypatch):
+    """(an op of one launch, how often its launcher has run); CPU tensors pass for those of the current device."""
+    # That of a CPU tensor.
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    ran = []
+
+    def launch(kernel, grid, *args, **options):
+        compiled = launching.launch_remembered(kernel, grid, args, options, -1)
+        if launching.watch.watcher is not None:
+            launching.watch.watcher(kernel, grid, args, options, compiled)
+
+    def launcher(x, y, n):
+        ran.append(n)
+        out, between = torch.empty(8, 64, dtype=torch.bfloat16), torch.empty(16)
+        described = TensorDescriptor.from_tensor(x[1:], [16, 16])
+        launch(_kernel, (3,), described, y, between[4:], 100, n, 1, 0.5, **options())
+        launch(_kernel, (3, 2), described, out[2:], None, 7, n, 1, 0.5, **options())
+        return out
+
+    yield replay.replayed(launcher), ran
+    replay.forget()
+
+
+def handed_over(launch):
+    """What one launch hands to the driver, tensors and descriptors by what they come to."""
+    compiled, args = launch
+
+    def described(a):
+        return a.base.data_ptr(), a.base.dtype, list(a.shape), list(a.strides), list(a.block_shape), a.padding
+
+    plain = [described(a) if isinstance(a, TensorDescriptor) else a for a in args]
+    return compiled, [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in plain]
+
+
+def test_a_replay_hands_over_what_the_launcher_does(launches, replayed):
+    op, ran = replayed
+    calls = [(torch.zeros(5, 64, dtype=torch.bfloat16), torch.zeros(32), 32) for _ in range(5)]
+    outs = [op(*call) for call in calls]
+    assert len(ran) == replay.CALLS_BEFORE + 1 and len(launches) == 10
+    for i, ((x, y, _), out) in enumerate(zip(calls, outs)):
+        (first, one), (second, two) = map(handed_over, launches[2 * i : 2 * i + 2])
+        (like_first, base_one), (like_second, base_two) = map(handed_over, launches[:2])
+        assert first is like_first and second is like_second
+        # 0 to 8 is before the kernel's own: the grid, the stream, what was compiled, the hooks.
+        assert one[:9] == base_one[:9] and two[:9] == base_two[:9]
+        assert one[9][0] == two[9][0] == x.data_ptr() + 128 and one[9][1:] == base_one[9][1:] and two[9] == (one[9])
+        assert one[10] == y.data_ptr() and two[10] == out.data_ptr() + 256 and two[11] is None
+        assert one[12:] == base_one[12:] and two[12:] == base_two[12:]
+        assert out.shape == (8, 64) and out.dtype == torch.bfloat16
+
+
+def test_a_replay_asks_neither_triton_nor_the_launcher(replayed, monkeypatch):
+    op, ran = replayed
+    call = (torch.zeros(5, 64, dtype=torch.bfloat16), torch.zeros(32), 32)
+    for _ in range(replay.CALLS_BEFORE + 1):
+        op(*call)
+    monkeypatch.setattr(JITFunction, "run", lambda *_, **__: pytest.fail("asked again"))
+    monkeypatch.setattr(launching, "specialization_key", lambda *_: pytest.fail("asked again"))
+    ran.clear()
+    op(*call)
+    assert not ran
+
+
+def test_another_kind_runs_its_launcher(replayed):
+    op, ran = replayed
+    x, y = torch.zeros(5, 64, dtype=torch.bfloat16), torch.zeros(34)
+    for _ in range(replay.CALLS_BEFORE + 2):
+        op(x, y[:32], 32)
+    for other in ((x, y[:32], 48), (x, y[:31], 32), (x, y[1:33], 32), (x, y[:32].half(), 32), (x, y[::2], 32)):
+        ran.clear()
+        op(*other)
+        assert len(ran) == 1
+    ran.clear()
+    op(x, y[:32], 32)
+    assert not ran
+    replay.forget()
+    op(x, y[:32], 32)
+    assert len(ran) == 1
+
+
+def test_the_kinds_kept_are_bounded(replayed, monkeypatch):
+    op, _ = replayed
+    monkeypatch.setattr(replay, "MAX_KINDS", 4)
+    x, y = torch.zeros(5, 64, dtype=torch.bfloat16), torch.zeros(64)
+    for n in range(20):
+        op(x, y[: n + 1], 32)
+        assert len(replay._kinds) <= 4
+
+
+def test_replays_call_the_hooks_of_a_profiler(launches, replayed, monkeypatch):
+    op, _ = replayed
+    call = (torch.zeros(5, 64, dtype=torch.bfloat16), torch.zeros(32), 32)
+    for _ in range(replay.CALLS_BEFORE + 1):
+        op(*call)
+    chain = HookChain()
+    chain.add(print)
+    monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", chain)
+    monkeypatch.setattr(triton.knobs.runtime, "launch_exit_hook", chain)
+    monkeypatch.setattr(Compiled, "launch_metadata", lambda *_: "metadata")
+    launches.clear()
+    op(*call)
+    assert [args[6:9] for _, args in launches] == [["metadata", chain, chain]] * 2
 
 
 def test_what_is_remembered_is_bounded(launches, monkeypatch):

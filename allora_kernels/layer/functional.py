@@ -164,13 +164,16 @@ def apply_function(*args) -> tuple[Tensor, Tensor]:
 
 
 def no_autocast(kind: str) -> contextlib.AbstractContextManager:
-    """Autocast off for this type of device, where it has any."""
-    return torch.autocast(kind, enabled=False) if _has_autocast(kind) else contextlib.nullcontext()
+    """Autocast off for this type of device, where it is on."""
+    return torch.autocast(kind, enabled=False) if _autocast_is_on(kind) else contextlib.nullcontext()
 
 
-def _has_autocast(kind: str) -> bool:
-    # torch 2.11 cannot trace the question; what is compiled for has autocast.
-    return torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+def _autocast_is_on(kind: str) -> bool:
+    # torch 2.11 cannot trace whether a type of device has autocast; what is compiled for has it.
+    return (torch.compiler.is_compiling() or _has_autocast(kind)) and torch.is_autocast_enabled(kind)
+
+
+_has_autocast = functools.cache(torch.amp.is_autocast_available)
 
 
 def compute_dtype(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> torch.dtype:
@@ -180,8 +183,7 @@ def compute_dtype(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> torch.dtype:
 
 def autocasts(x: Tensor) -> bool:
     """Whether torch.autocast would cast x for a linear layer: never a double, and not every device type has it."""
-    kind = x.device.type
-    return x.dtype != torch.float64 and _has_autocast(kind) and torch.is_autocast_enabled(kind)
+    return x.dtype != torch.float64 and _autocast_is_on(x.device.type)
 
 
 def in_one_dtype(

@@ -1,0 +1,292 @@
+"""A replayed call gives what its launcher gives, to the bit, on other tensors of its kind."""
+
+import ctypes
+import threading
+
+import pytest
+import torch
+from cases import LAYOUTS, dtypes, layouts
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+from triton.runtime.interpreter import GridExecutor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import csrc_triton
+from allora_kernels import reference
+from allora_kernels.testing import make_inputs
+from csrc_triton import batch_invariance, configs, plans, replay
+from csrc_triton.combine import combine
+from csrc_triton.fused_linear_persistent import launch_persistent
+
+norms = pytest.mark.parametrize("norm", reference.NORMS)
+ETA = 2.0
+SIZES = (70, 21, 35, 16)
+
+
+@pytest.fixture(autouse=True)
+def _interpreter_out_of_sight(monkeypatch):
+    """The interpreter calls torch to get at a tensor's memory, which no GPU's launch does."""
+    call = GridExecutor.__call__
+
+    def unseen(*args, **options):
+        with _disable_current_modes():
+            return call(*args, **options)
+
+    monkeypatch.setattr(GridExecutor, "__call__", unseen)
+
+
+def tensor_at(address, dtype):
+    """What the interpreter needs of a tensor: where it begins and of what dtype it is."""
+    return torch.frombuffer((ctypes.c_char * dtype.itemsize).from_address(address), dtype=dtype)
+
+
+def interpret(launch, args):
+    for position, slot in launch.slots:
+        args[position] = tensor_at(args[position], slot.dtype)
+    for position, _, slot in launch.descriptors:
+        args[position].base = tensor_at(args[position].base.data_ptr(), slot.dtype)
+    launch.kernel[launch.grid](*args, **launch.options)
+
+
+def replayed(launcher, args, others):
+    """``launcher(*others)`` by replay of what ``launcher(*args)`` launched."""
+    first, recording = replay.record(launcher, args)
+    assert recording is not None, "not recorded"
+    kind, addresses, _ = replay.kind_of(launcher, others)
+    assert kind == replay.kind_of(launcher, args)[0]
+    if recording.device.type == "cuda":
+        return first, replay._replay_on(recording.device.index, recording, addresses)
+    return first, replay.replay(recording, addresses, interpret)
+
+
+def tensors(*args):
+    return [a for a in args if isinstance(a, Tensor)]
+
+
+def assert_same(found, expected):
+    assert type(found) is type(expected)
+    found, expected = ((t,) if isinstance(t, Tensor) else t or () for t in (found, expected))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape and one.stride() == other.stride()
+        assert torch.equal(one, other)
+
+
+def check(launcher, make):
+    """`make(seed)` gives the arguments of a call: of one kind, with other values, elsewhere in memory."""
+    args, others = make(0), make(1)
+    plain = [tuple(a.clone() if isinstance(a, Tensor) else a for a in call) for call in (args, others)]
+    plain = [tuple(_like(a, b) for a, b in zip(call, copies)) for call, copies in zip((args, others), plain)]
+    expected = [launcher(*call) for call in plain]
+    first, again = replayed(launcher, args, others)
+    assert_same(first, expected[0])
+    assert_same(again, expected[1])
+    # What is written in place, too, and nothing else.
+    for ours, theirs in zip(tensors(*args, *others), tensors(*plain[0], *plain[1])):
+        assert torch.equal(ours, theirs)
+
+
+def _like(a, copy):
+    return (
+        torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device).copy_(a)
+        if copy is not None and isinstance(a, Tensor)
+        else a
+    )
+
+
+def inputs(device, seed, dtypes=(torch.bfloat16, torch.bfloat16), sizes=SIZES, layout=LAYOUTS["rows"]):
+    """x, weight, bias, a, b, g and s."""
+    torch.manual_seed(seed)
+    x, weight, bias, a, b, g = make_inputs(*sizes, *dtypes, device=device)
+    scale = 1 + seed
+    x, g = x * scale, g / scale
+    s = reference.down_project(x, a, torch.promote_types(x.dtype, a.dtype))
+    return tuple(layout(t) if t.dim() == 2 else t for t in (x, weight, bias, a, b, g, s))
+
+
+@dtypes
+@layouts
+def test_forward(device, dtypes, layout):
+    def make(seed):
+        x, weight, bias, a, b, _, s = inputs(device, seed, dtypes, layout=layout)
+        return x, weight, bias, a, b, s.dtype
+
+    check(csrc_triton.adapted_linear, make)
+
+
+@norms
+@dtypes
+def test_backward(device, norm, dtypes):
+    def make(seed):
+        x, weight, _, a, b, g, s = inputs(device, seed, dtypes)
+        return g, x, s, weight, a, b, ETA, norm, a.dtype, b.dtype
+
+    check(csrc_triton.layer_grads, make)
+
+
+@pytest.mark.parametrize("norm", [norm for norm in reference.NORMS if norm != "row"])
+@pytest.mark.parametrize("needs", [(True, True, True), (False, True, True), (True, False, True), (True, True, False)])
+def test_adapter_grads(device, norm, needs):
+    """What is not needed comes back empty: of those results all have one address. For "row" torch joins the factors."""
+    need_ds, need_da, need_db = needs
+
+    def make(seed):
+        x, _, _, a, b, g, s = inputs(device, seed)
+        c = csrc_triton.weight_coefficient(a, b, ETA, norm) if norm in reference.WEIGHT_NORMS else None
+        return g, x, s, b, c, ETA, norm, need_ds, a.dtype if need_da else None, b.dtype if need_db else None
+
+    check(csrc_triton.adapter_grads, make)
+
+
+@pytest.mark.parametrize("norm", reference.WEIGHT_NORMS)
+def test_weight_coefficient(device, norm):
+    check(csrc_triton.weight_coefficient, lambda seed: (*inputs(device, seed)[3:5], ETA, norm))
+
+
+def test_in_place(device):
+    def make(seed):
+        _, _, _, _, b, g, s = inputs(device, seed)
+        return g, s, b
+
+    check(csrc_triton.low_rank_add, make)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_descriptors(device, transposed):
+    arch = configs.arch_of(torch.device(device))
+    found = configs.candidates("fused_linear_persistent", 64, 128, 16, torch.bfloat16, arch, torch.bfloat16)
+    if not found:
+        pytest.skip(f"{arch} has no tensor memory unit")
+
+    def make(seed):
+        x, weight, bias, _, b, _, s = inputs(device, seed, sizes=(70, 64, 128, 16))
+        return x, weight.mT.contiguous().mT if transposed else weight, bias, s, b
+
+    check(lambda *args: launch_persistent(*args, found[0]), make)
+    check(lambda x, weight, bias, s, b: launch_persistent(x[8:], weight[16:], bias[16:], s[8:], b[16:], found[0]), make)
+
+
+def test_groups(device):
+    def make(seed):
+        torch.manual_seed(seed)
+        x, a, g = torch.randn(70, 67), torch.randn(3, 16, 67), torch.randn(70, 45)
+        b, weight, ends = torch.randn(3, 45, 16), torch.randn(3, 45, 67), torch.tensor([20, 20, 70], dtype=torch.int32)
+        return tuple(t.to(device) for t in (x, a, g, b, weight, ends))
+
+    def forward(x, a, g, b, weight, ends):
+        s = csrc_triton.grouped_down_project(x, a, ends, x.dtype)
+        return csrc_triton.grouped_fused_linear(x, weight, None, s, b, ends), s
+
+    def backward(x, a, g, b, weight, ends):
+        s = csrc_triton.grouped_down_project(x, a, ends, x.dtype)
+        c = csrc_triton.weight_coefficient(a, b, ETA, "factor")
+        return csrc_triton.grouped_adapter_grads(g, x, s, b, c, ends, ETA, "factor", True, a.dtype, b.dtype)
+
+    check(forward, make)
+    check(backward, make)
+
+
+def test_a_result_that_is_a_part_of_what_was_allocated(device):
+    def launcher(partial):
+        both = torch.empty(2, *partial.shape[1:], device=partial.device)
+        for parts, out in enumerate(both, 1):
+            combine(partial[:parts], out.dtype, out=out)
+        return both[1], both[0, 1:]
+
+    check(launcher, lambda seed: (torch.arange(1.0 + seed, 61.0 + seed, device=device).view(3, 4, 5),))
+
+
+def test_inputs_that_are_parts_of_one_tensor(device):
+    """As FSDP's and fused optimizers' flat parameters are."""
+
+    def make(seed):
+        x, weight, _, a, b, g, s = inputs(device, seed)
+        flat = torch.cat([t.flatten() for t in (weight, a, b)])
+        weight, a, b = (
+            part.view_as(t) for part, t in zip(flat.split([t.numel() for t in (weight, a, b)]), (weight, a, b))
+        )
+        return g, x, s, weight, a, b, ETA, "row", a.dtype, b.dtype
+
+    check(csrc_triton.layer_grads, make)
+
+
+def cannot_be_recorded(launcher, *args):
+    expected = launcher(*args)
+    result, recording = replay.record(launcher, args)
+    assert_same(result, expected)
+    return recording is None
+
+
+def test_what_cannot_be_recorded(device):
+    x, weight, _, a, b, _, s = inputs(device, 0)
+    vendor = plans.Plan("vendor", None)
+    assert cannot_be_recorded(lambda *args: csrc_triton.fused_linear(*args, vendor), x, weight, None, s, b), "a GEMM"
+    assert cannot_be_recorded(lambda t: torch.empty_like(t).zero_(), x), "a fill"
+    assert cannot_be_recorded(lambda t: t, x), "an input returned"
+    assert cannot_be_recorded(lambda t: torch.empty(3, device=t.device, dtype=torch.int32).view(torch.float32) * 0, x)
+    assert cannot_be_recorded(csrc_triton.down_project, x[:0], a, torch.bfloat16), "an empty input"
+    assert cannot_be_recorded(csrc_triton.down_project, x, x[1:17], torch.bfloat16), "overlapping inputs"
+    constant = a.clone()
+    assert cannot_be_recorded(lambda t: csrc_triton.down_project(t, constant, torch.bfloat16), x), "no argument"
+    assert not cannot_be_recorded(csrc_triton.down_project, x, a, torch.bfloat16)
+
+
+def test_the_kind_knows_all_that_a_launcher_goes_by(device):
+    x, *_ = inputs(device, 0, sizes=(64, 45, 64, 16))
+
+    def kind(*args):
+        return replay.kind_of(csrc_triton.down_project, args)[0]
+
+    base = kind(x, 1, None)
+    assert kind(x.clone(), 1, None) == base
+    misplaced = torch.empty(x.numel() + 1, dtype=x.dtype, device=device)[1:].view_as(x)
+    for other in (x[:-1], x[:, :-1], x.mT, x.half(), misplaced):
+        assert kind(other, 1, None) != base
+    assert len({base, kind(x, 2, None), kind(x, 1, x), replay.kind_of(csrc_triton.combine, (x, 1, None))[0]}) == 4
+    batch_invariance.enable(True)
+    try:
+        assert kind(x, 1, None) != base
+    finally:
+        batch_invariance.enable(False)
+    assert kind(x, 1, None) == base
+    wide = kind(x.float(), 1, None)
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert kind(x.float(), 1, None) != wide
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+def test_only_its_own_thread_is_recorded(device):
+    x, _, _, a, *_ = inputs(device, 0)
+
+    def launcher(x, a):
+        thread = threading.Thread(target=csrc_triton.down_project, args=(x, a, x.dtype))
+        thread.start()
+        thread.join()
+        return csrc_triton.down_project(x, a, x.dtype)
+
+    _, recording = replay.record(launcher, (x, a))
+    assert len(recording.launches) == len(replay.record(csrc_triton.down_project, (x, a, x.dtype))[1].launches)
+
+
+def test_an_error_while_recording_leaves_nothing_behind(device):
+    with pytest.raises(ZeroDivisionError):
+        replay.record(lambda t: 1 // 0, (torch.ones(3, device=device),))
+    assert replay.watch.watcher is None
+
+
+def test_a_recording_holds_no_tensor(device):
+    x, weight, bias, a, b, _, s = inputs(device, 0, sizes=(70, 64, 128, 16))
+    _, recording = replay.record(csrc_triton.adapted_linear, (x, weight, bias, a, b, s.dtype))
+    todo, seen = [recording], 0
+    while todo:
+        thing = todo.pop()
+        assert not isinstance(thing, Tensor)
+        if isinstance(thing, TensorDescriptor):
+            thing = vars(thing)
+        if isinstance(thing, dict):
+            todo += thing.values()
+        elif isinstance(thing, (tuple, list)):
+            todo += thing
+        seen += 1
+    assert seen > 50
