@@ -14,6 +14,44 @@ from .tiling import TRITON_DTYPE, narrow, offsets
 _MAX_PARTS_AT_ONCE = 16
 
 
+@triton.jit
+def _combine_tile(
+    partial_ptr,
+    weight_ptr,
+    out_ptr,
+    group,
+    tile,
+    start,
+    stop,
+    UNITS,
+    stride_weight,
+    OUT_DTYPE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK elements of ``out[group] = Σ_p w[p] · partial[p]`` over the p from `start` up to `stop`; partial [·, UNITS · UNIT].
+
+    BLOCK_P parts are loaded at once and every BLOCK_P-th is added to the same sum, then those sums: in fp32, in an order that
+    the number of parts alone decides.
+    """
+    # Whole units are what makes wide loads of any number of them.
+    NUMEL = UNITS.to(tl.int64) * UNIT
+    offs = offsets(tile.to(tl.int64) * BLOCK, BLOCK)
+    mask = offs < NUMEL
+    acc = tl.zeros((BLOCK_P, BLOCK), tl.float32)
+    for p in range(start, stop, BLOCK_P):
+        offs_p = offsets(p, BLOCK_P)
+        mask_p = offs_p < stop
+        part_ptrs = partial_ptr + offs_p[:, None] * NUMEL + offs[None, :]
+        part = tl.load(part_ptrs, mask=mask_p[:, None] & mask[None, :], other=0.0)  # [BLOCK_P, BLOCK]
+        if HAS_WEIGHT:
+            part *= tl.load(weight_ptr + offs_p * stride_weight, mask=mask_p, other=0.0)[:, None]
+        acc += part
+    tl.store(out_ptr + group * NUMEL + offs, narrow(tl.sum(acc, axis=0), OUT_DTYPE), mask=mask)
+
+
 @triton.jit(do_not_specialize=["P", "UNITS", "TILES"])
 def _combine_kernel(
     partial_ptr,
@@ -33,30 +71,89 @@ def _combine_kernel(
 ):
     """``out[q] = Σ_p w[p] · partial[p]`` over the p of group q: P of them, or from first[q] to first[q+1].
 
-    partial [·, UNITS · UNIT] and out [Q, UNITS · UNIT] are contiguous. One program writes BLOCK elements of one group, one of
-    TILES. It loads BLOCK_P parts at once and adds every BLOCK_P-th to the same sum, then those sums: in fp32, in an order
-    that the number of parts alone decides.
+    partial [·, UNITS · UNIT] and out [Q, UNITS · UNIT] are contiguous. One program writes a tile of one group, one of TILES.
     """
-    # Whole units are what makes wide loads of any number of them.
-    NUMEL = UNITS.to(tl.int64) * UNIT
-    offs = offsets((tl.program_id(0) % TILES).to(tl.int64) * BLOCK, BLOCK)
     group = (tl.program_id(0) // TILES).to(tl.int64)
-    mask = offs < NUMEL
     start = group * P
     stop = start + P
     if HAS_FIRST:
         start = tl.load(first_ptr + group).to(tl.int64)
         stop = tl.load(first_ptr + group + 1).to(tl.int64)
-    acc = tl.zeros((BLOCK_P, BLOCK), tl.float32)
-    for p in range(start, stop, BLOCK_P):
-        offs_p = offsets(p, BLOCK_P)
-        mask_p = offs_p < stop
-        part_ptrs = partial_ptr + offs_p[:, None] * NUMEL + offs[None, :]
-        part = tl.load(part_ptrs, mask=mask_p[:, None] & mask[None, :], other=0.0)  # [BLOCK_P, BLOCK]
-        if HAS_WEIGHT:
-            part *= tl.load(weight_ptr + offs_p * stride_weight, mask=mask_p, other=0.0)[:, None]
-        acc += part
-    tl.store(out_ptr + group * NUMEL + offs, narrow(tl.sum(acc, axis=0), OUT_DTYPE), mask=mask)
+    tile = tl.program_id(0) % TILES
+    _combine_tile(
+        partial_ptr,
+        weight_ptr,
+        out_ptr,
+        group,
+        tile,
+        start,
+        stop,
+        UNITS,
+        stride_weight,
+        OUT_DTYPE,
+        HAS_WEIGHT,
+        UNIT,
+        BLOCK_P,
+        BLOCK,
+    )
+
+
+@triton.jit(do_not_specialize=["P", "UNITS_1", "UNITS_2", "TILES_1"])
+def _combine_pair_kernel(
+    partial_1_ptr,
+    partial_2_ptr,
+    out_1_ptr,
+    out_2_ptr,
+    P,
+    UNITS_1,
+    UNITS_2,
+    TILES_1,
+    OUT_DTYPE_1: tl.constexpr,
+    OUT_DTYPE_2: tl.constexpr,
+    UNIT_1: tl.constexpr,
+    UNIT_2: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``out_i = Σ_p partial_i[p]`` for two partial_i [P, UNITS_i · UNIT_i]: TILES_1 programs write out_1, the rest out_2."""
+    pid = tl.program_id(0)
+    # One group of parts, with offsets of 64 bits.
+    stop = P.to(tl.int64)
+    if pid < TILES_1:
+        _combine_tile(
+            partial_1_ptr,
+            None,
+            out_1_ptr,
+            0,
+            pid,
+            stop * 0,
+            stop,
+            UNITS_1,
+            0,
+            OUT_DTYPE_1,
+            False,
+            UNIT_1,
+            BLOCK_P,
+            BLOCK,
+        )
+    else:
+        pid -= TILES_1
+        _combine_tile(
+            partial_2_ptr,
+            None,
+            out_2_ptr,
+            0,
+            pid,
+            stop * 0,
+            stop,
+            UNITS_2,
+            0,
+            OUT_DTYPE_2,
+            False,
+            UNIT_2,
+            BLOCK_P,
+            BLOCK,
+        )
 
 
 def combine(partial: Tensor, dtype: torch.dtype, weights: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -70,6 +167,33 @@ def combine(partial: Tensor, dtype: torch.dtype, weights: Tensor | None = None, 
         return out.zero_()
     _launch(partial, weights, None, out, 1, partial.shape[0])
     return out
+
+
+def combine_pair(first: Tensor, second: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[Tensor, Tensor]:
+    """`combine` of first [P, ...] and of second [P, ...] in one launch; P >= 1, neither empty."""
+    partials, parts = (first, second), first.shape[0]
+    outs = [torch.empty(t.shape[1:], device=t.device, dtype=dtype) for t, dtype in zip(partials, dtypes)]
+    at_once, block = _block(parts)
+    numels = [out.numel() for out in outs]
+    units = [wide_unit(numel) for numel in numels]
+    tiles = [cdiv(numel, block) for numel in numels]
+    launch(
+        _combine_pair_kernel,
+        (sum(tiles),),
+        *partials,
+        *outs,
+        parts,
+        numels[0] // units[0],
+        numels[1] // units[1],
+        tiles[0],
+        OUT_DTYPE_1=TRITON_DTYPE[outs[0].dtype],
+        OUT_DTYPE_2=TRITON_DTYPE[outs[1].dtype],
+        UNIT_1=units[0],
+        UNIT_2=units[1],
+        BLOCK_P=at_once,
+        BLOCK=block,
+    )
+    return outs[0], outs[1]
 
 
 def combine_groups(
@@ -93,8 +217,7 @@ def _launch(partial, weights, first, out, groups, parts) -> None:
     if numel == 0 or groups == 0:
         return
     # Ragged groups are the pieces of a long sample: a few.
-    at_once = 4 if first is not None else min(1 << (parts - 1).bit_length(), _MAX_PARTS_AT_ONCE)
-    block = max(128, 512 // at_once)
+    at_once, block = _block(4 if first is not None else parts)
     tiles, unit = cdiv(numel, block), wide_unit(numel)
     launch(
         _combine_kernel,
@@ -114,6 +237,12 @@ def _launch(partial, weights, first, out, groups, parts) -> None:
         BLOCK_P=at_once,
         BLOCK=block,
     )
+
+
+def _block(parts: int) -> tuple[int, int]:
+    """How many parts, and how many elements of each, a program takes at once."""
+    at_once = min(1 << (parts - 1).bit_length(), _MAX_PARTS_AT_ONCE)
+    return at_once, max(128, 512 // at_once)
 
 
 def wide_unit(numel: int) -> int:

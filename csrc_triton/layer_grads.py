@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import batch_invariance, configs, plans
 from .adapter_grad import adapter_grads, rules
-from .combine import combine
+from .combine import combine_pair
 from .down_project import down_project, down_project_twice
 from .fused_linear import fused_linear
 from .fused_linear_persistent import describable, launch_persistent
@@ -60,4 +60,4 @@ def layer_grads(
         dx = launch_persistent(g, weight.mT, None, ds, a.mT, plan.config, wait="at the end")
     else:
         dx = fused_linear(g, weight.mT, None, ds, a.mT, plan)
-    return dx, combine(parts_a, dtype_a), combine(parts_b, dtype_b)
+    return dx, *combine_pair(parts_a, parts_b, (dtype_a, dtype_b))

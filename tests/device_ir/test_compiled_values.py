@@ -13,6 +13,7 @@ from allora_kernels.per_sample import reference as sample_reference
 from allora_kernels.per_sample.samples import Samples
 from allora_kernels.testing import assert_close, make_inputs
 from csrc_triton import adapter_grad, configs, describable, plans, sample_grad, sweep_plan
+from csrc_triton.combine import combine_pair
 
 ETA = 1.3
 
@@ -249,6 +250,18 @@ def test_combine(arch, few_sms, dtype, weighted, shape):
     exact = torch.einsum("p,p...->...", factors.double(), partial.double())
     eager = torch.einsum("p,p...->...", factors, partial).to(dtype)
     assert_close(csrc_triton.combine(partial, dtype, weights), eager, exact)
+
+
+@over(
+    "arch",
+    dtypes=[(F32, F16), (BF16, F32)],
+    parts=[1, 7, 40],
+    shapes=[((1,), (1,)), ((70, 41), (3, 8)), ((8,), (5000,))],
+)
+def test_combine_pair(arch, dtypes, parts, shapes):
+    partials = [torch.randn(parts, *shape) for shape in shapes]
+    for out, partial, dtype in zip(combine_pair(*partials, dtypes), partials, dtypes, strict=True):
+        assert_close(out, partial.sum(0).to(dtype), partial.double().sum(0))
 
 
 @over("arch", "dtypes")

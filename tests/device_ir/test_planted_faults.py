@@ -58,6 +58,10 @@ def combine():
     module("combine").combine(torch.randn(3, 2000), F32)
 
 
+def combine_pair():
+    module("combine").combine_pair(torch.randn(3, 2000), torch.randn(3, 1000), (F32, F32))
+
+
 def low_rank_add():
     module("low_rank_add").low_rank_add(torch.randn(70, 50), torch.randn(70, 3), torch.randn(50, 3))
 
@@ -120,6 +124,9 @@ FAULTS = [
     race("_combine_kernel", "combine", "out_ptr + group * NUMEL + offs", "out_ptr + group * NUMEL + offs % 512",
          combine),
     write("_combine_kernel", "combine", "axis=0), OUT_DTYPE), mask=mask)", "axis=0), OUT_DTYPE))", combine),
+    race("_combine_pair_kernel", "combine", "out_ptr + group * NUMEL + offs", "out_ptr + group * NUMEL + offs % 512",
+         combine_pair),
+    write("_combine_pair_kernel", "combine", "axis=0), OUT_DTYPE), mask=mask)", "axis=0), OUT_DTYPE))", combine_pair),
     race("_down_project_kernel", "down_project", "part.to(tl.int64) * M", "0 * M", down_project),
     write("_down_project_kernel", "down_project", "narrow(acc, OUT_DTYPE), mask=mask_m[:, None] & mask_r[None, :])",
           "narrow(acc, OUT_DTYPE), mask=mask_r[None, :])", down_project),

@@ -5,7 +5,7 @@ import torch
 from red_zones import in_red_zone, poisoned_outputs
 
 from allora_kernels.testing import assert_close
-from csrc_triton.combine import combine, combine_groups
+from csrc_triton.combine import combine, combine_groups, combine_pair
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -25,6 +25,17 @@ def test_sums_the_parts(device, dtype, shape, weighted):
 def test_rounds_as_torch_does(device, dtype):
     partial = torch.cat([torch.randn(1, 500), torch.tensor([[1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8]])], dim=1).to(device)
     assert torch.equal(combine(partial, dtype), partial[0].to(dtype))
+
+
+@pytest.mark.parametrize("parts", [1, 3, 20])
+@pytest.mark.parametrize("shapes", [((1, 1), (1, 1)), ((37, 41), (3, 8)), ((8, 16), (2, 701)), ((3, 700), (128,))])
+def test_a_pair_has_the_bits_of_each_alone(device, parts, shapes):
+    partials = [torch.randn(parts, *shape, device=device) for shape in shapes]
+    dtypes = (torch.bfloat16, torch.float32)
+    with poisoned_outputs():
+        pair = combine_pair(*map(in_red_zone, partials), dtypes)
+    for out, partial, dtype in zip(pair, partials, dtypes, strict=True):
+        assert torch.equal(out, combine(partial, dtype))
 
 
 def test_sums_equal_groups(device):
