@@ -15,8 +15,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 ARCH, NUM_SMS = "sm_90", 132
 RANK = 16
+WARM_UP, IN_A_ROW = 5, 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -91,16 +93,38 @@ def pretended_gpu() -> Iterator[None]:
     library._destroy()
 
 
-def microseconds(call: Callable[[], object], rounds: int) -> float:
-    """The median over `rounds` calls."""
-    for _ in range(5):
-        call()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e6
+@contextlib.contextmanager
+def no_replay() -> Iterator[None]:
+    """No call is replayed, and none is recorded."""
+    from csrc_triton import replay
+
+    class Unrecordable(dict):
+        def get(self, *_) -> int:
+            return replay._NEVER
+
+    with mock.patch.object(replay, "_kinds", Unrecordable()):
+        yield
+
+
+class Timed(NamedTuple):
+    """A call that is timed, within a context of its own."""
+
+    call: Callable[[], object]
+    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+
+def medians(calls: Mapping[str, Timed], rounds: int) -> dict[str, float]:
+    """us of each call: the median over rounds, in which each is called some times in a row, as a model's layers are. What slows
+    this machine down for a while slows all of them."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(WARM_UP + rounds):
+        for name, (call, context) in calls.items():
+            with context():
+                start = time.perf_counter()
+                for _ in range(IN_A_ROW):
+                    call()
+                times[name].append((time.perf_counter() - start) / IN_A_ROW)
+    return {name: statistics.median(found[WARM_UP:]) * 1e6 for name, found in times.items()}
 
 
 def forward_and_step(layer: nn.Module, x: Tensor, g: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
@@ -142,28 +166,31 @@ def as_good_as_empty(peft: bool) -> tuple[nn.Module, Tensor, Tensor]:
     return layer, x, x.clone()
 
 
-def measure(
-    rows: int, out_features: int, in_features: int, rank: int, rounds: int
-) -> Iterator[tuple[str, float, float]]:
-    """(what, us of a forward pass, us of a step), one after another; in a process that has loaded the null driver."""
-    from csrc_triton import replay
-
-    for name, peft in (("frozen layer", False), ("peft", True)):
-        yield name, *(microseconds(call, rounds) for call in forward_and_step(*as_good_as_empty(peft)))
+def measure(rows: int, out_features: int, in_features: int, rank: int, rounds: int) -> dict[str, tuple[float, float]]:
+    """us of a forward pass and of a step, by name; in a process that has loaded the null driver."""
+    frozen, peft = (forward_and_step(*as_good_as_empty(peft)) for peft in (False, True))
+    allora = forward_and_step(*ours(rows, out_features, in_features, rank))
     with pretended_gpu():
-        forward, step = forward_and_step(*ours(rows, out_features, in_features, rank))
-        yield "allora", microseconds(forward, rounds), microseconds(step, rounds)
-        with mock.patch.object(replay, "CALLS_BEFORE", None):
-            replay.forget()
-            yield "allora, no call replayed", microseconds(forward, rounds), microseconds(step, rounds)
-    replay.forget()
+        found = [
+            medians(
+                {
+                    "frozen layer": Timed(frozen[i]),
+                    "peft": Timed(peft[i]),
+                    "allora": Timed(allora[i]),
+                    "allora, no call replayed": Timed(allora[i], no_replay),
+                },
+                rounds,
+            )
+            for i in (0, 1)
+        ]
+    return {name: (found[0][name], found[1][name]) for name in found[0]}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.host", description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", nargs=3, type=int, default=(512, 4096, 4096), metavar=("M", "N", "K"))
     parser.add_argument("--rank", type=int, default=RANK)
-    parser.add_argument("--rounds", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=100)
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
@@ -174,8 +201,8 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         load_null_driver(Path(folder))
         print(f"{'us on the host, median':28} {'forward':>8} {'forward + backward':>19}")
-        for name, forward, step in measure(*options.shape, options.rank, options.rounds):
-            print(f"{name:28} {forward:8.0f} {step:19.0f}", flush=True)
+        for name, (forward, step) in measure(*options.shape, options.rank, options.rounds).items():
+            print(f"{name:28} {forward:8.0f} {step:19.0f}")
     return 0
 
 

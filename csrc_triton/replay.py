@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import batch_invariance
 from .launching import ON_ROCM, compile_settings, constexprs, run, watch
 
-MAX_KINDS = 4096
+MAX_KINDS = 8192
 """How many kinds of call are kept in mind before all are forgotten."""
 
 _ALLOCATIONS = (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default)
