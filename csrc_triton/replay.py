@@ -9,21 +9,23 @@ Only what allocates, views and launches can be recorded. A call that does more (
 overlap or are empty, runs as if this module did not exist.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton import JITFunction
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import batch_invariance
 from .launching import ON_ROCM, compile_settings, constexprs, run, watch
 
-MAX_KINDS = 8192
-"""How many kinds of call are kept in mind before all are forgotten."""
+MAX_KINDS = 4096
+"""How many kinds of call are kept in mind before all are forgotten: some 11 KB each."""
 
 _ALLOCATIONS = (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default)
 _ALIGNMENT = 512
@@ -35,6 +37,8 @@ of rows, most kinds are never seen again."""
 _NEVER = -1
 _kinds: dict[tuple, "int | Recording"] = {}
 """By kind: how many calls there were, `_NEVER` if it cannot be recorded, or its `Recording`."""
+_recording_lock = threading.Lock()
+"""A dispatch mode sets flags of the whole process, which two that begin and end in turns would leave set."""
 
 
 def forget() -> None:
@@ -71,11 +75,18 @@ def _replay_on(device: int, recording: "Recording", addresses: list[int]) -> Any
 
 
 def _first_calls(launcher: Callable, args: tuple, kind: tuple, calls: int) -> Any:
-    if calls == CALLS_BEFORE:
-        result, recording = record(launcher, args)
-        _kinds[kind] = _NEVER if recording is None else recording
-        return result
-    if calls != _NEVER:
+    if calls == CALLS_BEFORE and _recording_lock.acquire(blocking=False):
+        try:
+            # Unless all goes well: a call that runs out of memory need not hold on to everything the next time.
+            _kinds[kind] = _NEVER
+            result, recording = record(launcher, args)
+            # Neither what it goes by nor what was known has changed meanwhile, in another thread.
+            if recording is not None and kind in _kinds and kind_of(launcher, args)[0] == kind:
+                _kinds[kind] = recording
+            return result
+        finally:
+            _recording_lock.release()
+    if 0 <= calls < CALLS_BEFORE:
         if len(_kinds) >= MAX_KINDS:
             _kinds.clear()
         _kinds[kind] = calls + 1
@@ -197,7 +208,7 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
             self.allocated.append(result)
-        elif not func.is_view:
+        elif not (func.is_view and _is_part(result, args[0])):
             self.only_known_steps = False
         return result
 
@@ -216,10 +227,10 @@ def record(launcher: Callable, args: tuple) -> tuple[Any, Recording | None]:
     with recorder:
         result = launcher(*args)
     inputs = [argument for argument in args if isinstance(argument, Tensor)]
-    return result, _recording(inputs, recorder, result) if recorder.only_known_steps else None
+    return result, _recorded(inputs, recorder, result) if recorder.only_known_steps else None
 
 
-def _recording(inputs: list[Tensor], recorder: _Recorder, result: Any) -> Recording | None:
+def _recorded(inputs: list[Tensor], recorder: _Recorder, result: Any) -> Recording | None:
     results = () if result is None else (result,) if isinstance(result, Tensor) else result
     owners = {_storage(t): t for t in recorder.allocated}
     if not all(_storage(t) in owners and t.dtype == owners[_storage(t)].dtype for t in results):
@@ -244,12 +255,11 @@ def _recording(inputs: list[Tensor], recorder: _Recorder, result: Any) -> Record
         for place in places:
             if place.start <= address < place.stop:
                 return Slot(place.tensor, address - place.origin, t.dtype)
-        raise LookupError
+        raise LookupError("neither an argument nor allocated")
 
     try:
         launches = tuple(_launch(*launch, slot) for launch in recorder.launches)
     except LookupError:
-        # It reads a tensor that is neither an argument nor its own.
         return None
     found = [Result(numbers[_storage(t)], _view(t, owners[_storage(t)])) for t in results]
     return Recording(
@@ -275,9 +285,17 @@ def _extent(t: Tensor) -> tuple[int, int]:
     return t.data_ptr(), t.data_ptr() + elements * t.itemsize
 
 
+def _is_part(result: Tensor | Sequence[Tensor], whole: Tensor) -> bool:
+    # Of some ops that may be views the schema does not say when they copy.
+    parts = (result,) if isinstance(result, Tensor) else result
+    return all(_storage(part) == _storage(whole) for part in parts)
+
+
 def _launch(
     kernel, grid: tuple[int, ...], args: tuple, options: dict[str, Any], compiled: Any, slot: Callable[[Tensor], Slot]
 ) -> Launch:
+    if compiled is None and isinstance(kernel, JITFunction):
+        raise LookupError("a hook has kept the compiled kernel to itself")
     slots = tuple((i, slot(a)) for i, a in enumerate(args) if isinstance(a, Tensor))
     described = [(i, a, slot(a.base)) for i, a in enumerate(args) if isinstance(a, TensorDescriptor)]
     descriptors = tuple((i, _described(a, Address(0, place.dtype)), place) for i, a, place in described)

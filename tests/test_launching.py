@@ -3,6 +3,7 @@
 The driver is a stub: nothing is compiled or run, so this needs no GPU.
 """
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -130,7 +131,7 @@ def test_the_second_launch_does_not_ask_triton(launches, monkeypatch):
 
 @pytest.fixture
 def replayed(launches, monkeypatch):
-    """(an op of one launch, how often its launcher has run); CPU tensors pass for those of the current device."""
+    """(an op of two launches, how often its launcher has run); CPU tensors pass for those of the current device."""
     # That of a CPU tensor.
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     ran = []
@@ -207,6 +208,56 @@ def test_another_kind_runs_its_launcher(replayed):
     replay.forget()
     op(x, y[:32], 32)
     assert len(ran) == 1
+
+
+def test_one_call_is_recorded_at_a_time(replayed):
+    op, ran = replayed
+    call = (torch.zeros(5, 64, dtype=torch.bfloat16), torch.zeros(32), 32)
+    with replay._recording_lock:
+        for _ in range(replay.CALLS_BEFORE + 3):
+            op(*call)
+    assert len(ran) == replay.CALLS_BEFORE + 3, "as another thread records"
+    op(*call)
+    op(*call)
+    assert len(ran) == replay.CALLS_BEFORE + 4
+
+
+@pytest.mark.parametrize("what", ["fails", "forgets", "changes a switch"])
+def test_what_goes_wrong_while_recording_is_not_replayed(replayed, monkeypatch, what):
+    op, ran = replayed
+    call = (torch.zeros(5, 64, dtype=torch.bfloat16), torch.zeros(32), 32)
+    for _ in range(replay.CALLS_BEFORE):
+        op(*call)
+    record = replay.record
+
+    def interrupted(*args):
+        found = record(*args)
+        if what == "fails":
+            raise torch.OutOfMemoryError
+        if what == "forgets":
+            replay.forget()
+        else:
+            monkeypatch.setattr(replay.batch_invariance, "enabled", lambda: True)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "record", interrupted)
+        with pytest.raises(torch.OutOfMemoryError) if what == "fails" else contextlib.nullcontext():
+            op(*call)
+    monkeypatch.setattr(replay.batch_invariance, "enabled", lambda: False)
+    ran.clear()
+    op(*call)
+    assert len(ran) == 1
+    assert not replay._recording_lock.locked() and replay.watch.watcher is None
+
+
+def test_a_hook_that_keeps_what_was_compiled(replayed, monkeypatch):
+    op, ran = replayed
+    call = (torch.zeros(5, 64, dtype=torch.bfloat16), torch.zeros(32), 32)
+    monkeypatch.setattr(launching, "launch_remembered", lambda *_: None)
+    for _ in range(replay.CALLS_BEFORE + 3):
+        op(*call)
+    assert len(ran) == replay.CALLS_BEFORE + 3
 
 
 def test_the_kinds_kept_are_bounded(replayed, monkeypatch):

@@ -21,8 +21,9 @@ def define(schema: str, launcher: Callable, fake: Callable, vmap: Callable | Non
     its own torch.func.vmap calls it for one sample after another."""
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.partition("(")[0]
-    _library.impl(name, csrc_triton.replayed(launcher), "CUDA")
-    _library.impl(name, launcher, "CPU")
+    # Called from a frame that torch.compile has given up, Dynamo would trace the launcher.
+    _library.impl(name, torch.compiler.disable(csrc_triton.replayed(launcher)), "CUDA")
+    _library.impl(name, torch.compiler.disable(launcher), "CPU")
     torch.library.register_fake(f"allora::{name}", fake, lib=_library)
     if vmap is not None:
         torch.library.register_vmap(f"allora::{name}", vmap, lib=_library)

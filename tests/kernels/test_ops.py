@@ -51,6 +51,29 @@ def test_opcheck_of_the_whole_backward(inputs, s, norm):
     torch.library.opcheck(ops.layer_grads, (*args, inputs.lora_A.dtype, inputs.lora_B.dtype))
 
 
+def test_dynamo_does_not_trace_a_launcher():
+    """What a frame that is given up calls is traced again, frame by frame, but not what the dispatcher calls there."""
+    op = ops.define("scaled_in_a_test(Tensor x) -> Tensor", lambda x: x * 7, torch.empty_like)
+    seen = []
+
+    def backend(module, _):
+        seen.append(module.code)
+        return module.forward
+
+    def given_up(x):
+        for _ in range(1):
+            try:
+                torch._dynamo.graph_break()
+                x = op(x)
+            finally:
+                pass
+        return x
+
+    y = torch.compile(lambda x: given_up(x.sin()) + 1, backend=backend)(torch.ones(3))
+    torch.testing.assert_close(y, torch.ones(3).sin() * 7 + 1)
+    assert any("sin" in code for code in seen) and not any("7" in code for code in seen)
+
+
 @norms
 def test_fullgraph_compile_gives_the_eager_values(device, norm):
     inputs = make_inputs(7, 19, 23, 3, device=device)

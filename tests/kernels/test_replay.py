@@ -223,6 +223,12 @@ def test_what_cannot_be_recorded(device):
     assert cannot_be_recorded(lambda t: torch.empty_like(t).zero_(), x), "a fill"
     assert cannot_be_recorded(lambda t: t, x), "an input returned"
     assert cannot_be_recorded(lambda t: torch.empty(3, device=t.device, dtype=torch.int32).view(torch.float32) * 0, x)
+    with torch.inference_mode():
+        # There a copy is one op with what may be a view.
+        assert cannot_be_recorded(lambda t, a: csrc_triton.down_project(t.mT.contiguous().mT, a, t.dtype), x, a), (
+            "a copy"
+        )
+        assert not cannot_be_recorded(lambda t, a: csrc_triton.down_project(t.contiguous(), a, t.dtype), x, a)
     assert cannot_be_recorded(csrc_triton.down_project, x[:0], a, torch.bfloat16), "an empty input"
     assert cannot_be_recorded(csrc_triton.down_project, x, x[1:17], torch.bfloat16), "overlapping inputs"
     constant = a.clone()
