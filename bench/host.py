@@ -74,11 +74,14 @@ def pretended_gpu() -> Iterator[None]:
         for name in vars(ops)
         if hasattr(csrc_triton, name) and isinstance(getattr(ops, name), torch._ops.OpOverload)
     ]
-    library = torch.library.Library("allora", "IMPL")
+    library, aten = torch.library.Library("allora", "IMPL"), torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in names:
-            library.impl(name, csrc_triton.replayed(getattr(csrc_triton, name)), "CPU", allow_override=True)
+            launcher = torch.compiler.disable(csrc_triton.replayed(getattr(csrc_triton, name)))
+            library.impl(name, launcher, "CPU", allow_override=True)
+        # The vendor's GEMM: queued in no time.
+        aten.impl("addmm_", lambda y, *_, **__: y, "CPU", allow_override=True)
     choice = backend.Choice("triton", "a pretended GPU")
     with (
         mock.patch.object(triton.runtime.driver, "_active", Driver()),
@@ -91,6 +94,7 @@ def pretended_gpu() -> Iterator[None]:
     ):
         yield
     library._destroy()
+    aten._destroy()
 
 
 @contextlib.contextmanager

@@ -132,8 +132,8 @@ def test_the_second_launch_does_not_ask_triton(launches, monkeypatch):
 @pytest.fixture
 def replayed(launches, monkeypatch):
     """(an op of two launches, how often its launcher has run); CPU tensors pass for those of the current device."""
-    # That of a CPU tensor.
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    # A CPU's number.
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     ran = []
 
     def launch(kernel, grid, *args, **options):
@@ -248,7 +248,7 @@ def test_what_goes_wrong_while_recording_is_not_replayed(replayed, monkeypatch, 
     ran.clear()
     op(*call)
     assert len(ran) == 1
-    assert not replay._recording_lock.locked() and replay.watch.watcher is None
+    assert not replay._recording_lock.locked() and launching.watch.watcher is None
 
 
 def test_a_hook_that_keeps_what_was_compiled(replayed, monkeypatch):

@@ -17,6 +17,8 @@ from allora_kernels.testing import make_inputs
 from csrc_triton import batch_invariance, configs, plans, replay
 from csrc_triton.combine import combine
 from csrc_triton.fused_linear_persistent import launch_persistent
+from csrc_triton.launching import watch
+from csrc_triton.recording import record
 
 norms = pytest.mark.parametrize("norm", reference.NORMS)
 ETA = 2.0
@@ -50,13 +52,13 @@ def interpret(launch, args):
 
 def replayed(launcher, args, others):
     """``launcher(*others)`` by replay of what ``launcher(*args)`` launched."""
-    first, recording = replay.record(launcher, args)
+    first, recording = record(launcher, args)
     assert recording is not None, "not recorded"
-    kind, addresses, _ = replay.kind_of(launcher, others)
+    kind, inputs, addresses = replay.kind_of(launcher, others)
     assert kind == replay.kind_of(launcher, args)[0]
     if recording.device.type == "cuda":
-        return first, replay._replay_on(recording.device.index, recording, addresses)
-    return first, replay.replay(recording, addresses, interpret)
+        return first, replay._replay_on(recording.device.index, recording, inputs, addresses)
+    return first, replay.replay(recording, inputs, addresses, interpret)
 
 
 def tensors(*args):
@@ -150,6 +152,34 @@ def test_in_place(device):
     check(csrc_triton.low_rank_add, make)
 
 
+@dtypes
+@layouts
+def test_the_vendor_s_gemm(device, dtypes, layout):
+    vendor = plans.Plan("vendor", None)
+
+    def forward(seed):
+        x, weight, bias, _, b, _, s = inputs(device, seed, dtypes, layout=layout)
+        return x, weight, bias, s, b
+
+    def backward(seed):
+        _, weight, _, a, _, g, s = inputs(device, seed, dtypes, layout=layout)
+        return g, weight.mT, None, s, a.mT
+
+    check(lambda *args: csrc_triton.fused_linear(*args, vendor), forward)
+    check(lambda *args: csrc_triton.fused_linear(*args, vendor), backward)
+
+
+def test_a_product_of_parts(device):
+    def launcher(x, weight, out):
+        out[1:].addmm_(x[2:], weight[:, 3:])
+
+    def make(seed):
+        x, *_ = inputs(device, seed)
+        return x[:, :12], x.mT[:12].contiguous()[:, :10], torch.ones(69, 7, dtype=x.dtype, device=device)
+
+    check(launcher, make)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_descriptors(device, transposed):
     arch = configs.arch_of(torch.device(device))
@@ -211,15 +241,22 @@ def test_inputs_that_are_parts_of_one_tensor(device):
 
 def cannot_be_recorded(launcher, *args):
     expected = launcher(*args)
-    result, recording = replay.record(launcher, args)
+    result, recording = record(launcher, args)
     assert_same(result, expected)
     return recording is None
 
 
+def scratch_is_multiplied(x, weight, g):
+    between = csrc_triton.down_project(x, weight, x.dtype).addmm_(x, weight.mT)
+    return csrc_triton.down_project(between, g, x.dtype)
+
+
 def test_what_cannot_be_recorded(device):
-    x, weight, _, a, b, _, s = inputs(device, 0)
-    vendor = plans.Plan("vendor", None)
-    assert cannot_be_recorded(lambda *args: csrc_triton.fused_linear(*args, vendor), x, weight, None, s, b), "a GEMM"
+    x, weight, _, a, _, g, _ = inputs(device, 0)
+    assert cannot_be_recorded(lambda g, w: g @ w, g, weight), "a product that makes its result"
+    assert cannot_be_recorded(lambda y, x, w: y.addmm_(x, w.mT, beta=2), g, x, weight), "a product with a factor"
+    assert cannot_be_recorded(lambda x, w: csrc_triton.down_project(x, w, x.dtype).addmm_(x, w.mT).sum(), x, weight)
+    assert cannot_be_recorded(scratch_is_multiplied, x, weight, g), "a product in scratch memory"
     assert cannot_be_recorded(lambda t: torch.empty_like(t).zero_(), x), "a fill"
     assert cannot_be_recorded(lambda t: t, x), "an input returned"
     assert cannot_be_recorded(lambda t: torch.empty(3, device=t.device, dtype=torch.int32).view(torch.float32) * 0, x)
@@ -271,19 +308,19 @@ def test_only_its_own_thread_is_recorded(device):
         thread.join()
         return csrc_triton.down_project(x, a, x.dtype)
 
-    _, recording = replay.record(launcher, (x, a))
-    assert len(recording.launches) == len(replay.record(csrc_triton.down_project, (x, a, x.dtype))[1].launches)
+    _, recording = record(launcher, (x, a))
+    assert len(recording.steps) == len(record(csrc_triton.down_project, (x, a, x.dtype))[1].steps)
 
 
 def test_an_error_while_recording_leaves_nothing_behind(device):
     with pytest.raises(ZeroDivisionError):
-        replay.record(lambda t: 1 // 0, (torch.ones(3, device=device),))
-    assert replay.watch.watcher is None
+        record(lambda t: 1 // 0, (torch.ones(3, device=device),))
+    assert watch.watcher is None
 
 
 def test_a_recording_holds_no_tensor(device):
     x, weight, bias, a, b, _, s = inputs(device, 0, sizes=(70, 64, 128, 16))
-    _, recording = replay.record(csrc_triton.adapted_linear, (x, weight, bias, a, b, s.dtype))
+    _, recording = record(csrc_triton.adapted_linear, (x, weight, bias, a, b, s.dtype))
     todo, seen = [recording], 0
     while todo:
         thing = todo.pop()
