@@ -12,9 +12,13 @@ DOES_NOTHING(cuCtxSetLimit)
 DOES_NOTHING(cuFuncSetAttribute)
 DOES_NOTHING(cuFuncSetCacheConfig)
 DOES_NOTHING(cuLaunchKernelEx)
+DOES_NOTHING(cuModuleUnload)
 
 int cuCtxGetCurrent(void **context) { *context = &something; return 0; }
 int cuCtxGetLimit(size_t *value, int limit) { *value = 1 << 20; return 0; }
+int cuCtxGetDevice(int *device) { *device = 0; return 0; }
+int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
+int cuStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
 int cuDeviceGet(int *device, int number) { *device = number; return 0; }
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &something; return 0; }
 int cuModuleLoadData(void **module, const void *image) { *module = &something; return 0; }
@@ -23,6 +27,7 @@ int cuGetErrorString(int error, const char **text) { *text = "no error"; return 
 int cuOccupancyMaxActiveClusters(int *clusters) { *clusters = 1; return 0; }
 int cuPointerGetAttribute(unsigned long long *value, int attribute, unsigned long long address) { *value = address; return 0; }
 int cuTensorMapEncodeTiled(void *map) { memset(map, 0, 128); return 0; }
+int cuTensorMapEncodeIm2col(void *map) { memset(map, 0, 128); return 0; }
 
 /* Of a kernel: 1024 threads fit (CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK is 0), it spills nothing. */
 int cuFuncGetAttribute(int *value, int attribute, void *function) { *value = attribute == 0 ? 1024 : 0; return 0; }
