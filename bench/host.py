@@ -9,23 +9,34 @@ missing. PEFT's layer and the frozen one stand beside it, whose torch ops run on
 import argparse
 import contextlib
 import ctypes
-import statistics
+import json
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaDriver
 
-ARCH, NUM_SMS = "sm_90", 132
-RANK = 16
-WARM_UP, IN_A_ROW = 5, 20
+import csrc_triton
+from allora_kernels.layer import backend, ops
+from allora_kernels.testing import Inputs
+from allora_kernels.tools.timing import dispatch
+from csrc_triton import configs, launching, replay
+
+from .cases import Case
+from .providers import PROVIDERS, Provider, forward_backward
+from .results import environment
+
+ARCH, NUM_SMS = "sm_90", configs.NUM_SMS["sm_90"]
+IN_A_ROW = 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -38,8 +49,6 @@ class _AnyDevice:
 
 def load_null_driver(folder: Path) -> None:
     """Build the driver in `folder`; what looks for the CUDA driver in this process finds it."""
-    from triton import knobs
-
     library = folder / "libcuda.so.1"
     source = Path(__file__).with_name("null_driver.c")
     subprocess.run(["cc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, source], check=True)
@@ -51,13 +60,6 @@ def load_null_driver(folder: Path) -> None:
 @contextlib.contextmanager
 def pretended_gpu() -> Iterator[None]:
     """CPU tensors are taken for an H100's, and kernels are launched by the driver that is loaded."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.driver import CudaDriver
-
-    import csrc_triton
-    from allora_kernels.layer import backend, ops
-    from csrc_triton import configs, launching
 
     class Driver(CudaDriver):
         def __init__(self) -> None:
@@ -83,118 +85,87 @@ def pretended_gpu() -> Iterator[None]:
         # The vendor's GEMM: queued in no time.
         aten.impl("addmm_", lambda y, *_, **__: y, "CPU", allow_override=True)
     choice = backend.Choice("triton", "a pretended GPU")
-    with (
-        mock.patch.object(triton.runtime.driver, "_active", Driver()),
-        mock.patch.object(torch.cuda, "current_device", _AnyDevice),
-        mock.patch.object(launching, "_is_compiled", lambda kernel, device: True),
-        mock.patch.object(configs, "arch_of", lambda device: ARCH),
-        mock.patch.object(configs, "num_sms", lambda device: NUM_SMS),
-        mock.patch.object(configs, "can_overlap", lambda device: True),
-        mock.patch.object(backend, "choose", lambda *_: choice),
-    ):
-        yield
-    library._destroy()
-    aten._destroy()
+    try:
+        with (
+            mock.patch.object(triton.runtime.driver, "_active", Driver()),
+            mock.patch.object(torch.cuda, "current_device", _AnyDevice),
+            mock.patch.object(launching, "_is_compiled", lambda kernel, device: True),
+            mock.patch.object(configs, "arch_of", lambda device: ARCH),
+            mock.patch.object(configs, "num_sms", lambda device: NUM_SMS),
+            mock.patch.object(configs, "can_overlap", lambda device: True),
+            mock.patch.object(backend, "choose", lambda *_: choice),
+        ):
+            yield
+    finally:
+        library._destroy()
+        aten._destroy()
+        replay.forget()
 
 
-@contextlib.contextmanager
-def no_replay() -> Iterator[None]:
-    """No call is replayed, and none is recorded."""
-    from csrc_triton import replay
+class _Unrecordable(dict):
+    """Kinds of call of which none is replayed or recorded."""
 
-    class Unrecordable(dict):
-        def get(self, *_) -> int:
-            return replay._NEVER
-
-    with mock.patch.object(replay, "_kinds", Unrecordable()):
-        yield
+    def get(self, *_) -> int:
+        return replay._NEVER
 
 
-class Timed(NamedTuple):
-    """A call that is timed, within a context of its own."""
+def without_replay(call: Callable[[], object]) -> Callable[[], object]:
+    """`call`, of whose ops none is replayed."""
+    unrecordable = _Unrecordable()
 
-    call: Callable[[], object]
-    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    def run() -> object:
+        kinds, replay._kinds = replay._kinds, unrecordable
+        try:
+            return call()
+        finally:
+            replay._kinds = kinds
 
-
-def medians(calls: Mapping[str, Timed], rounds: int) -> dict[str, float]:
-    """us of each call: the median over rounds, in which each is called some times in a row, as a model's layers are. What slows
-    this machine down for a while slows all of them."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(WARM_UP + rounds):
-        for name, (call, context) in calls.items():
-            with context():
-                start = time.perf_counter()
-                for _ in range(IN_A_ROW):
-                    call()
-                times[name].append((time.perf_counter() - start) / IN_A_ROW)
-    return {name: statistics.median(found[WARM_UP:]) * 1e6 for name, found in times.items()}
+    return run
 
 
-def forward_and_step(layer: nn.Module, x: Tensor, g: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
-    """A forward pass; a forward and backward pass, of which no gradient is left."""
-    x = x.clone().requires_grad_()
+def in_a_row(call: Callable[[], object]) -> Callable[[], None]:
+    """`call` some times in a row, as a model's layers are."""
 
-    def step() -> None:
-        layer(x).backward(g)
-        x.grad = None
-        for p in layer.parameters():
-            p.grad = None
+    def run() -> None:
+        for _ in range(IN_A_ROW):
+            call()
 
-    return lambda: layer(x), step
+    return run
 
 
-def ours(rows: int, out_features: int, in_features: int, rank: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """A layer in bf16, x and g."""
-    from allora_kernels import FusedALLoRALinear
-
-    bf16 = torch.bfloat16
-    linear = nn.Linear(in_features, out_features, bias=False, dtype=bf16)
-    return (
-        FusedALLoRALinear.from_linear(linear, r=rank),
-        torch.empty(rows, in_features, dtype=bf16),
-        torch.empty(rows, out_features, dtype=bf16),
-    )
-
-
-def as_good_as_empty(peft: bool) -> tuple[nn.Module, Tensor, Tensor]:
-    """The frozen layer, or PEFT's LoRA on it, of eight features in bf16, x and g."""
-    layer = nn.Linear(8, 8, bias=False, dtype=torch.bfloat16).requires_grad_(False)
-    if peft:
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(r=1, target_modules=["0"], init_lora_weights=False)
-        layer = get_peft_model(nn.Sequential(layer), config, autocast_adapter_dtype=False).base_model.model[0]
-        layer = layer.to(torch.bfloat16)
-    x = torch.zeros(8, 8, dtype=torch.bfloat16)
-    return layer, x, x.clone()
-
-
-def measure(rows: int, out_features: int, in_features: int, rank: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """us of a forward pass and of a step, by name; in a process that has loaded the null driver."""
-    frozen, peft = (forward_and_step(*as_good_as_empty(peft)) for peft in (False, True))
-    allora = forward_and_step(*ours(rows, out_features, in_features, rank))
+def measure(case: Case, rounds: int) -> dict[str, dict[str, float]]:
+    """us of a forward pass and of a forward and backward pass, by name; in a process that has loaded the null driver."""
+    # Of the others the arithmetic must not count.
+    small = Case(8, 8, 8, 1)
     with pretended_gpu():
-        found = [
-            medians(
-                {
-                    "frozen layer": Timed(frozen[i]),
-                    "peft": Timed(peft[i]),
-                    "allora": Timed(allora[i]),
-                    "allora, no call replayed": Timed(allora[i], no_replay),
-                },
-                rounds,
-            )
-            for i in (0, 1)
-        ]
-    return {name: (found[0][name], found[1][name]) for name in found[0]}
+        made = {
+            name: (PROVIDERS[name], at.inputs("cpu"))
+            for name, at in (("frozen", small), ("peft", small), ("ours", case))
+        }
+        passes = {name: _passes(spec.build(inputs), inputs) for name, (spec, inputs) in made.items()}
+        passes["ours, no call replayed"] = {what: without_replay(call) for what, call in passes["ours"].items()}
+        found = {name: {} for name in passes}
+        for what in ("forward", "forward_backward"):
+            calls = {name: in_a_row(timed[what]) for name, timed in passes.items()}
+            for name, timing in dispatch(calls, rounds=rounds).items():
+                found[name][what] = round(1e3 * timing.median_ms / IN_A_ROW, 1)
+    return found
+
+
+def _passes(provider: Provider, inputs: Inputs) -> dict[str, Callable[[], object]]:
+    x = inputs.x.requires_grad_()
+    return {
+        "forward": lambda: provider.forward(x),
+        "forward_backward": lambda: forward_backward(provider, x, inputs.g),
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.host", description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", nargs=3, type=int, default=(512, 4096, 4096), metavar=("M", "N", "K"))
-    parser.add_argument("--rank", type=int, default=RANK)
+    parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--output", type=Path, help="a JSON file to write what was measured to, too")
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
@@ -202,11 +173,16 @@ def main(arguments: list[str] | None = None) -> int:
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
     libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    case = Case(*options.shape, options.rank)
     with tempfile.TemporaryDirectory() as folder:
         load_null_driver(Path(folder))
-        print(f"{'us on the host, median':28} {'forward':>8} {'forward + backward':>19}")
-        for name, (forward, step) in measure(*options.shape, options.rank, options.rounds).items():
-            print(f"{name:28} {forward:8.0f} {step:19.0f}")
+        found = measure(case, options.rounds)
+    print(f"{'us on the host, median':24} {'forward':>8} {'forward + backward':>19}")
+    for name, us in found.items():
+        print(f"{name:24} {us['forward']:8.0f} {us['forward_backward']:19.0f}")
+    if options.output is not None:
+        told = {"run": environment(torch.device("cpu")), "case": asdict(case), "rounds": options.rounds, "us": found}
+        options.output.write_text(json.dumps(told, indent=1) + "\n")
     return 0
 
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .configs import cdiv
 from .launching import constexprs, watch
 
 _ALLOCATIONS = (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default)
@@ -38,8 +39,8 @@ class View(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A launch of `kernel`, or of what was `compiled` for it. `args` lacks its tensors: they lie at `slots`, and those that a
-    descriptor reaches at the slots of `descriptors`, each with its position in `args`."""
+    """A launch of what was `compiled`, or by the interpreter of `kernel` with `options`. `args` lacks its tensors: they lie at
+    `slots`, and those that a descriptor reaches at the slots of `descriptors`, each with its position in `args`."""
 
     kernel: Any
     compiled: Any
@@ -145,7 +146,7 @@ class _Places:
         for t in scratch:
             # As if the scratch memory began that far before it.
             self.places.append(_Place(*_extent(t), len(self.tensors), t.data_ptr() - self.scratch_bytes))
-            self.scratch_bytes += -(-t.nbytes // _ALIGNMENT) * _ALIGNMENT
+            self.scratch_bytes += cdiv(t.nbytes, _ALIGNMENT) * _ALIGNMENT
         if any(place.start == place.stop for place in self.places[: len(inputs)]):
             raise LookupError("an empty input")
         if any(a.stop > b.start for a, b in pairwise(sorted(self.places[: len(inputs)]))):
