@@ -1,0 +1,57 @@
+"""What the interpreter says beyond what Triton's own says: an overflow, and bf16 by their bits."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+
+@pytest.fixture
+def interpreted(device):
+    if device != "cpu":
+        pytest.skip("the interpreter is for tensors of the CPU")
+
+
+@pytest.mark.parametrize(
+    "x, y, fits",
+    [(2**30, 1, True), (2**30, 2, False), (-(2**30), 2, True), (-(2**30) - 1, 2, False), (2**16, 2**15, False)],
+)
+def test_a_product_beyond_32_bits_is_an_error(interpreted, x, y, fits):
+    @triton.jit
+    def multiply(out, x, y, SIZE: tl.constexpr):
+        places = tl.arange(0, SIZE)
+        tl.store(out + places, (places * 0 + x) * y)
+
+    out = torch.zeros(4, dtype=torch.int32)
+    if fits:
+        multiply[(1,)](out, x, y, SIZE=4)
+        assert out.tolist() == [x * y] * 4
+    else:
+        with pytest.raises(Exception, match="mul of int32 overflows"):
+            multiply[(1,)](out, x, y, SIZE=4)
+
+
+def test_64_bits_hold_more(interpreted):
+    @triton.jit
+    def multiply(out, x, y, SIZE: tl.constexpr):
+        places = tl.arange(0, SIZE).to(tl.int64)
+        tl.store(out + places, (places * 0 + x) * y)
+
+    out = torch.zeros(4, dtype=torch.int64)
+    multiply[(1,)](out, 2**30, 2**30, SIZE=4)
+    assert out.tolist() == [2**60] * 4
+
+
+def test_bf16_and_fp32_are_the_same_numbers(interpreted):
+    @triton.jit
+    def there_and_back(bf16, fp32, back, SIZE: tl.constexpr):
+        places = tl.arange(0, SIZE)
+        wide = tl.load(bf16 + places).to(tl.float32)
+        tl.store(fp32 + places, wide)
+        tl.store(back + places, wide.to(tl.bfloat16))
+
+    bf16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    fp32, back = torch.empty(2**16), torch.empty_like(bf16)
+    there_and_back[(1,)](bf16, fp32, back, SIZE=2**16)
+    assert torch.equal(fp32.view(torch.int32), bf16.float().view(torch.int32))
+    assert torch.equal(back.view(torch.int16), bf16.view(torch.int16))
