@@ -1,5 +1,6 @@
 """Where the kernels run: on a GPU if there is one, else by Triton's interpreter on CPU tensors."""
 
+import gc
 import os
 
 import pytest
@@ -32,6 +33,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(no_gpu)
+
+
+def pytest_collection_finish():
+    # What is imported stays. Else every collection goes through it again, and each training asks for one: a third of a second.
+    gc.freeze()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -39,9 +39,12 @@ def _work(rank: int, world: int, checks: dict, folder: Path) -> None:
     if TRITON_INSTALLED:
         # Built for the interpreter now; checks of the kernels set the variable again.
         os.environ["TRITON_INTERPRET"] = "1"
+        import quick_interpreter
+
         import csrc_triton  # noqa: F401
 
         del os.environ["TRITON_INTERPRET"]
+        quick_interpreter.install()
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
