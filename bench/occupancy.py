@@ -47,6 +47,16 @@ def resident_blocks(arch: str, num_warps: int, registers: int, shared: int, tens
     return max(0, min(counts))
 
 
+def fit_together(arch: str, *blocks: tuple[int, int, int]) -> bool:
+    """Whether one of NVIDIA's multiprocessors holds all of these blocks at once: of each its warps, a multiple of four, its
+    registers a thread, and its bytes of shared memory."""
+    limits = _NVIDIA[arch]
+    registers = sum(32 * warps * _round_up(registers, 8) for warps, registers, _ in blocks)
+    shared = sum(_round_up(shared, 128) + limits.reserved for _, _, shared in blocks)
+    warps = sum(warps for warps, _, _ in blocks)
+    return registers <= limits.registers and shared <= limits.shared and warps <= limits.warps
+
+
 def resident_share(arch: str, num_warps: int, blocks: int) -> float:
     """The share of the warps a multiprocessor can hold that `blocks` blocks are."""
     return blocks * num_warps / (_NVIDIA | _AMD)[arch].warps

@@ -53,6 +53,7 @@ _MATRIX_INSTRUCTIONS = {
 _TMA_LOAD = r"cp\.async\.bulk\.tensor\.\dd\.shared"
 
 
+_WIDE_LOADS = {"fused_linear", "fused_linear_persistent", "down_project", "outer_pair", "sweep"}
 _NONE = AccessWidths()
 
 
@@ -105,19 +106,23 @@ class Compiled:
             found.append("no wgmma")
         # A small tile gives a thread one element, with a load of its own; many of those are a large tile read one by one.
         narrow = self.widths.narrow_in_loop > self.widths.wide_in_loop
-        if narrow and self.aligned and self.dtype != "float32" and self.kernel in ("fused_linear", "sweep"):
+        if narrow and self.aligned and self.dtype != "float32" and self.kernel in _WIDE_LOADS:
             found.append(f"{self.widths.narrow_in_loop} loads of one element in the main loop")
         return found
 
 
 def catch_launches(call, arch: str) -> list[tuple[JITFunction, tuple, dict]]:
-    """The (kernel, args, kwargs) that `call()` would launch on `arch`; nothing runs."""
+    """The (kernel, args, kwargs) that `call()` would launch on `arch`; nothing runs, nor the vendor's GEMM."""
     caught = []
 
     def catch(self, *args, grid, warmup, **kwargs):
         caught.append((self, args, kwargs))
 
-    with mock.patch.object(JITFunction, "run", catch), mock.patch.object(configs, "arch_of", lambda device: arch):
+    with (
+        mock.patch.object(JITFunction, "run", catch),
+        mock.patch.object(torch.Tensor, "addmm_", lambda self, *args, **kwargs: self),
+        mock.patch.object(configs, "arch_of", lambda device: arch),
+    ):
         call()
     return caught
 
@@ -199,8 +204,9 @@ def launches(
     c = {norm: torch.empty(n + r if norm == "factor" else n, dtype=torch.float32) for norm in ("row", "factor")}
     label = f"{str(dtype).split('.')[1]}/{str(adapter_dtype).split('.')[1]} R={r}"
     yield f"down_project {label}", lambda: csrc_triton.down_project(x, a, compute)
-    for config in configs.candidates("down_project_beside", 0, k, r, dtype, arch, compute):
-        yield f"down_project beside {label}", lambda config=config: down_project_beside(x, a, compute, config)
+    beside = configs.beside(k, r, dtype, arch, compute)
+    if beside is not None:
+        yield f"down_project beside y {label}", lambda: down_project_beside(x, a, compute, beside)
     for plan in plans.options(plans.Call("adapted_linear", m, n, k, r, dtype, compute), arch, describable(x, w)):
         if plan.way != "vendor":
             yield f"y {plan.way} {label}", lambda plan=plan: csrc_triton.adapted_linear(x, w, bias, a, b, compute, plan)
@@ -209,11 +215,14 @@ def launches(
             yield f"dx {plan.way} {label}", lambda plan=plan: csrc_triton.fused_linear(g, w.mT, None, s, a.mT, plan)
     for config in configs.candidates("fused_linear_persistent", n, k, r, dtype, arch, compute):
         if describable(x, w):
-            for wait in ("for S", "at the end"):
-                yield (
-                    f"y persistent, waits {wait} {label}",
-                    lambda config=config, wait=wait: launch_persistent(x, w, bias, s, b, config, wait),
-                )
+            yield (
+                f"y persistent beside S {label}",
+                lambda config=config: launch_persistent(x, w, bias, s, b, config, "for S"),
+            )
+            yield (
+                f"dx persistent beside dB and dA {label}",
+                lambda config=config: launch_persistent(g, w.mT, None, s, a.mT, config, "at the end"),
+            )
     yield f"low_rank_add {label}", lambda: csrc_triton.low_rank_add(g, s, b)
     yield f"low_rank_product {label}", lambda: low_rank_product(s, b, bias, dtype)
     for norm in ("row", "matrix", "factor"):
@@ -232,7 +241,13 @@ def launches(
         )
     pair = pick_pair(n, k, r, dtype, arch, compute)
     if pair is not None:
-        yield f"outer_pair beside {label}", lambda: outer_pair(g, s, Rule(), x, s, Rule(), pair, start_next=True)
+        columns, rank = Rule(None, c["row"], "columns"), Rule(None, c["factor"], "rank")
+        rows = Rule(row_scale=c["row"][:m])
+        for norm, rules in (("row", (columns, Rule())), ("factor", (columns, rank)), ("token", (rows, rows))):
+            yield (
+                f"outer_pair beside dx {norm} {label}",
+                lambda rules=rules: outer_pair(g, s, rules[0], x, s, rules[1], pair, start_next=True),
+            )
     # Samples of 16 rows share a program, those of 512 are cut; the shortest take the Gram form.
     for norm, rows in (("row", 16), ("entry", 16), ("token", 512), ("row", 1), ("entry", 1)):
         segments = csrc_triton.Segments(m // rows, rows)
@@ -329,7 +344,7 @@ def sources(archs, dtypes, ranks, shapes=((2048, 4096, 4096),), part: str = "") 
                 source, options = specialize(*caught, arch)
                 identity = (arch, source.fn.__name__, source.hash(), repr(sorted(options.items())))
                 label = f"{case} {'x'.join(map(str, shape))}"
-                aligned = all(size % 16 == 0 for size in (*shape[1:], r))
+                aligned = configs.aligned(*shape[1:], r)
                 found.setdefault(identity, (source, options, arch, str(dtype).removeprefix("torch."), label, aligned))
     return list(found.values())
 

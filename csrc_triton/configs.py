@@ -113,7 +113,7 @@ _TABLES = {
     },
     "fused_linear_persistent": {
         ("sm_90", "16-broken"): [(128, 256, 64, 16, 8, 3)],
-        ("sm_90", "16"): [(128, 256, 64, 64, 8, 3), (128, 128, 64, 32, 4, 4)],
+        ("sm_90", "16"): [(128, 256, 64, 32, 8, 3), (128, 128, 64, 32, 4, 4)],
         ("sm_90", "mixed"): [(128, 256, 64, 16, 8, 3), (128, 128, 64, 16, 4, 4)],
         ("interpreter", "*"): [(32, 64, 32, 64, 1, 1)],
     },
@@ -126,10 +126,16 @@ _TABLES = {
         ("interpreter", "*"): (64, 0, 64, 64, 1, 1),
     },
     # Small enough to stand on a multiprocessor beside a program of the persistent GEMM.
-    "down_project_beside": {("sm_90", "16"): [(64, 0, 64, 32, 4, 3)]},
+    "down_project_beside": {
+        ("sm_90", "16"): [(64, 0, 64, 64, 4, 3)],
+        ("sm_90", "mixed-fp16"): [],
+        ("sm_90", "mixed"): [(64, 0, 64, 16, 4, 3), (64, 0, 64, 32, 4, 2), (64, 0, 32, 64, 4, 2)],
+    },
     # As small, for the sums over rows that run beside the GEMM for dX.
     "outer_pair": {
         ("sm_90", "16"): [(64, 64, 0, 64, 4, 3)],
+        ("sm_90", "mixed-fp16"): [],
+        ("sm_90", "mixed"): [(64, 64, 0, 16, 4, 3), (64, 64, 0, 32, 4, 2), (32, 64, 0, 64, 4, 2)],
         ("interpreter", "*"): [(32, 32, 0, 64, 1, 1)],
     },
     "low_rank_add": {
@@ -141,7 +147,6 @@ _TABLES = {
         ("interpreter", "*"): (64, 64, 0, 64, 1, 1),
     },
     "sweep": {
-        ("sm_80", "16-broken"): (32, 128, 0, 64, 8, 2),
         ("sm_90", "16"): (128, 128, 0, 64, 8, 3),
         ("sm_90", "mixed"): (64, 128, 0, 16, 4, 2),
         ("sm_90", "mixed-fp16"): (32, 64, 0, 16, 4, 2),
@@ -154,8 +159,6 @@ _TABLES = {
     },
     # Wide enough that a rule with two sums over columns writes little; "sweep" is for the ranks that do not fit.
     "sweep_wide": {
-        ("sm_80", "16-broken"): (32, 256, 0, 16, 8, 2),
-        ("sm_100", "16-broken"): (64, 256, 0, 32, 8, 2),
         ("sm_90", "16"): (128, 128, 0, 64, 8, 3),
         ("sm_90", "mixed"): (64, 128, 0, 16, 4, 2),
         ("sm_90", "mixed-fp16"): (32, 64, 0, 16, 4, 2),
@@ -185,7 +188,6 @@ _TABLES = {
         ("sm_100", "16"): (32, 256, 0, 16, 8, 2),
         ("sm_80", "16"): (32, 256, 0, 16, 8, 2),
         ("sm_80", "mixed-fp16"): (32, 32, 0, 16, 4, 1),
-        ("gfx942", "16-broken"): (32, 128, 0, 16, 4, 2),
         ("gfx942", "16"): (32, 256, 0, 16, 8, 2),
         ("*", "16"): (32, 64, 0, 32, 4, 2),
         ("*", "mixed"): (32, 64, 0, 16, 4, 1),
@@ -194,6 +196,11 @@ _TABLES = {
     },
 }
 
+# Two accumulators fill the registers, of dots without matrix units and of dots in parts those of twice the threads.
+_TABLES["down_project_twice"] = _TABLES["down_project"] | {
+    ("sm_80", "mixed-fp16"): (64, 0, 64, 16, 8, 2),
+    ("*", "32"): (32, 0, 32, 32, 8, 2),
+}
 # Finding a tile's group takes registers, which the fullest of the tiles have not got.
 _TABLES["grouped_fused_linear"] = _TABLES["fused_linear"] | {
     ("sm_90", "mixed"): _TABLES["fused_linear"]["sm_90", "mixed"][1:],
@@ -228,7 +235,7 @@ def candidates(
     elif low_rank_dtype == torch.float32:
         kinds = ("mixed-fp16", "mixed", "*") if dtype == torch.float16 else ("mixed", "*")
     else:
-        kinds = ("16-broken", "16", "*") if R % 16 else ("16", "*")
+        kinds = ("16-broken", "16", "*") if R % 8 else ("16", "*")
     table = _TABLES[op]
     # Loads of rows that do not begin at a multiple of 16 elements cannot be wide, and their addresses fill the registers:
     # the smaller tile, spread over twice the threads.
@@ -301,6 +308,12 @@ def all_registers(arch: str) -> dict[str, int]:
     """Launch options that let a thread have as many registers as there are: left alone, NVIDIA's assembler spills a few of them
     to fit another block on a multiprocessor."""
     return {"maxnreg": 255} if arch.startswith("sm_") else {}
+
+
+def leave_registers(config: Config) -> dict[str, int]:
+    """Launch options that leave 96 registers a thread for four warps beside the GEMM's program of this configuration: of
+    Hopper's 65,536 its eight warps would take all."""
+    return {"maxnreg": 208} if config.num_warps == 8 else {}
 
 
 def num_sms(device: torch.device) -> int:

@@ -10,7 +10,7 @@ from . import batch_invariance, configs
 from .combine import combine_groups
 from .configs import cdiv
 from .launching import launch
-from .tiling import TRITON_DTYPE, dot, dot_precision, narrow, offsets
+from .tiling import TRITON_DTYPE, dot, dot_precision, in_steps, narrow, offsets, step_of
 
 
 @triton.jit(do_not_specialize=["M", "PARTS"])
@@ -37,6 +37,8 @@ def _down_project_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    R_STEP: tl.constexpr,
+    A_STEP: tl.constexpr,
 ):
     """``s[p] = x[:, part p] A[:, part p]ᵀ`` for x [M, K], A [R, K], contiguous s [P, M, R], part p = SPLIT_K columns of x;
     with HAS_SCALE also ``s[PARTS + p]``, of A times scale [K].
@@ -46,6 +48,7 @@ def _down_project_kernel(
     """
     if START_NEXT:
         gdc_launch_dependents()
+    R, stride_ak = in_steps(R, R_STEP), in_steps(stride_ak, A_STEP)
     offs_m = offsets(tl.program_id(0) * BLOCK_M, BLOCK_M)
     offs_r = offsets(tl.program_id(1) * BLOCK_R, BLOCK_R)
     part = tl.program_id(2)
@@ -100,7 +103,8 @@ def _project(x: Tensor, a: Tensor, scale: Tensor | None, dtype: torch.dtype) -> 
         return torch.empty(products, 0, R, device=x.device, dtype=dtype)
     arch = configs.arch_of(x.device)
     planned_rows = batch_invariance.planned_rows(M)
-    config = configs.pick_config("down_project", planned_rows, 0, K, R, x.dtype, arch, dtype)
+    op = "down_project" if scale is None else "down_project_twice"
+    config = configs.pick_config(op, planned_rows, 0, K, R, x.dtype, arch, dtype)
     tiles = cdiv(planned_rows, config.BLOCK_M) * cdiv(R, config.BLOCK_R)
     # A part shorter than eight steps spends its time in the prologue.
     parts = configs.num_splits(tiles, K, 8 * config.BLOCK_K, arch, waves=1)
@@ -146,6 +150,8 @@ def _launch(
         BLOCK_M=config.BLOCK_M,
         BLOCK_K=config.BLOCK_K,
         BLOCK_R=config.BLOCK_R,
+        R_STEP=step_of(R),
+        A_STEP=step_of(a.stride(1)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

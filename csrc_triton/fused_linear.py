@@ -10,7 +10,7 @@ from .configs import Config, cdiv
 from .fused_linear_persistent import describable, launch_persistent
 from .launching import launch
 from .low_rank_add import low_rank_product
-from .tiling import TRITON_DTYPE, add_low_rank, dot, dot_precision, grouped_tile, narrow, offsets
+from .tiling import TRITON_DTYPE, add_low_rank, dot, dot_precision, grouped_tile, in_steps, narrow, offsets, step_of
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -51,6 +51,8 @@ def _fused_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    S_STEP: tl.constexpr,
+    B_STEP: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     """``y = x Wᵀ + bias + S Bᵀ`` for x [M, K], W [N, K], bias [N], S [M, R], B [N, R], y [M, N].
@@ -58,6 +60,7 @@ def _fused_linear_kernel(
     One program writes one [BLOCK_M, BLOCK_N] tile of y, rounded once from the fp32 accumulator. S_INSIDE (R <= BLOCK_R):
     every program also computes its rows of ``S = x Aᵀ``, A [R, K], and the first column of tiles writes them.
     """
+    R, stride_sm, stride_bn = in_steps(R, S_STEP), in_steps(stride_sm, S_STEP), in_steps(stride_bn, B_STEP)
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     offs_m = offsets(pid_m * BLOCK_M, BLOCK_M)
     offs_n = offsets(pid_n * BLOCK_N, BLOCK_N)
@@ -159,6 +162,8 @@ def launch_tiles(
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
         BLOCK_R=config.BLOCK_R,
+        S_STEP=step_of(R, s.stride(0)),
+        B_STEP=step_of(b.stride(-2)),
         GROUP_M=config.GROUP_M,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

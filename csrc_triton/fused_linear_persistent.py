@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import configs
 from .configs import Config, cdiv
 from .launching import launch
-from .tiling import TRITON_DTYPE, add_low_rank, dot, dot_precision, grouped_tile, narrow, offsets
+from .tiling import TRITON_DTYPE, add_low_rank, dot, dot_precision, grouped_tile, in_steps, narrow, offsets, step_of
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -40,6 +40,8 @@ def _fused_linear_persistent_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    S_STEP: tl.constexpr,
+    B_STEP: tl.constexpr,
     GROUP_M: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
 ):
@@ -48,6 +50,7 @@ def _fused_linear_persistent_kernel(
     Program p writes the tiles p, p + NUM_PROGRAMS, ... of y; accumulates in fp32, rounds once. It may have been started before
     the kernel in front of it has ended: WAIT "for S" waits for that where S is read, "at the end" where nothing of it is.
     """
+    R, stride_sm, stride_bn = in_steps(R, S_STEP), in_steps(stride_sm, S_STEP), in_steps(stride_bn, B_STEP)
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     HALF_N: tl.constexpr = BLOCK_N // 2
     # Flattened with the loop over K, which would have the next tile's loads overlap this one's epilogue, it took a quarter
@@ -140,10 +143,13 @@ def launch_persistent(
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
         BLOCK_R=config.BLOCK_R,
+        S_STEP=step_of(R, s.stride(0)),
+        B_STEP=step_of(b.stride(-2)),
         GROUP_M=config.GROUP_M,
         NUM_PROGRAMS=programs,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         launch_pdl=wait != "",
+        **(configs.leave_registers(config) if wait else {}),
     )
     return y

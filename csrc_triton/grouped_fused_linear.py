@@ -9,7 +9,7 @@ from . import batch_invariance, configs
 from .configs import cdiv
 from .groups import block_of, group_strides, group_tile, most_tiles, rows_at
 from .launching import launch
-from .tiling import TRITON_DTYPE, add_low_rank, dot, dot_precision, grouped_tile, narrow, offsets
+from .tiling import TRITON_DTYPE, add_low_rank, dot, dot_precision, grouped_tile, in_steps, narrow, offsets, step_of
 
 
 @triton.jit(do_not_specialize=["M", "TILES_M"])
@@ -55,6 +55,8 @@ def _grouped_fused_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    S_STEP: tl.constexpr,
+    B_STEP: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     """``y[m] = x[m] W_eᵀ + bias_e + S[m] B_eᵀ`` for m in group e; zeros where m is in no group, but
@@ -63,6 +65,7 @@ def _grouped_fused_linear_kernel(
     x [M, K], W [E, N, K], bias [E, N], S [M, R], B [E, N, R], y [M, N]. One program writes one [BLOCK_M, BLOCK_N] tile of one
     group, or none: TILES_M is the most tiles that M rows can have. Accumulates in fp32, rounds once.
     """
+    R, stride_sm, stride_bn = in_steps(R, S_STEP), in_steps(stride_sm, S_STEP), in_steps(stride_bn, B_STEP)
     pid_m, pid_n = grouped_tile(tl.program_id(0), TILES_M, tl.cdiv(N, BLOCK_N), GROUP_M)
     group, start, stop = group_tile(pid_m, ends_ptr, M, BLOCK_M, GROUPS, BLOCK_E)
     if start >= stop:
@@ -170,6 +173,8 @@ def grouped_fused_linear(
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
         BLOCK_R=config.BLOCK_R,
+        S_STEP=step_of(R, s.stride(0)),
+        B_STEP=step_of(b.stride(-2)),
         GROUP_M=config.GROUP_M,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

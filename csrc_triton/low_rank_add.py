@@ -9,7 +9,7 @@ from torch import Tensor
 from . import configs
 from .configs import cdiv
 from .launching import launch
-from .tiling import TRITON_DTYPE, add_low_rank, dot_precision, grouped_tile, narrow, offsets
+from .tiling import TRITON_DTYPE, add_low_rank, dot_precision, grouped_tile, in_steps, narrow, offsets, step_of
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -36,12 +36,15 @@ def _low_rank_add_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    S_STEP: tl.constexpr,
+    B_STEP: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     """``y = bias + S Bᵀ`` for y [M, N], bias [N], S [M, R], B [N, R]; IN_PLACE: added to y.
 
     One program writes one [BLOCK_M, BLOCK_N] tile of y; the sum is taken in fp32 and rounded once.
     """
+    R, stride_sm, stride_bn = in_steps(R, S_STEP), in_steps(stride_sm, S_STEP), in_steps(stride_bn, B_STEP)
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     offs_m = offsets(pid_m * BLOCK_M, BLOCK_M)
     offs_n = offsets(pid_n * BLOCK_N, BLOCK_N)
@@ -110,6 +113,8 @@ def _launch(y: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, in_place: bool
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_R=config.BLOCK_R,
+        S_STEP=step_of(R, s.stride(0)),
+        B_STEP=step_of(b.stride(-2)),
         GROUP_M=config.GROUP_M,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

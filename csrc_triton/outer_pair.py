@@ -10,7 +10,7 @@ from . import configs
 from .configs import cdiv
 from .launching import launch
 from .sweep import Rule, empty_outer
-from .tiling import TRITON_DTYPE, dot, dot_precision, offsets
+from .tiling import TRITON_DTYPE, dot, dot_precision, in_steps, offsets, step_of
 
 
 @triton.jit
@@ -111,6 +111,8 @@ def _outer_pair_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    U_STEP: tl.constexpr,
+    OUT_STEP: tl.constexpr,
 ):
     """``db[p] = scale_b ⊙ Gᵀ S`` and ``da[p] = scale_a ⊙ xᵀ u`` over segment p, SEGMENT_M rows; G [M, N], x [M, K], S and u
     [M, R], db [P, N, R], da [P, K, R] in fp32; R <= BLOCK_R.
@@ -120,6 +122,8 @@ def _outer_pair_kernel(
     """
     if START_NEXT:
         gdc_launch_dependents()
+    R, stride_sm, stride_um = in_steps(R, U_STEP), in_steps(stride_sm, U_STEP), in_steps(stride_um, U_STEP)
+    stride_bn = in_steps(stride_bn, OUT_STEP)
     pid = tl.program_id(0)
     tiles_n = tl.cdiv(N, BLOCK_L)
     if pid < tiles_n:
@@ -243,6 +247,8 @@ def outer_pair(
         BLOCK_M=config.BLOCK_M,
         BLOCK_L=config.BLOCK_N,
         BLOCK_R=config.BLOCK_R,
+        U_STEP=step_of(R, s.stride(0), u.stride(0)),
+        OUT_STEP=step_of(R),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

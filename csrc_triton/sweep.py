@@ -15,7 +15,7 @@ from . import configs
 from .configs import cdiv
 from .groups import block_of, group_strides, group_tile, rows_at
 from .launching import launch
-from .tiling import TRITON_DTYPE, dot, dot_precision, entry_coefficient, offsets
+from .tiling import TRITON_DTYPE, dot, dot_precision, entry_coefficient, in_steps, offsets, step_of
 
 
 @triton.jit(do_not_specialize=["M", "SEGMENTS", "SAMPLE_M", "PARTS", "SEGMENT_M", "PER_GROUP"])
@@ -73,6 +73,9 @@ def _sweep_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    U_STEP: tl.constexpr,
+    F_STEP: tl.constexpr,
+    OUT_STEP: tl.constexpr,
 ):
     """``outer[p] = scale ⊙ V~ᵀ U~`` over segment p, ``projected = V F``, ``scaled = V~ F~``; V [M, L], U [M, R], F [L, R].
 
@@ -83,6 +86,8 @@ def _sweep_kernel(
     HAS_ORDER row m of U, projected and scaled is that of V's row order[m]. With IN_GROUPS a group has PER_GROUP segments in a
     row, the programs of which are its own; the sum of the i-th of group e is written at place ``i * groups + e``.
     """
+    R, stride_um, stride_fl = in_steps(R, U_STEP), in_steps(stride_um, U_STEP), in_steps(stride_fl, F_STEP)
+    stride_ol = in_steps(stride_ol, OUT_STEP)
     pid_l = tl.program_id(0)
     offs_l = offsets(pid_l * BLOCK_L, BLOCK_L)
     offs_r = offsets(tl.program_id(2) * BLOCK_R, BLOCK_R)
@@ -289,6 +294,9 @@ def sweep(
         BLOCK_M=config.BLOCK_M,
         BLOCK_L=config.BLOCK_N,
         BLOCK_R=config.BLOCK_R,
+        U_STEP=step_of(R, u.stride(0)),
+        F_STEP=1 if f is None else step_of(f.stride(-2)),
+        OUT_STEP=1 if outer is None else step_of(outer.stride(1)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **(configs.all_registers(configs.arch_of(v.device)) if config.all_registers else {}),

@@ -1,5 +1,7 @@
 """What the kernels share: tile order, 64-bit offsets, dots and casts that mean the same on a GPU and in the interpreter."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +11,20 @@ import triton.language as tl
 def offsets(start, BLOCK: tl.constexpr):
     """``start + [0, BLOCK)`` as int64: multiplied by a stride it may pass 2^31 elements."""
     return start + tl.arange(0, BLOCK).to(tl.int64)
+
+
+@triton.jit
+def in_steps(size, STEP: tl.constexpr):
+    """`size`, known to be a multiple of STEP: by itself the compiler sees that of 16 alone, and loads rows of 8 elements one
+    by one, from as many addresses."""
+    return size // STEP * STEP
+
+
+def step_of(*sizes: int) -> int:
+    """The STEP of `in_steps` that all `sizes` are multiples of: 8 (as 16-bit elements a wide load), 4, 2 or 1; 1 where the
+    compiler sees more by itself."""
+    step = math.gcd(*sizes, 16)
+    return 1 if step == 16 else step
 
 
 INTERPRETED = tl.constexpr(not isinstance(offsets, triton.JITFunction))

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from bench.occupancy import fit_together
+
 pytest.importorskip("triton")
 
 KERNELS = {
@@ -21,17 +23,29 @@ KERNELS = {
 }
 
 
-def compile_for(arch, *options):
+def compile_for(arch, *options, kernels=KERNELS - {"combine"}):
     # In a process of its own: in this one the kernels may be built for the interpreter.
     command = [sys.executable, "-m", "bench.compile_report", "--json", "--arch", arch, *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout, done.stderr
     results = json.loads(done.stdout)
-    assert {result["kernel"] for result in results} >= KERNELS - {"combine"}
+    assert {result["kernel"] for result in results} >= kernels
     faulty = [result for result in results if result["faults"]]
     assert not faulty and done.returncode == 0, faulty or done.stderr
     assert all(result["blocks"] >= 1 and 0 < result["occupancy"] <= 1 for result in results)
     return results
+
+
+def pairs_side_by_side(results):
+    """How many (GEMM, small kernel) run beside one another on Hopper, after a check that all have room there together."""
+    found = 0
+    for gemm, small in (("y persistent beside", "down_project beside"), ("dx persistent beside", "outer_pair beside")):
+        for one in (result for result in results if result["case"].startswith(gemm)):
+            for other in (result for result in results if result["case"].startswith(small)):
+                blocks = [(result["num_warps"], result["registers"], result["shared"]) for result in (one, other)]
+                assert fit_together("sm_90", *blocks), (one, other)
+                found += 1
+    return found
 
 
 def test_a_tile_of_an_fp32_sum_is_summed_alone():
@@ -80,7 +94,7 @@ def test_compiles_without_spills_in_the_chips_shared_memory(arch, dtype):
     results = compile_for(arch, "--dtype", dtype, "--rank", "16", "--shape", "large")
     gemms = [result for result in results if result["kernel"].startswith("fused_linear")]
     assert {result["case"].split()[0] for result in gemms} == {"y", "dx"}
-    assert arch != "sm_90" or any(result["tma"] for result in gemms)
+    assert arch != "sm_90" or (any(result["tma"] for result in gemms) and pairs_side_by_side(results))
     for gemm in gemms:
         assert gemm["matrix"] > 0, f"no matrix instruction of {arch}'s own kind: {gemm}"
 
@@ -95,7 +109,15 @@ def test_compiles_without_spills_in_the_chips_shared_memory(arch, dtype):
     ],
 )
 def test_other_adapters_and_odd_sizes_fit_hopper(options):
-    compile_for("sm_90", *options.split())
+    assert bool(pairs_side_by_side(compile_for("sm_90", *options.split()))) == ("large" in options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["--dtype bfloat16 --rank 8", "--dtype bfloat16/float32 --rank 8 32 64"])
+def test_what_runs_beside_the_gemm_has_room_there(options):
+    options = [*options.split(), "--shape", "large", "--case", "beside"]
+    kernels = {"down_project", "outer_pair", "fused_linear_persistent"}
+    assert pairs_side_by_side(compile_for("sm_90", *options, kernels=kernels))
 
 
 @pytest.mark.slow
