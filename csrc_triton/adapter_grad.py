@@ -12,15 +12,13 @@ A rule of the coefficient C enters as what it multiplies:
     entry   C[m,i]: the tile of G itself, from the tile of S Bᵀ recomputed beside it
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from . import batch_invariance, configs
 from .combine import combine, combine_groups
 from .configs import cdiv
-from .down_project import down_project
+from .down_project import down_project, down_project_twice
 from .row_norms import token_coefficient
 from .sweep import Cut, Rule, empty_outer, sweep
 from .sweep_plan import SweepPlan, plan_sweep, sums_over_columns, total_segments
@@ -96,26 +94,14 @@ def sweep_chunks(
 
 
 def project(
-    g: Tensor,
-    b: Tensor,
-    c: Tensor | None,
-    norm: str | None,
-    dtype: torch.dtype,
-    need_ds: bool,
-    need_da: bool,
-    down_project: Callable[[Tensor, Tensor, torch.dtype], Tensor] = down_project,
+    g: Tensor, b: Tensor, c: Tensor | None, norm: str | None, dtype: torch.dtype, need_da: bool
 ) -> tuple[Tensor, Tensor]:
-    """dS and u [M, R] by a pass of their own over g, which makes no partial sums; the same tensor where they are equal. b and c
-    have groups in front where `down_project` takes them."""
-    if norm != "row":
-        ds = down_project(g, b.mT, dtype)
-        return ds, ds
-    factors = ([b.to(dtype)] if need_ds else []) + ([(c[..., None] * b).to(dtype)] if need_da else [])
-    both = down_project(g, torch.cat(factors, dim=-1).mT, dtype)
-    if len(factors) == 1:
-        return both, both
-    ds, u = both.split(b.shape[-1], dim=1)
-    return ds.contiguous(), u
+    """dS and u [M, R] by a pass of their own over g, which makes no partial sums; the same tensor where they are equal."""
+    if norm == "row" and need_da:
+        ds, u = down_project_twice(g, b.mT, c, dtype)
+        return ds, u
+    ds = down_project(g, b.mT, dtype)
+    return ds, ds
 
 
 class Sums:
@@ -189,7 +175,7 @@ def adapter_grads(
     plan = plan_sweep(M, N, R, norm, sums_over_columns(norm, need_ds, need_da), need_db, g.dtype, compute, arch)
     layout = "LR" if need_db else ""
     if plan.separate:
-        projected, u = project(g, b, c, norm, compute, need_ds, need_da)
+        projected, u = project(g, b, c, norm, compute, need_da)
         ds = projected if need_ds else ds
         outer = sweep_chunks(g, s, None, rule_g, layout, None, plan) if need_db else None
     else:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from . import batch_invariance, configs
-from .adapter_grad import Sums, project, rules, weighted
+from .adapter_grad import Sums, rules, weighted
 from .combine import combine, combine_groups
 from .configs import cdiv
-from .grouped_down_project import grouped_down_project
+from .grouped_down_project import grouped_down_project, grouped_down_project_twice
 from .groups import first_pieces, most_tiles
 from .row_norms import gram_parts
 from .sweep import Cut, Rule, empty_outer, sweep
@@ -67,6 +67,24 @@ def plan_groups(
     wide = (config.BLOCK_M >= 64 and columns >= 2**12) or narrow_loads
     separate = plan.separate or (norm == "row" and sums == 2 and wide)
     return dataclasses.replace(plan, config=config, separate=separate)
+
+
+def project_groups(
+    g: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    ends: Tensor,
+    norm: str | None,
+    dtype: torch.dtype,
+    need_da: bool,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`project` of every group's rows, b [E, N, R] and c [E, N]."""
+    if norm == "row" and need_da:
+        ds, u = grouped_down_project_twice(g, b.mT, c, ends, dtype, order)
+        return ds, u
+    ds = grouped_down_project(g, b.mT, ends, dtype, order)
+    return ds, ds
 
 
 def _outer(
@@ -162,11 +180,7 @@ def grouped_adapter_grads(
     f, shares = b if norm == "entry" else None, {}
     chunked = plan.chunk_rows < M
     if sums_due and norm != "entry" and (plan.separate or chunked or invariant):
-
-        def by_group(v: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
-            return grouped_down_project(v, a, ends, dtype, order)
-
-        projected, u = project(g, b, c, norm, compute, need_ds, need_da, by_group)
+        projected, u = project_groups(g, b, c, ends, norm, compute, need_da, order)
         ds = projected if need_ds else ds
     else:
         sums = Sums(s, norm, need_ds, need_da)

@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from . import batch_invariance, configs
-from .adapter_grad import Sums, project, rules
+from .adapter_grad import Sums, rules
 from .combine import combine
 from .configs import cdiv
-from .grouped_adapter_grad import GroupedRows, plan_groups, project_chunks, token_coefficient_of_groups
-from .grouped_down_project import grouped_down_project
+from .grouped_adapter_grad import (
+    GroupedRows,
+    plan_groups,
+    project_chunks,
+    project_groups,
+    token_coefficient_of_groups,
+)
 from .sample_grad import fit
 from .segments import Segments
 from .sweep import Cut, Rule, empty_outer, sweep
@@ -90,11 +95,7 @@ def _run(
         project_chunks(g, s, b, rule_g, GroupedRows(ends, None), plan, sums)
         ds, u = sums.ds, sums.u
     elif need_ds or need_da:
-
-        def by_group(v: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
-            return grouped_down_project(v, a, ends, dtype)
-
-        ds, u = project(g, b, c, norm, compute, need_ds, need_da, by_group)
+        ds, u = project_groups(g, b, c, ends, norm, compute, need_da)
 
     def of(v: Tensor, u: Tensor, f: Tensor | None, rule: Rule, layout: str):
         planned, width = batch_invariance.planned_rows(M), v.shape[1]

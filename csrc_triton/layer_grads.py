@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from . import batch_invariance, configs, plans
-from .adapter_grad import adapter_grads, rules
+from .adapter_grad import adapter_grads, project, rules
 from .combine import combine_pair
-from .down_project import down_project, down_project_twice
 from .fused_linear import fused_linear
 from .fused_linear_persistent import describable, launch_persistent
 from .outer_pair import outer_pair, pick_pair
@@ -50,7 +49,7 @@ def layer_grads(
         ds, da, db = adapter_grads(g, x, s, b, c, eta, norm, True, dtype_a, dtype_b)
         return fused_linear(g, weight.mT, None, ds, a.mT), da, db
 
-    ds, u = down_project_twice(g, b.mT, c, s.dtype) if norm == "row" else (down_project(g, b.mT, s.dtype),) * 2
+    ds, u = project(g, b, c, norm, s.dtype, need_da=True)
     call = plans.Call("layer_grads", M, K, N, R, g.dtype, s.dtype)
     plan = plans.pick(call, g.device, describable(g, weight.mT))
     overlap = plan.way == "persistent" and configs.can_overlap(g.device)

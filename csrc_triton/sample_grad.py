@@ -95,7 +95,7 @@ def _run(g, x, s, b, c, eta, norm, need_ds, need_da, need_db, segments, reduce, 
         if need_db:
             result_b = reduce(g, s, b, rule_g, segments, config, "LR")
     elif plan.separate or plan.chunk_rows < M:
-        ds, u = project(g, b, c, norm, compute, need_ds, need_da) if count else (s.new_empty(0),) * 2
+        ds, u = project(g, b, c, norm, compute, need_da) if count else (s.new_empty(0),) * 2
         if need_db:
             result_b = reduce(g, s, b if norm == "entry" else None, rule_g, segments, config, "LR")
     else:

@@ -64,8 +64,9 @@ def plan_sweep(
         plans.append(_plan(M, L, R, sums, outer, config, arch))
         # The rule "entry" needs the tile of S Bᵀ beside G's, which only the sweep has.
         if sums and norm != "entry":
-            projection = configs.pick_config("down_project", M, 0, L, sums * R, dtype, arch, compute)
-            plans.append(_plan(M, L, R, 0, outer, config, arch, cdiv(sums * R, projection.BLOCK_R)))
+            twice = "down_project_twice" if sums == 2 else "down_project"
+            projection = configs.pick_config(twice, M, 0, L, R, dtype, arch, compute)
+            plans.append(_plan(M, L, R, 0, outer, config, arch, cdiv(R, projection.BLOCK_R)))
     return min(plans, key=lambda plan: plan.extra_bytes(M, L, dtype.itemsize))
 
 

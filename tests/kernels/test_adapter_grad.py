@@ -124,7 +124,7 @@ def test_c_is_not_rounded_before_it_is_multiplied(device):
     g = torch.eye(7, dtype=torch.bfloat16, device=device)
     b = torch.full((7, 3), 1.5, dtype=torch.bfloat16, device=device)
     c = torch.full((7,), 1 + 2**-8, device=device)
-    ds, u = project(g, b, c, "row", torch.bfloat16, True, True)
+    ds, u = project(g, b, c, "row", torch.bfloat16, need_da=True)
     assert torch.equal(ds, b)
     assert torch.equal(u, torch.full_like(b, 1.5078125))
 

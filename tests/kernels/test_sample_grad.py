@@ -124,7 +124,8 @@ def test_a_g_longer_than_the_scratch(device, norm, monkeypatch):
     # dS by itself may be split over K where M is small; that is no scratch of the sweep's.
     monkeypatch.setattr(configs, "num_splits", lambda *args, **kwargs: 1)
     csrc_triton.sample_grads(*tensors, ETA, norm, True, True, True, csrc_triton.Segments(5, 26))
-    assert shapes and not [size for size in shapes if size[1:] == (130, 3) and size[0] > 1]
+    # dS and u are two.
+    assert shapes and not [size for size in shapes if size[1:] == (130, 3) and size[0] > 2]
 
 
 @pytest.mark.parametrize("parts", [1, 3])
