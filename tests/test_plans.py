@@ -65,7 +65,7 @@ def test_the_sums_that_run_beside_the_gemm_alone_can_decide():
     assert plans._pick(with_sums, "sm_90", True, None).way == "persistent"
     # Where they find no room there, they cost every plan the same.
     for size in ({}, {"n": 1024}, {"m": 300}):
-        alone, with_sums = (call(op, r=64, **size) for op in ("fused_linear", "layer_grads"))
+        alone, with_sums = (call(op, r=128, **size) for op in ("fused_linear", "layer_grads"))
         assert plans._pick(alone, "sm_90", True, None) == plans._pick(with_sums, "sm_90", True, None)
 
 

@@ -53,12 +53,18 @@ def test_takes_any_strides(device, norm, layout):
 @pytest.mark.parametrize(
     "shape",
     # The largest is for the overlap, which the interpreter does not have.
-    [(300, 272, 144, 16), pytest.param((520, 1024, 272, 8), marks=pytest.mark.gpu), (40, 80, 528, 32)],
+    [
+        (300, 272, 144, 16),
+        pytest.param((520, 1024, 272, 8), marks=pytest.mark.gpu),
+        (40, 80, 528, 32),
+        (72, 80, 48, 64),
+    ],
     ids=shape_id,
 )
-def test_the_sums_beside_dx(device, norm, shape):
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_the_sums_beside_dx(device, norm, adapter_dtype, shape):
     """Aligned operands: on a GPU that can, the sums run beside the GEMM, and it starts before they have ended."""
-    check(make_inputs(*shape, torch.bfloat16, device=device), norm)
+    check(make_inputs(*shape, torch.bfloat16, adapter_dtype, device=device), norm)
 
 
 def test_more_rows_than_a_segment(device, monkeypatch):
