@@ -78,6 +78,13 @@ def grouped():
     module("grouped_fused_linear").grouped_fused_linear(x, weight, bias, s, b, ends)
 
 
+def grouped_twice():
+    g, _, _, _, b, _ = make_inputs(70, 136, 80, 16, F16)
+    c, ends = torch.rand(2, 80), torch.tensor([33, 70], dtype=torch.int32)
+    b = torch.stack([b[:80], b[:80]])
+    module("grouped_down_project").grouped_down_project_twice(g, b.mT, c, ends, F16)
+
+
 def in_any_order():
     x, weight, bias, a, b, _ = make_inputs(70, 136, 64, 16, F16)
     a, b = (torch.stack([t, t]) for t in (a, b))
@@ -152,8 +159,13 @@ FAULTS = [
          "mask=mask_n | True", lambda: products("persistent")),
     race("_grouped_down_project_kernel", "grouped_down_project", "s_ptr + offs_m[:, None] * R",
          "s_ptr + (offs_m - start)[:, None] * R", grouped),
-    write("_grouped_down_project_kernel", "grouped_down_project", "mask=mask_m[:, None] & mask_r[None, :])\n\n\ndef",
-          "mask=mask_r[None, :])\n\n\ndef", grouped),
+    write("_grouped_down_project_kernel", "grouped_down_project",
+          "narrow(acc, DTYPE), mask=mask_m[:, None] & mask_r[None, :])", "narrow(acc, DTYPE), mask=mask_r[None, :])", grouped),
+    write("_grouped_down_project_kernel", "grouped_down_project",
+          "narrow(scaled, DTYPE), mask=mask_m[:, None] & mask_r[None, :])", "narrow(scaled, DTYPE), mask=mask_r[None, :])",
+          grouped_twice),
+    read("_grouped_down_project_kernel", "grouped_down_project", "stride_scale, mask=mask_k",
+         "stride_scale, mask=mask_k | True", grouped_twice),
     race("_grouped_fused_linear_kernel", "grouped_fused_linear", "y_ptr + rows[:, None]", "y_ptr + (rows - start)[:, None]",
          grouped),
     read("_grouped_down_project_kernel", "grouped_down_project", "order_ptr, offs_m, mask_m,",
