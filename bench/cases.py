@@ -57,12 +57,15 @@ ONE_RANK_MORE = Case(8192, 4096, 4096, 64)
 # (K, N) of Llama-3.1-8B, Qwen2.5-7B and Qwen2.5-0.5B.
 _LAYERS = [(4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024), (3584, 18944), (896, 4864)]
 _ROWS = [8192, 2048, 512, 16384]
+# Adapters' dtype and rank, of which PEFT takes fp32 and 8 where nothing is said.
+_USUAL = [("float32", 16), ("bfloat16", 8), ("float32", 8)]
 
 
 def gpu_grid() -> list[Case]:
     """Every case, those that matter most first."""
     targets = list(TARGETS.values())
-    first = [*targets, Case(512, 4096, 4096, 16), ONE_RANK_MORE]
+    usual = [Case(m, 4096, 4096, r, "bfloat16", adapters) for adapters, r in _USUAL for m in (8192, 2048)]
+    first = [*targets, Case(512, 4096, 4096, 16), ONE_RANK_MORE, *usual]
     rank_16 = [Case(m, n, k, 16) for m, (k, n) in product(_ROWS, _LAYERS)]
     other_ranks = [Case(m, 4096, 4096, r) for r, m in product([64, 8, 128], [8192, 2048, 512])]
     other_dtypes = [
