@@ -237,8 +237,8 @@ def candidates(
     else:
         kinds = ("16-broken", "16", "*") if R % 8 else ("16", "*")
     table = _TABLES[op]
-    # Loads of rows that do not begin at a multiple of 16 elements cannot be wide, and their addresses fill the registers:
-    # the smaller tile, spread over twice the threads.
+    # Loads of rows that do not begin where a wide load can fill the registers with addresses: the smaller tile, spread over
+    # twice the threads.
     unaligned = not aligned(N, K, R) and arch != "interpreter" and op != "fused_linear_persistent"
     archs = ("unaligned", "*") if unaligned else (family(arch), "*")
     found = next((table[key] for key in itertools.product(archs, kinds) if key in table), [])

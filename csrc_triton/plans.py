@@ -19,6 +19,7 @@ OPS = ("adapted_linear", "fused_linear", "layer_grads")
 """The products that have a choice: y with S yet to be computed, any product with S given, and such a dX with the sums for dA
 and dB yet to be computed."""
 
+# What runs beside the persistent GEMM, where it has room there.
 _BESIDE = {"adapted_linear": "down_project_beside", "layer_grads": "outer_pair"}
 
 
@@ -81,12 +82,8 @@ def estimate(call: Call, plan: Plan, arch: str) -> float:
     # Against a GEMM in tiles of 128 x 256 that fill the chip evenly.
     gemm *= configs.wave_cost(config, M, N, arch) / configs.even_cost(128, 256, M, N, arch)
     gemm /= machine.efficiency_fp32 if wide else machine.efficiency[plan.way]
-    beside = _BESIDE.get(call.op)
-    if (
-        plan.way == "persistent"
-        and beside
-        and configs.whole_rank(beside, N, K, call.R, dtype, arch, call.low_rank_dtype)
-    ):
+    beside = _BESIDE.get(call.op) if plan.way == "persistent" else None
+    if beside and configs.whole_rank(beside, N, K, call.R, dtype, arch, call.low_rank_dtype) is not None:
         # They run beside the GEMM, which is slower by a third of them. Of a larger rank none has room there.
         passes /= 3
     if plan.way == "inside":
