@@ -160,10 +160,10 @@ def test_backward(device, norm, dtypes):
     check(csrc_triton.layer_grads, make)
 
 
-@pytest.mark.parametrize("norm", [norm for norm in reference.NORMS if norm != "row"])
+@norms
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, True), (True, False, True), (True, True, False)])
 def test_adapter_grads(device, norm, needs):
-    """What is not needed comes back empty: of those results all have one address. For "row" torch joins the factors."""
+    """What is not needed comes back empty: of those results all have one address."""
     need_ds, need_da, need_db = needs
 
     def make(seed):
