@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 import csrc_triton
 from csrc_triton import configs, describable, plans
 from csrc_triton.down_project import down_project_beside
-from csrc_triton.fused_linear_persistent import launch_persistent
+from csrc_triton.fused_linear import launch_beside
 from csrc_triton.low_rank_add import low_rank_product
 from csrc_triton.outer_pair import outer_pair, pick_pair
 from csrc_triton.sweep import Rule
@@ -99,7 +99,7 @@ class Compiled:
             found.append(f"{self.shared} bytes of shared memory, {SHARED_LIMIT[self.arch]} are the limit")
         if self.tensor_columns > TENSOR_COLUMNS:
             found.append(f"{self.tensor_columns} columns of tensor memory, {TENSOR_COLUMNS} are the limit")
-        if self.kernel == "fused_linear_persistent" and not self.tma:
+        if self.kernel in ("fused_linear_persistent", "fused_linear_pipelined") and not self.tma:
             found.append("descriptors without TMA")
         gemm = self.kernel.startswith("fused_linear")
         if gemm and self.arch == "sm_90" and self.dtype != "float32" and not self.matrix:
@@ -139,7 +139,11 @@ def specialize(kernel: JITFunction, args: tuple, kwargs: dict, arch: str) -> tup
     kwargs = kwargs | {"debug": False}
     bound_args, specialization, options = binder(*args, **kwargs)
     options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound_args, specialization, options)
-    return triton.compiler.ASTSource(kernel, signature, constexprs, attrs), options.__dict__
+    source = triton.compiler.ASTSource
+    if kernel.is_gluon():
+        # A Triton that was loaded for its interpreter cannot import it.
+        from triton.experimental.gluon._runtime import GluonASTSource as source
+    return source(kernel, signature, constexprs, attrs), options.__dict__
 
 
 def compile_launch(
@@ -207,22 +211,23 @@ def launches(
     beside = configs.beside(k, r, dtype, arch, compute)
     if beside is not None:
         yield f"down_project beside y {label}", lambda: down_project_beside(x, a, compute, beside)
-    for plan in plans.options(plans.Call("adapted_linear", m, n, k, r, dtype, compute), arch, describable(x, w)):
+    call = plans.Call("adapted_linear", m, n, k, r, dtype, compute)
+    for plan in plans.options(call, arch, describable(x, w), untried=True):
         if plan.way != "vendor":
             yield f"y {plan.way} {label}", lambda plan=plan: csrc_triton.adapted_linear(x, w, bias, a, b, compute, plan)
-    for plan in plans.options(plans.Call("fused_linear", m, k, n, r, dtype, compute), arch, describable(g, w.mT)):
+    call = plans.Call("fused_linear", m, k, n, r, dtype, compute)
+    for plan in plans.options(call, arch, describable(g, w.mT), untried=True):
         if plan.way != "vendor":
             yield f"dx {plan.way} {label}", lambda plan=plan: csrc_triton.fused_linear(g, w.mT, None, s, a.mT, plan)
-    for config in configs.candidates("fused_linear_persistent", n, k, r, dtype, arch, compute):
-        if describable(x, w):
-            yield (
-                f"y persistent beside S {label}",
-                lambda config=config: launch_persistent(x, w, bias, s, b, config, "for S"),
-            )
-            yield (
-                f"dx persistent beside dB and dA {label}",
-                lambda config=config: launch_persistent(g, w.mT, None, s, a.mT, config, "at the end"),
-            )
+            if plan.way in plans.PERSISTENT:
+                yield (
+                    f"y {plan.way} beside S {label}",
+                    lambda plan=plan: launch_beside(x, w, bias, s, b, plan, "for S"),
+                )
+                yield (
+                    f"dx {plan.way} beside dB and dA {label}",
+                    lambda plan=plan: launch_beside(g, w.mT, None, s, a.mT, plan, "at the end"),
+                )
     yield f"low_rank_add {label}", lambda: csrc_triton.low_rank_add(g, s, b)
     yield f"low_rank_product {label}", lambda: low_rank_product(s, b, bias, dtype)
     for norm in ("row", "matrix", "factor"):

@@ -77,7 +77,7 @@ def plan_steps(
     pair = pick_apart(N, K, r, norm, dtype, arch, compute)
     forward, backward = way("adapted_linear", N, K), way("fused_linear" if pair is None else "layer_grads", K, N)
     overlaps = configs.can_overlap(device)
-    beside = configs.beside(K, r, dtype, arch, compute) if forward.way == "persistent" and overlaps else None
+    beside = configs.beside(K, r, dtype, arch, compute) if forward.way in plans.PERSISTENT and overlaps else None
     steps = {}
     if beside is not None:
         steps["down_project"] = f"Triton on {arch}, {beside}, beside the GEMM for y"
@@ -87,7 +87,7 @@ def plan_steps(
     if pair is None:
         steps |= _plan_gradients(M, N, K, r, norm, dtype, compute, arch)
     else:
-        note = ", beside the GEMM for dx" if backward.way == "persistent" and overlaps else ""
+        note = ", beside the GEMM for dx" if backward.way in plans.PERSISTENT and overlaps else ""
         steps["down_project (ds)"] = _config("down_project", M, 0, N, r, dtype, compute, arch)
         steps["outer_pair (da, db)"] = f"Triton on {arch}, {pair}{note}"
         steps |= _plan_coefficient(norm, arch)

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from . import configs, plans
 from .down_project import down_project, down_project_beside
-from .fused_linear import fused_linear, launch_tiles
-from .fused_linear_persistent import describable, launch_persistent
+from .fused_linear import fused_linear, launch_beside, launch_tiles
+from .fused_linear_persistent import describable
 
 
 def adapted_linear(
@@ -29,10 +29,10 @@ def adapted_linear(
     if M and plan.way == "inside":
         s = torch.empty(M, R, device=x.device, dtype=dtype)
         return launch_tiles(x, weight, bias, a, s, b, plan.config), s
-    if M and plan.way == "persistent" and configs.can_overlap(x.device):
+    if M and plan.way in plans.PERSISTENT and configs.can_overlap(x.device):
         beside = configs.beside(K, R, x.dtype, configs.arch_of(x.device), dtype)
         if beside is not None:
             s = down_project_beside(x, a, dtype, beside)
-            return launch_persistent(x, weight, bias, s, b, plan.config, wait="for S"), s
+            return launch_beside(x, weight, bias, s, b, plan, wait="for S"), s
     s = down_project(x, a, dtype)
     return fused_linear(x, weight, bias, s, b, plan), s

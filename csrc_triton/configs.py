@@ -48,7 +48,8 @@ class Machine:
     """What `plans.estimate` knows of an architecture.
 
     flops: 16-bit matrix FLOP/s that the vendor's GEMM reaches; bandwidth: bytes/s; launch: seconds a kernel costs in a
-    row of kernels; efficiency: speed of our GEMM over the vendor's where its tiles fill the chip, by the plan's way.
+    row of kernels; efficiency: speed of our GEMM over the vendor's where its tiles fill the chip, by the plan's way: one
+    that is missing has never run there.
     """
 
     flops: float
@@ -116,6 +117,11 @@ _TABLES = {
         ("sm_90", "16"): [(128, 256, 64, 32, 8, 3), (128, 128, 64, 32, 4, 4)],
         ("sm_90", "mixed"): [(128, 256, 64, 16, 8, 3), (128, 128, 64, 16, 4, 4)],
         ("interpreter", "*"): [(32, 64, 32, 64, 1, 1)],
+    },
+    # Descriptors reach S and B, too, so rows of R elements have to be whole 16 bytes.
+    "fused_linear_pipelined": {
+        ("sm_90", "16-broken"): [],
+        ("sm_90", "16"): [(128, 256, 64, 64, 8, 3), (128, 128, 64, 64, 4, 4)],
     },
     "down_project": {
         ("sm_90", "16"): (64, 0, 128, 64, 4, 4),
@@ -228,8 +234,8 @@ def candidates(
     op: str, N: int, K: int, R: int, dtype: torch.dtype, arch: str, low_rank_dtype: torch.dtype | None = None
 ) -> list[Config]:
     """The configurations of `op` worth trying for these sizes, x's `dtype`, the low-rank products' dtype (None: the same)
-    and `arch` as from `arch_of`. Any architecture gets some, an unknown one the safe default; only the persistent GEMM has
-    none where it cannot run."""
+    and `arch` as from `arch_of`. Any architecture gets some, an unknown one the safe default; only the persistent GEMMs have
+    none where they cannot run."""
     if dtype == torch.float32:
         kinds = ("32", "*")
     elif low_rank_dtype == torch.float32:
@@ -239,7 +245,8 @@ def candidates(
     table = _TABLES[op]
     # Loads of rows that do not begin where a wide load can fill the registers with addresses: the smaller tile, spread over
     # twice the threads.
-    unaligned = not aligned(N, K, R) and arch != "interpreter" and op != "fused_linear_persistent"
+    described = op in ("fused_linear_persistent", "fused_linear_pipelined")
+    unaligned = not aligned(N, K, R) and arch != "interpreter" and not described
     archs = ("unaligned", "*") if unaligned else (family(arch), "*")
     found = next((table[key] for key in itertools.product(archs, kinds) if key in table), [])
     rows = found if isinstance(found, list) else [found]

@@ -171,6 +171,18 @@ def launch_tiles(
     return y
 
 
+def launch_beside(
+    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, plan: plans.Plan, wait: str = ""
+) -> Tensor:
+    """y by a plan of `plans.PERSISTENT`; with `wait` beside the stream's last kernel, as `launch_persistent` says."""
+    if plan.way == "persistent":
+        return launch_persistent(x, weight, bias, s, b, plan.config, wait)
+    # A Triton whose Gluon is not the one it was written for still runs all else.
+    from .fused_linear_pipelined import launch_pipelined
+
+    return launch_pipelined(x, weight, bias, s, b, plan.config, wait)
+
+
 def fused_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, plan: plans.Plan | None = None
 ) -> Tensor:
@@ -188,6 +200,6 @@ def fused_linear(
     if plan.way == "vendor":
         # The vendor's GEMM reads what it adds to while its matrix units work: that costs less than to add to its result.
         return low_rank_product(s, b, bias, x.dtype).addmm_(x, weight.mT)
-    if plan.way == "persistent":
-        return launch_persistent(x, weight, bias, s, b, plan.config)
+    if plan.way in plans.PERSISTENT:
+        return launch_beside(x, weight, bias, s, b, plan)
     return launch_tiles(x, weight, bias, None, s, b, plan.config)

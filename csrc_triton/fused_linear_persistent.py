@@ -96,10 +96,16 @@ def _fused_linear_persistent_kernel(
 
 def describable(x: Tensor, weight: Tensor) -> bool:
     """Whether descriptors reach x [M, K], weight [N, K] and y [M, N]: 16-bit, rows 16-byte aligned and unbroken."""
-    return x.itemsize == 2 and weight.shape[0] % 8 == 0 and _aligned(x) and (_aligned(weight) or _aligned(weight.mT))
+    return (
+        x.itemsize == 2
+        and weight.shape[0] % 8 == 0
+        and aligned_rows(x)
+        and (aligned_rows(weight) or aligned_rows(weight.mT))
+    )
 
 
-def _aligned(t: Tensor) -> bool:
+def aligned_rows(t: Tensor) -> bool:
+    """Whether each row of `t` is unbroken and begins where a descriptor needs it to."""
     return t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
 
 
@@ -114,7 +120,7 @@ def launch_persistent(
     """
     (M, K), N, R = x.shape, weight.shape[0], s.shape[1]
     y = torch.empty(M, N, device=x.device, dtype=x.dtype)
-    w_rows_over_k = not _aligned(weight)
+    w_rows_over_k = not aligned_rows(weight)
     w_block = [config.BLOCK_K, config.BLOCK_N] if w_rows_over_k else [config.BLOCK_N, config.BLOCK_K]
     programs = configs.num_sms(x.device)
     launch(

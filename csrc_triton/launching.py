@@ -81,6 +81,11 @@ def _used(hook: Callable | None) -> Callable | None:
     return hook if getattr(hook, "calls", hook) else None
 
 
+def is_descriptor(argument: Any) -> bool:
+    """Whether it is a tensor descriptor, Triton's or Gluon's."""
+    return hasattr(argument, "block_shape")
+
+
 def constexprs(kernel, options: dict[str, Any]) -> tuple:
     """The kernel's constexprs, without the launch options behind them."""
     return tuple(options.values())[: signature(kernel).constexprs]

@@ -11,8 +11,8 @@ from torch import Tensor
 from . import batch_invariance, configs, plans
 from .adapter_grad import adapter_grads, project, rules
 from .combine import combine_pair
-from .fused_linear import fused_linear
-from .fused_linear_persistent import describable, launch_persistent
+from .fused_linear import fused_linear, launch_beside
+from .fused_linear_persistent import describable
 from .outer_pair import outer_pair, pick_pair
 from .row_norms import weight_coefficient
 
@@ -52,11 +52,11 @@ def layer_grads(
     ds, u = project(g, b, c, norm, s.dtype, need_da=True)
     call = plans.Call("layer_grads", M, K, N, R, g.dtype, s.dtype)
     plan = plans.pick(call, g.device, describable(g, weight.mT))
-    overlap = plan.way == "persistent" and configs.can_overlap(g.device)
+    overlap = plan.way in plans.PERSISTENT and configs.can_overlap(g.device)
     rule_g, rule_x = rules(s, b, c, eta, norm, K)
     parts_b, parts_a = outer_pair(g, s, rule_g, x, u, rule_x, pair, overlap)
     if overlap:
-        dx = launch_persistent(g, weight.mT, None, ds, a.mT, plan.config, wait="at the end")
+        dx = launch_beside(g, weight.mT, None, ds, a.mT, plan, wait="at the end")
     else:
         dx = fused_linear(g, weight.mT, None, ds, a.mT, plan)
     return dx, *combine_pair(parts_a, parts_b, (dtype_a, dtype_b))

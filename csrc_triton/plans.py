@@ -13,13 +13,17 @@ WAYS = {
     "inside": "S inside the GEMM, one launch",
     "tiles": "GEMM with the low-rank epilogue, a program a tile",
     "persistent": "persistent GEMM with the low-rank epilogue, tiles by descriptors",
+    "pipelined": "persistent GEMM in Gluon, which loads the next tile while it stores one",
     "vendor": "the rank-R product, then the vendor's GEMM added to it",
 }
 OPS = ("adapted_linear", "fused_linear", "layer_grads")
 """The products that have a choice: y with S yet to be computed, any product with S given, and such a dX with the sums for dA
 and dB yet to be computed."""
 
-# What runs beside the persistent GEMM, where it has room there.
+PERSISTENT = ("persistent", "pipelined")
+"""The ways whose GEMM leaves room on each multiprocessor for a small kernel beside it."""
+
+# That kernel.
 _BESIDE = {"adapted_linear": "down_project_beside", "layer_grads": "outer_pair"}
 
 
@@ -45,27 +49,31 @@ class Plan(NamedTuple):
         return WAYS[self.way] + ("" if self.config is None else f" ({self.config})")
 
 
-def options(call: Call, arch: str, describable: bool = True) -> list[Plan]:
-    """Every plan that can run the call on `arch`; `describable`: tensor descriptors reach its operands."""
+def options(call: Call, arch: str, describable: bool = True, untried: bool = False) -> list[Plan]:
+    """Every plan that can run the call on `arch`; `describable`: tensor descriptors reach its operands; `untried`: also by
+    ways that have never run on such a GPU, which nothing takes unless it is told to."""
     _, _, N, K, R, dtype, low_rank_dtype = call
     tiles = configs.candidates("fused_linear", N, K, R, dtype, arch, low_rank_dtype)
     found = [Plan("tiles", config) for config in tiles]
     if describable:
-        persistent = configs.candidates("fused_linear_persistent", N, K, R, dtype, arch, low_rank_dtype)
-        found += [Plan("persistent", config) for config in persistent]
+        for way in PERSISTENT:
+            described = configs.candidates(f"fused_linear_{way}", N, K, R, dtype, arch, low_rank_dtype)
+            found += [Plan(way, config) for config in described]
     # The rank's accumulator stays in registers beside the tile's, where the addresses of narrow loads leave no room, and
     # split factors would triple its dots.
     narrow = dtype.itemsize == 2 and dtype == low_rank_dtype and configs.aligned(N, K, R)
     fits = R <= 64 and (arch == "interpreter" or narrow)
     if call.op == "adapted_linear" and fits:
         found += [Plan("inside", dataclasses.replace(config, BLOCK_R=configs.block_r(R))) for config in tiles]
+    if not untried and arch != "interpreter":
+        found = [plan for plan in found if plan.way in _machine(arch).efficiency]
     return [*found, Plan("vendor", None)]
 
 
 def estimate(call: Call, plan: Plan, arch: str) -> float:
     """Seconds that the plan takes, from bytes, FLOPs and `configs.MACHINES`: computed, not measured."""
     M, N, K, dtype = call.M, call.N, call.K, call.dtype
-    machine = configs.MACHINES.get(configs.family(arch), configs.MACHINES["*"])
+    machine = _machine(arch)
     wide = dtype == torch.float32
     sms = configs.sms_of(arch)
     flops = machine.flops * sms / configs.sms_of(configs.family(arch))
@@ -82,13 +90,17 @@ def estimate(call: Call, plan: Plan, arch: str) -> float:
     # Against a GEMM in tiles of 128 x 256 that fill the chip evenly.
     gemm *= configs.wave_cost(config, M, N, arch) / configs.even_cost(128, 256, M, N, arch)
     gemm /= machine.efficiency_fp32 if wide else machine.efficiency[plan.way]
-    beside = _BESIDE.get(call.op) if plan.way == "persistent" else None
+    beside = _BESIDE.get(call.op) if plan.way in PERSISTENT else None
     if beside and configs.whole_rank(beside, N, K, call.R, dtype, arch, call.low_rank_dtype) is not None:
         # They run beside the GEMM, which is slower by a third of them. Of a larger rank none has room there.
         passes /= 3
     if plan.way == "inside":
         return machine.launch + gemm * (1 + config.BLOCK_R / config.BLOCK_N)
     return passes + machine.launch + gemm
+
+
+def _machine(arch: str) -> configs.Machine:
+    return configs.MACHINES.get(configs.family(arch), configs.MACHINES["*"])
 
 
 def pick(call: Call, device: torch.device, describable: bool) -> Plan:

@@ -15,7 +15,7 @@ from triton import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import cdiv
-from .launching import constexprs, watch
+from .launching import constexprs, is_descriptor, watch
 
 _ALLOCATIONS = (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default)
 _PRODUCTS = (torch.ops.aten.addmm_.default,)
@@ -82,7 +82,7 @@ class Address(NamedTuple):
 def described(descriptor: TensorDescriptor, base: Address) -> TensorDescriptor:
     """`descriptor` for what lies at `base`."""
     # What its constructor checks has been checked.
-    new = object.__new__(TensorDescriptor)
+    new = object.__new__(type(descriptor))
     new.__dict__.update(descriptor.__dict__, base=base)
     return new
 
@@ -198,9 +198,9 @@ def _launch(
     if compiled is None and isinstance(kernel, JITFunction):
         raise LookupError("a hook has kept the compiled kernel to itself")
     slots = tuple((i, places.slot(a)) for i, a in enumerate(args) if isinstance(a, Tensor))
-    found = [(i, a, places.slot(a.base)) for i, a in enumerate(args) if isinstance(a, TensorDescriptor)]
+    found = [(i, a, places.slot(a.base)) for i, a in enumerate(args) if is_descriptor(a)]
     descriptors = tuple((i, described(a, Address(0, slot.dtype)), slot) for i, a, slot in found)
-    bare = [None if isinstance(a, (Tensor, TensorDescriptor)) else a for a in args]
+    bare = [None if isinstance(a, Tensor) or is_descriptor(a) else a for a in args]
     args = bare if compiled is None else [*bare, *constexprs(kernel, options)]
     return Launch(kernel, compiled, (*grid, 1, 1)[:3], args, options, slots, descriptors)
 

@@ -23,7 +23,7 @@ from triton.knobs import HookChain  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from csrc_triton import launching, replay  # noqa: E402
+from csrc_triton import launching, recording, replay  # noqa: E402
 
 # Specialising a descriptor imports this, which fails where `conftest` had Triton itself loaded for the interpreter.
 with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
@@ -458,3 +458,15 @@ print(len(kernels))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 10
+
+
+def test_a_descriptor_of_gluon_stays_one_when_it_is_replayed():
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16)
+    first = GluonDescriptor.from_tensor(torch.zeros(32, 64, dtype=torch.bfloat16), [16, 64], layout)
+    again = recording.described(first, recording.Address(4096, torch.bfloat16))
+    assert launching.is_descriptor(first) and type(again) is GluonDescriptor
+    assert (again.layout, again.shape, again.strides) == (first.layout, first.shape, first.strides)
+    assert again.base.data_ptr() == 4096 and launching._tensor_part(again) == launching._tensor_part(first)

@@ -39,8 +39,9 @@ def compile_for(arch, *options, kernels=KERNELS - {"combine"}):
 def pairs_side_by_side(results):
     """How many (GEMM, small kernel) run beside one another on Hopper, after a check that all have room there together."""
     found = 0
-    for gemm, small in (("y persistent beside", "down_project beside"), ("dx persistent beside", "outer_pair beside")):
-        for one in (result for result in results if result["case"].startswith(gemm)):
+    for product, small in (("y", "down_project beside"), ("dx", "outer_pair beside")):
+        gemms = tuple(f"{product} {way} beside" for way in ("persistent", "pipelined"))
+        for one in (result for result in results if result["case"].startswith(gemms)):
             for other in (result for result in results if result["case"].startswith(small)):
                 blocks = [(result["num_warps"], result["registers"], result["shared"]) for result in (one, other)]
                 assert fit_together("sm_90", *blocks), (one, other)
@@ -117,6 +118,8 @@ def test_other_adapters_and_odd_sizes_fit_hopper(options):
 def test_what_runs_beside_the_gemm_has_room_there(options):
     options = [*options.split(), "--shape", "large", "--case", "beside"]
     kernels = {"down_project", "outer_pair", "fused_linear_persistent"}
+    if "float32" not in " ".join(options):
+        kernels.add("fused_linear_pipelined")
     assert pairs_side_by_side(compile_for("sm_90", *options, kernels=kernels))
 
 

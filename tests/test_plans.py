@@ -41,7 +41,7 @@ def test_every_case_has_a_plan_that_can_run(op, arch):
             assert found[0].way == "tiles" and found[-1] == plans.Plan("vendor", None)
             for plan in found:
                 assert plans.estimate(call(op, m, n, k, r, dtypes), plan, arch) > 0
-                assert plan.way != "persistent" or describable
+                assert plan.way not in plans.PERSISTENT or describable
                 assert plan.way != "inside" or (op == "adapted_linear" and r <= plan.config.BLOCK_R)
 
 
@@ -56,7 +56,18 @@ def test_the_least_estimate_is_picked():
 def test_each_way_is_the_best_somewhere_on_hopper():
     sizes = itertools.product([64, 512, 8192], [1024, 4096], [896, 4096, 14336])
     chosen = {plans._pick(call(op, *size), "sm_90", True, None).way for size in sizes for op in plans.OPS}
-    assert chosen == set(plans.WAYS)
+    assert chosen == set(plans.WAYS) - {"pipelined"}
+
+
+def test_what_never_ran_is_not_taken():
+    tried, all_of_them = plans.options(call(), "sm_90"), plans.options(call(), "sm_90", untried=True)
+    untried = [plan for plan in all_of_them if plan not in tried]
+    assert {plan.way for plan in untried} == {"pipelined"} and [p for p in all_of_them if p not in untried] == tried
+    save(*untried[0])
+    assert plans._pick(call(), "sm_90", True, KEY).way != "pipelined"
+    assert "pipelined" not in {plan.way for plan in plans.options(call(), "sm_90", describable=False, untried=True)}
+    for other in ({"r": 12}, {"dtypes": (torch.bfloat16, torch.float32)}, {"dtypes": (torch.float32,) * 2}):
+        assert "pipelined" not in {plan.way for plan in plans.options(call(**other), "sm_90", untried=True)}
 
 
 def test_the_sums_that_run_beside_the_gemm_alone_can_decide():

@@ -57,16 +57,16 @@ def test_every_plan_of_y_and_dx(arch, few_sms, dtypes, shape):
     s = down_project_in_order(x, a, compute)
     exact_y, exact_s = reference.adapted_linear(*doubles(*tensors), torch.float64)
     M, N, K, R = shape
-    for plan in plans.options(plans.Call("adapted_linear", *shape, x.dtype, compute), arch, describable(x, weight)):
+    call = plans.Call("adapted_linear", *shape, x.dtype, compute)
+    for plan in plans.options(call, arch, describable(x, weight), untried=True):
         y, ours_s = csrc_triton.adapted_linear(*tensors, compute, plan)
         assert_close(y, eager_y, exact_y, f"y of {plan}")
         assert_close(ours_s, s, exact_s, f"s of {plan}")
     ds = reference.down_project(g, b.mT, compute)
     args = (g, weight.mT, None, ds, a.mT)
     eager, exact = reference.fused_linear(*args), reference.fused_linear(*doubles(*args))
-    for plan in plans.options(
-        plans.Call("fused_linear", M, K, N, R, x.dtype, compute), arch, describable(g, weight.mT)
-    ):
+    call = plans.Call("fused_linear", M, K, N, R, x.dtype, compute)
+    for plan in plans.options(call, arch, describable(g, weight.mT), untried=True):
         assert_close(csrc_triton.fused_linear(*args, plan), eager, exact, f"dx of {plan}")
 
 
@@ -77,8 +77,8 @@ def test_persistent_with_more_and_fewer_tiles_than_programs(few_sms, dtypes, ran
     call = plans.Call("adapted_linear", rows, 520, 136, rank, dtypes[0], compute)
     exact = reference.adapted_linear(*doubles(*tensors), torch.float64)[0]
     eager = reference.adapted_linear(*tensors, compute)[0]
-    for plan in plans.options(call, "sm_90"):
-        if plan.way == "persistent":
+    for plan in plans.options(call, "sm_90", untried=True):
+        if plan.way in plans.PERSISTENT:
             y, _ = csrc_triton.adapted_linear(*tensors, compute, plan)
             assert_close(y, eager, exact, f"y of {plan}")
 

@@ -1,15 +1,13 @@
 """The check checked: in a copy of each kernel's source one mask is dropped, or two programs are made to share an element.
 The fault has to be reported, by its kind and in its kernel."""
 
-import importlib
-import importlib.util
-import inspect
 import itertools
 import pkgutil
 from typing import NamedTuple
 
 import pytest
 import torch
+from planting import module, plant
 from ttsem.sanitize import KernelFault
 
 import csrc_triton
@@ -20,15 +18,10 @@ from csrc_triton.segments import Segments
 F16, F32 = torch.float16, torch.float32
 
 
-def module(name):
-    # The package has functions of its modules' names.
-    return importlib.import_module(f"csrc_triton.{name}")
-
-
 def products(way, M=70, N=136, K=64, R=16):
     x, weight, bias, a, b, _ = make_inputs(M, N, K, R, F16)
     call = plans.Call("adapted_linear", M, N, K, R, F16, F16)
-    plan = next(plan for plan in plans.options(call, "sm_90") if plan.way == way)
+    plan = next(plan for plan in plans.options(call, "sm_90", untried=True) if plan.way == way)
     module("adapted_linear").adapted_linear(x, weight, bias, a, b, F16, plan)
 
 
@@ -157,6 +150,10 @@ FAULTS = [
          "[0, start_n], narrow(left", lambda: products("persistent", M=300, N=520)),
     read("_fused_linear_persistent_kernel", "fused_linear_persistent", "mask=mask_n, other=0.0",
          "mask=mask_n | True", lambda: products("persistent")),
+    race("_fused_linear_pipelined_kernel", "fused_linear_pipelined", "_store_tile(y_desc, [start_m, start]",
+         "_store_tile(y_desc, [0, start]", lambda: products("pipelined", M=300, N=520)),
+    read("_fused_linear_pipelined_kernel", "fused_linear_pipelined", "mask=offs_n < N, other=0.0", "mask=offs_n < N + 8",
+         lambda: products("pipelined")),
     race("_grouped_down_project_kernel", "grouped_down_project", "s_ptr + offs_m[:, None] * R",
          "s_ptr + (offs_m - start)[:, None] * R", grouped),
     write("_grouped_down_project_kernel", "grouped_down_project",
@@ -217,26 +214,6 @@ FAULTS = [
     read("_sweep_kernel", "sweep", "PER_PROGRAM // PER_GROUP)", "PER_PROGRAM)", samples_of_groups),
 ]  # fmt: skip
 
-_copies = itertools.count()
-
-
-def plant(fault, folder, monkeypatch):
-    """The kernels and launchers of a faulty copy of the module, put in the place of its own."""
-    original = module(fault.module)
-    source = inspect.getsource(original)
-    edits = [(fault.old, fault.new)] if isinstance(fault.old, str) else zip(fault.old, fault.new)
-    for old, new in edits:
-        assert source.count(old) == 1, f"{old!r} has to be found once"
-        source = source.replace(old, new)
-    path = folder / f"{fault.module}.py"
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location(f"csrc_triton._planted_{next(_copies)}", path)
-    copy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copy)
-    for name, value in vars(copy).items():
-        if getattr(value, "__module__", None) == spec.name:
-            monkeypatch.setattr(original, name, value)
-
 
 def kernels():
     """Every kernel of the library: what `triton.jit` decorates and a launcher launches."""
@@ -250,7 +227,7 @@ def test_a_planted_fault_is_reported(fault, planted, tmp_path, monkeypatch):
     if not planted:
         fault.run()
         return
-    plant(fault, tmp_path, monkeypatch)
+    plant(fault.module, fault.old, fault.new, tmp_path, monkeypatch)
     with pytest.raises(KernelFault) as caught:
         fault.run()
     found = caught.value.fault

@@ -21,7 +21,7 @@ ALIGNED_SHAPES = [(1, 8, 8, 1), (37, 264, 56, 3), (130, 200, 72, 40), (70, 64, 1
 CASES = [
     *(("inside", shape) for shape in SHAPES),
     *(("vendor", shape) for shape in [*SHAPES, WIDE_RANK]),
-    *(("persistent", shape) for shape in ALIGNED_SHAPES),
+    *((way, shape) for way in plans.PERSISTENT for shape in ALIGNED_SHAPES),
 ]
 
 
@@ -35,11 +35,10 @@ def plan_for(way, op, shape, dtypes, device):
     x_dtype, low_rank_dtype = dtypes[0], torch.promote_types(*dtypes)
     call = plans.Call(op, *shape, x_dtype, low_rank_dtype)
     describable = x_dtype.itemsize == 2 and shape[1] % 8 == 0 and shape[2] % 8 == 0
-    found = [
-        plan for plan in plans.options(call, configs.arch_of(torch.device(device)), describable) if plan.way == way
-    ]
+    options = plans.options(call, configs.arch_of(torch.device(device)), describable, untried=True)
+    found = [plan for plan in options if plan.way == way]
     if not found:
-        pytest.skip(f"no plan goes {way} with these dtypes on this device")
+        pytest.skip(f"no plan goes {way} with this rank and these dtypes on this device")
     return found[0]
 
 
@@ -47,7 +46,7 @@ def double(*tensors):
     return tuple(None if t is None else t.double() for t in tensors)
 
 
-@cases("inside", "vendor", "persistent")
+@cases("inside", "vendor", *plans.PERSISTENT)
 @dtypes
 def test_y_and_s(device, way, shape, dtypes):
     plan = plan_for(way, "adapted_linear", shape, dtypes, device)
@@ -60,7 +59,7 @@ def test_y_and_s(device, way, shape, dtypes):
         assert_close(*values, name)
 
 
-@cases("vendor", "persistent")
+@cases("vendor", *plans.PERSISTENT)
 @dtypes
 def test_dx_by_strides(device, way, shape, dtypes):
     m, n, k, r = shape
@@ -80,7 +79,7 @@ def test_takes_any_strides(device, way, layout):
     plan = plan_for(way, "adapted_linear", shape, (dtype, dtype), device)
     x, weight, bias, lora_A, lora_B, _ = make_inputs(*shape, dtype, device=device)
     tensors = (layout(x), layout(weight), bias.repeat_interleave(2)[::2], layout(lora_A), layout(lora_B))
-    if way == "persistent" and not csrc_triton.describable(*tensors[:2]):
+    if way in plans.PERSISTENT and not csrc_triton.describable(*tensors[:2]):
         pytest.skip("descriptors do not reach these strides")
     results = csrc_triton.adapted_linear(*tensors, dtype, plan)
     exact = reference.adapted_linear(*double(*tensors), torch.float64)
@@ -88,9 +87,10 @@ def test_takes_any_strides(device, way, layout):
         assert_close(*values, name)
 
 
-def test_the_persistent_grid_reads_rows_cut_from_wider_ones(device):
-    shape, dtype = (70, 56, 40, 3), torch.bfloat16
-    plan = plan_for("persistent", "adapted_linear", shape, (dtype, dtype), device)
+@pytest.mark.parametrize("way", plans.PERSISTENT)
+def test_a_persistent_grid_reads_rows_cut_from_wider_ones(device, way):
+    shape, dtype = (70, 56, 40, 8), torch.bfloat16
+    plan = plan_for(way, "adapted_linear", shape, (dtype, dtype), device)
     x, weight, bias, lora_A, lora_B, _ = make_inputs(*shape, dtype, device=device)
     wide_x, wide_weight = (torch.full((t.shape[0], 64), torch.nan, dtype=dtype, device=device) for t in (x, weight))
     wide_x[:, 8:48], wide_weight[:, 16:56] = x, weight
@@ -115,9 +115,10 @@ def test_s_inside_is_no_pass_of_its_own(device, monkeypatch):
         assert len(passes) == expected
 
 
-def test_more_tiles_than_programs(device):
-    shape, dtype = (300, 264, 40, 3), torch.float16
-    plan = plan_for("persistent", "adapted_linear", shape, (dtype, dtype), device)
+@pytest.mark.parametrize("way", plans.PERSISTENT)
+def test_more_tiles_than_programs(device, way):
+    shape, dtype = (300 if device == "cpu" else 4000, 1032, 40, 8), torch.float16
+    plan = plan_for(way, "adapted_linear", shape, (dtype, dtype), device)
     *tensors, _ = make_inputs(*shape, dtype, device=device)
     y, _ = csrc_triton.adapted_linear(*tensors, dtype, plan)
     exact = reference.adapted_linear(*double(*tensors), torch.float64)
@@ -148,11 +149,14 @@ def test_what_descriptors_reach(columns, row_stride, offset, dtype, reached):
 @ways
 @pytest.mark.parametrize("norm", ["row", "token", None])
 def test_the_layer_takes_the_way_it_is_given(device, monkeypatch, way, norm):
-    inputs = make_inputs(37, 48, 80, 8, torch.bfloat16, device=device)
+    shape, dtypes = (37, 48, 80, 8), (torch.bfloat16,) * 2
+    plan_for(way, "adapted_linear", shape, dtypes, device)
+    inputs = make_inputs(*shape, *dtypes, device=device)
     taken = []
 
     def pick(call, device, describable):
-        found = {plan.way: plan for plan in plans.options(call, configs.arch_of(device), describable)}
+        options = plans.options(call, configs.arch_of(device), describable, untried=True)
+        found = {plan.way: plan for plan in options}
         taken.append(found.get(way, found["tiles"]).way)
         return found.get(way, found["tiles"])
 

@@ -1,0 +1,258 @@
+"""`fused_linear` for Hopper in Gluon: the persistent GEMM, which loads its next tile's operands while it stores this tile of y.
+
+Triton's own pipeline of loads ends with the loop over K, so that every tile begins with an empty one. Here the steps of all
+of a program's tiles are one sequence, in which the low-rank product is one more step over K (of a large rank, some), and
+their operands go round one ring of buffers. Gluon is experimental: no module may need this one to be imported.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from . import configs
+from .configs import Config, cdiv
+from .fused_linear_persistent import aligned_rows
+from .launching import launch
+from .tiling import grouped_tile, in_steps
+
+# By their names in Triton 3.6, or from 3.8 on.
+_load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_sync_threads = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+@gluon.jit
+def _wait_for_kernel_in_front():
+    gl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _tile_start(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr):
+    pid_m, pid_n = grouped_tile(tile, gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N), GROUP_M)
+    return pid_m * BLOCK_M, pid_n * BLOCK_N
+
+
+@gluon.jit
+def _buffers(slot, ring, descs):
+    """A slot's two buffers, in the shapes and layouts of `descs`: a narrower step fills the first part of each."""
+    left_desc, right_desc = descs
+    PARTS: gl.constexpr = ring[0].shape[2] // left_desc.block_type.shape[1]
+    left = ring[0].index(slot)._reinterpret(left_desc.dtype, [PARTS] + left_desc.block_type.shape, left_desc.layout)
+    right = ring[1].index(slot)._reinterpret(right_desc.dtype, [PARTS] + right_desc.block_type.shape, right_desc.layout)
+    return left.index(0), right.index(0)
+
+
+@gluon.jit
+def _load(slot, ring, descs, start_m, start_n, k, needed, TURN: gl.constexpr):
+    """Fill a slot with [BLOCK_M, a step] of the left and [a step, BLOCK_N] (TURN: the other way round) of the right operand."""
+    left_desc, right_desc = descs
+    left, right = _buffers(slot, ring, descs)
+    full = ring[2].index(slot)
+    mbarrier.expect(full, left_desc.block_type.nbytes + right_desc.block_type.nbytes, pred=needed)
+    _load_tile(left_desc, [start_m, k], full, left, pred=needed)
+    if TURN:
+        _load_tile(right_desc, [start_n, k], full, right, pred=needed)
+    else:
+        _load_tile(right_desc, [k, start_n], full, right, pred=needed)
+
+
+@gluon.jit
+def _load_step(
+    at,
+    ring,
+    wide,
+    low_rank,
+    sizes,
+    W_TURN: gl.constexpr,
+    B_TURN: gl.constexpr,
+    WAIT: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    NUM_PROGRAMS: gl.constexpr,
+):
+    """Begin to load the step `at`: its number, its tile, its number in that, where the tile starts. Returns the next one."""
+    count, tile, step, start_m, start_n = at
+    M, N, k_steps, steps = sizes
+    BLOCK_M: gl.constexpr = wide[0].block_type.shape[0]
+    BLOCK_K: gl.constexpr = wide[0].block_type.shape[1]
+    BLOCK_R: gl.constexpr = low_rank[0].block_type.shape[1]
+    slot = count % ring[0].shape[0]
+    needed = tile < gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
+    if step < k_steps:
+        _load(slot, ring, wide, start_m, start_n, step * BLOCK_K, needed, W_TURN)
+    else:
+        if WAIT == "for S":
+            _wait_for_kernel_in_front()
+        _load(slot, ring, low_rank, start_m, start_n, (step - k_steps) * BLOCK_R, needed, B_TURN)
+    step += 1
+    if step == steps:
+        step = 0
+        tile += NUM_PROGRAMS
+        start_m, start_n = _tile_start(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    return count + 1, tile, step, start_m, start_n
+
+
+@gluon.jit
+def _multiply_step(acc, use_acc, count, ring, descs, TURN: gl.constexpr):
+    """Begin ``acc + left right`` for step number `count`. The step before it has been multiplied when this returns."""
+    STAGES: gl.constexpr = ring[0].shape[0]
+    left, right = _buffers(count % STAGES, ring, descs)
+    mbarrier.wait(ring[2].index(count % STAGES), count // STAGES & 1)
+    if TURN:
+        right = right.permute((1, 0))
+    acc = warpgroup_mma(left, right, acc, use_acc=use_acc, is_async=True)
+    acc = warpgroup_mma_wait(1, deps=(acc,))
+    # Each group of warps has waited for its own product.
+    _sync_threads()
+    return acc
+
+
+@gluon.jit
+def _halves(t):
+    """The left and the right half of the tile `t`: each thread keeps what it has."""
+    return gl.split(gl.permute(gl.reshape(t, (t.shape[0], 2, t.shape[1] // 2)), (0, 2, 1)))
+
+
+@gluon.jit
+def _fused_linear_pipelined_kernel(
+    x_desc,
+    w_desc,
+    s_desc,
+    b_desc,
+    y_desc,
+    bias_ptr,
+    stride_bias,
+    HAS_BIAS: gl.constexpr,
+    W_ROWS_OVER_K: gl.constexpr,
+    B_ROWS_OVER_R: gl.constexpr,
+    WAIT: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    NUM_PROGRAMS: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """``y = x Wᵀ + bias + S Bᵀ`` for x [M, K], W [N, K] (W_ROWS_OVER_K: stored [K, N]), S [M, R], B [N, R] (B_ROWS_OVER_R:
+    stored [R, N]), y [M, N], all 16-bit.
+
+    Program p writes the tiles p, p + NUM_PROGRAMS, ... of y; accumulates in fp32, rounds once. WAIT as in
+    `_fused_linear_persistent_kernel`.
+    """
+    QUARTER_N: gl.constexpr = BLOCK_N // 4
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_N, 16])
+    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
+    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)
+    y_bufs = gl.allocate_shared_memory(y_desc.dtype, [2] + y_desc.block_type.shape, y_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)
+    ring, wide, low_rank = (x_bufs, w_bufs, full), (x_desc, w_desc), (s_desc, b_desc)
+    W_TURN: gl.constexpr = not W_ROWS_OVER_K
+    B_TURN: gl.constexpr = not B_ROWS_OVER_R
+
+    # Descriptors reach rows of whole 16 bytes alone.
+    M, N = y_desc.shape[0], in_steps(y_desc.shape[1], 8)
+    num_tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
+    k_steps = gl.cdiv(x_desc.shape[1], BLOCK_K)
+    steps = k_steps + gl.cdiv(s_desc.shape[1], BLOCK_R)
+    sizes = (M, N, k_steps, steps)
+    # The steps of all tiles are counted in one row; while number `count` is multiplied, the next STAGES - 1 are loaded.
+    first = gl.program_id(0)
+    start_m, start_n = _tile_start(first, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    at = (0, first, 0, start_m, start_n)
+    for _ in gl.static_range(STAGES - 1):
+        at = _load_step(at, ring, wide, low_rank, sizes, W_TURN, B_TURN, WAIT, BLOCK_N, GROUP_M, NUM_PROGRAMS)
+    count = 0
+    for tile in range(first, num_tiles, NUM_PROGRAMS):
+        acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, layout=acc_layout)
+        for step in range(0, k_steps):
+            acc = _multiply_step(acc, step > 0, count, ring, wide, W_TURN)
+            at = _load_step(at, ring, wide, low_rank, sizes, W_TURN, B_TURN, WAIT, BLOCK_N, GROUP_M, NUM_PROGRAMS)
+            count += 1
+        for _step in range(k_steps, steps):
+            acc = _multiply_step(acc, True, count, ring, low_rank, B_TURN)
+            at = _load_step(at, ring, wide, low_rank, sizes, W_TURN, B_TURN, WAIT, BLOCK_N, GROUP_M, NUM_PROGRAMS)
+            count += 1
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+
+        start_m, start_n = _tile_start(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        left, right = _halves(acc)
+        quarters = _halves(left) + _halves(right)
+        for i in gl.static_range(4):
+            quarter = quarters[i]
+            start = start_n + i * QUARTER_N
+            if HAS_BIAS:
+                offs_n = start + gl.arange(0, QUARTER_N, layout=gl.SliceLayout(0, quarter.type.layout))
+                bias = gl.load(bias_ptr + offs_n.to(gl.int64) * stride_bias, mask=offs_n < N, other=0.0)
+                quarter += bias.to(gl.float32)[None, :]
+            y_buf = y_bufs.index(i % 2)
+            # All but the last store have read their buffers, and so has the one that read this.
+            tma.store_wait(pendings=1)
+            y_buf.store(quarter.to(y_desc.dtype))
+            fence_async_shared()
+            _store_tile(y_desc, [start_m, start], y_buf)
+    tma.store_wait(pendings=0)
+    if WAIT == "at the end":
+        # What comes after this kernel waits for its end alone.
+        _wait_for_kernel_in_front()
+
+
+def launch_pipelined(
+    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, config: Config, wait: str = ""
+) -> Tensor:
+    """y, for operands that are `describable`, and s and b of their dtype and a rank that is a multiple of 8; `wait` as in
+    `launch_persistent`."""
+    M, N = x.shape[0], weight.shape[0]
+    y = torch.empty(M, N, device=x.device, dtype=x.dtype)
+    # Small as they are, they are copied where descriptors do not reach them.
+    s = s if aligned_rows(s) else s.contiguous()
+    b = b if aligned_rows(b) or aligned_rows(b.mT) else b.contiguous()
+    w_rows_over_k, b_rows_over_r = not aligned_rows(weight), not aligned_rows(b)
+    block_m, block_n, block_k, block_r = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
+    programs = configs.num_sms(x.device)
+    launch(
+        _fused_linear_pipelined_kernel,
+        (min(programs, cdiv(M, block_m) * cdiv(N, block_n)),),
+        _described(x, block_m, block_k),
+        _described(weight.mT, block_k, block_n) if w_rows_over_k else _described(weight, block_n, block_k),
+        _described(s, block_m, block_r),
+        _described(b.mT, block_r, block_n) if b_rows_over_r else _described(b, block_n, block_r),
+        _described(y, block_m, block_n // 4),
+        bias,
+        0 if bias is None else bias.stride(0),
+        HAS_BIAS=bias is not None,
+        W_ROWS_OVER_K=w_rows_over_k,
+        B_ROWS_OVER_R=b_rows_over_r,
+        WAIT=wait,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        BLOCK_R=block_r,
+        STAGES=config.num_stages,
+        GROUP_M=config.GROUP_M,
+        NUM_PROGRAMS=programs,
+        num_warps=config.num_warps,
+        launch_pdl=wait != "",
+        **(configs.leave_registers(config) if wait else {}),
+    )
+    return y
+
+
+_GLUON_DTYPE = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+def _described(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], _GLUON_DTYPE[t.dtype])
+    return TensorDescriptor.from_tensor(t, [rows, columns], layout)

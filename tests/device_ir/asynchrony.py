@@ -1,0 +1,197 @@
+"""What runs beside a program's threads, as late and as early as it may: copies by the tensor memory unit, matrix products.
+
+ttsem 0.1.0 does such a step at once, so that a wait too few changes nothing. Here a copy spoils what it overwrites when it is
+begun and brings its data when its barrier is waited for; a product's sum is NaN until it is waited for, and its operands must
+then be what they were; a store's buffer must not change before that is waited for.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from ttsem import ops
+
+
+class Unordered(AssertionError):
+    """Nothing orders two steps of which one needs the other."""
+
+
+@dataclasses.dataclass(eq=False)
+class Reading:
+    """Something that reads these buffers, in which this was when it began."""
+
+    buffers: list[np.ndarray]
+    before: list[np.ndarray]
+    finish: Any = None
+
+    @classmethod
+    def of(cls, buffers, finish=None):
+        return cls(buffers, [b.copy() for b in buffers], finish)
+
+    def end(self, what: str) -> None:
+        for buffer, before in zip(self.buffers, self.before):
+            if buffer.tobytes() != before.tobytes():
+                raise Unordered(f"what {what} reads is overwritten before it has read it")
+        if self.finish is not None:
+            self.finish()
+
+
+@dataclasses.dataclass(eq=False)
+class Arriving:
+    """A copy to `buffer`, of which `barrier` is told."""
+
+    buffer: np.ndarray
+    data: np.ndarray
+    barrier: Any
+
+
+class UnderWay:
+    """All that one program has begun, and how much of it there has been."""
+
+    def __init__(self) -> None:
+        self.copies: list[Arriving] = []
+        self.products: list[Reading] = []
+        self.stores: list[Reading] = []
+        self.sums: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.unfenced: list[np.ndarray] = []
+        self.read_by_some: list[np.ndarray] = []
+        self.waited_for_kernel_in_front = False
+
+    def end(self) -> None:
+        for what in ("copies", "products", "stores"):
+            if getattr(self, what):
+                raise Unordered(f"the program ends before its {what} do")
+
+
+def overlap(buffers: list[np.ndarray], buffer: np.ndarray) -> bool:
+    return any(np.shares_memory(buffer, other) for other in buffers)
+
+
+class Asynchrony:
+    """Handlers of the operations that begin something or wait for it. `after_kernel_in_front`: the addresses of what the
+    kernel in front of this one writes."""
+
+    def __init__(self) -> None:
+        self.now = UnderWay()
+        self.after_kernel_in_front: range = range(0)
+        self.counts = {"copies": 0, "products": 0, "stores": 0, "programs": 0}
+
+    def load(self, interp, op, args):
+        desc, coords, _, barrier, dest, pred = ops._segments(op, args, 6)
+        if pred and not bool(np.asarray(pred[0])):
+            return []
+        desc, buffer = ops._desc(op, desc), ops._md(op, dest).data
+        if overlap([copy.buffer for copy in self.now.copies], buffer):
+            raise Unordered("two copies to one buffer")
+        if overlap(self.now.read_by_some, buffer):
+            raise Unordered("a copy to what other warps may still read")
+        if int(desc.base) in self.after_kernel_in_front and not self.now.waited_for_kernel_in_front:
+            raise Unordered("a copy of what the kernel in front may not have written")
+        data = ops._desc_block(interp, desc, *ops._desc_pointers(desc, coords), buffer.dtype)
+        buffer.view(np.uint16)[...] = 0xFFFF  # NaN, in either 16-bit type
+        self.now.copies.append(Arriving(buffer, data, ops._barrier(interp, op, barrier)))
+        self.counts["copies"] += 1
+        return []
+
+    def wait_barrier(self, interp, op, args):
+        alloc, phase, *_ = ops._segments(op, args, 4)
+        barrier, parity = ops._barrier(interp, op, alloc), ops._scalar(phase[0]) & 1
+        for copy in [copy for copy in self.now.copies if copy.barrier is barrier]:
+            if barrier.passes(parity):
+                break
+            copy.buffer[...] = copy.data
+            barrier.complete_tx(copy.buffer.nbytes)
+            self.now.copies.remove(copy)
+        if not barrier.passes(parity):
+            raise Unordered("a wait for what nothing before it brings")
+        return []
+
+    def multiply(self, interp, op, args):
+        a, b, acc = args[:3]
+        _, acc = self.now.sums.get(id(acc), (None, acc))
+        operands = [t.data for t in (a, b) if isinstance(t, ops.MemDesc)]
+        (total,) = ops_before["ttng.warp_group_dot"](interp, op, [a, b, acc, *args[3:]])
+        shown = np.full_like(total, np.nan)
+
+        def finish():
+            del self.now.sums[id(shown)]
+            shown[...] = total
+            self.now.read_by_some += operands
+
+        self.now.sums[id(shown)] = (shown, total)
+        self.now.products.append(Reading.of(operands, finish))
+        self.counts["products"] += 1
+        return [shown]
+
+    def wait_products(self, interp, op, args):
+        self._wait(self.now.products, op, "a product")
+        return list(args[: len(op.result_types)])
+
+    def store_shared(self, interp, op, args):
+        self.now.unfenced += [t.data for t in args if isinstance(t, ops.MemDesc)]
+        return ops_before["ttg.local_store"](interp, op, args)
+
+    def fence(self, interp, op, args):
+        self.now.unfenced.clear()
+        return []
+
+    def store(self, interp, op, args):
+        buffer = ops._md(op, args, len(args) - 1).data
+        if overlap(self.now.unfenced, buffer):
+            raise Unordered("a store of what the tensor memory unit may not see yet")
+        self.now.stores.append(Reading.of([buffer]))
+        self.counts["stores"] += 1
+        return ops_before["ttng.async_tma_copy_local_to_global"](interp, op, args)
+
+    def wait_stores(self, interp, op, args):
+        self._wait(self.now.stores, op, "a store")
+        return []
+
+    def _wait(self, under_way, op, what):
+        pendings = int(ops._attr(op, "pendings", 0))
+        while len(under_way) > pendings:
+            under_way.pop(0).end(what)
+
+    def barrier(self, interp, op, args):
+        self.now.read_by_some.clear()
+        return []
+
+    def assembly(self, interp, op, args):
+        if "griddepcontrol.wait" not in op.text:
+            return ops_before["tt.elementwise_inline_asm"](interp, op, args)
+        self.now.waited_for_kernel_in_front = True
+        return [np.zeros((), np.int32)]
+
+    def end(self, interp, op, args):
+        self.now.end()
+        self.now = UnderWay()
+        self.counts["programs"] += 1
+        return ops_before["tt.return"](interp, op, args)
+
+
+ops_before = dict(ops.OPS)
+
+
+@contextlib.contextmanager
+def as_late_as_allowed() -> Iterator[Asynchrony]:
+    """Kernels launched within run so; `Unordered` where that shows."""
+    found = Asynchrony()
+    handlers = {
+        "ttng.async_tma_copy_global_to_local": found.load,
+        "ttng.wait_barrier": found.wait_barrier,
+        "ttng.warp_group_dot": found.multiply,
+        "ttng.warp_group_dot_wait": found.wait_products,
+        "ttg.local_store": found.store_shared,
+        "ttng.fence_async_shared": found.fence,
+        "ttng.async_tma_copy_local_to_global": found.store,
+        "ttng.async_tma_store_wait": found.wait_stores,
+        "ttg.barrier": found.barrier,
+        "gpu.barrier": found.barrier,
+        "tt.elementwise_inline_asm": found.assembly,
+        "tt.return": found.end,
+    }
+    with mock.patch.dict(ops.OPS, handlers):
+        yield found
