@@ -63,17 +63,22 @@ def launch_remembered(kernel, grid: tuple[int, ...], args: tuple, options: dict[
             _compiled.clear()
         compiled = _compiled[key] = kernel[grid](*args, **options)
     else:
-        stream = driver.active.get_current_stream(device)
-        run(compiled, (*grid, 1, 1)[:3], (*args, *constexprs(kernel, options)), stream)
+        run = runner(driver.active.get_current_stream(device))
+        run(compiled, (*grid, 1, 1)[:3], (*args, *constexprs(kernel, options)))
     return compiled
 
 
-def run(compiled, grid: tuple[int, int, int], args: Sequence, stream: int) -> None:
-    """Launch what was `compiled` on the current device, as Triton itself does it; args: all of the kernel's, a tensor or the
-    address of its first element where it has a pointer."""
+def runner(stream: int) -> Callable[[Any, tuple[int, int, int], Sequence], None]:
+    """``run(compiled, grid, args)``: launches what was compiled on this stream of the current device, as Triton itself does it,
+    with the hooks as they are now; args: all of the kernel's, a tensor or the address of its first element where it has a
+    pointer."""
     enter, leave = _used(knobs.runtime.launch_enter_hook), _used(knobs.runtime.launch_exit_hook)
-    metadata = None if enter is None else compiled.launch_metadata(grid, stream, *args)
-    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *args)
+
+    def run(compiled, grid: tuple[int, int, int], args: Sequence) -> None:
+        metadata = None if enter is None else compiled.launch_metadata(grid, stream, *args)
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *args)
+
+    return run
 
 
 def _used(hook: Callable | None) -> Callable | None:

@@ -6,6 +6,7 @@ allocates, views, launches and adds a product in place can be recorded.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ from .launching import constexprs, is_descriptor, watch
 _ALLOCATIONS = (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default)
 _PRODUCTS = (torch.ops.aten.addmm_.default,)
 _ALIGNMENT = 512
+MAX_DESCRIPTORS = 64
+"""How many descriptors of one place are kept: a weight has one, an activation as many as the addresses it takes in turns."""
 
 
 class Slot(NamedTuple):
@@ -38,17 +41,33 @@ class View(NamedTuple):
     geometry: tuple[torch.Size, tuple[int, ...], int] | None
 
 
+class Described(NamedTuple):
+    """A descriptor of what lies at `slot`, with those of it that were made, by the address they are for."""
+
+    descriptor: TensorDescriptor
+    slot: Slot
+    made: dict[int, TensorDescriptor]
+
+    def at(self, address: int) -> TensorDescriptor:
+        """The descriptor for what lies at `address`."""
+        found = self.made.get(address)
+        if found is None:
+            if len(self.made) >= MAX_DESCRIPTORS:
+                self.made.clear()
+            found = self.made[address] = described(self.descriptor, Address(address, self.slot.dtype))
+        return found
+
+
 class Launch(NamedTuple):
-    """A launch of what was `compiled`, or by the interpreter of `kernel` with `options`. `args` lacks its tensors: they lie at
-    `slots`, and those that a descriptor reaches at the slots of `descriptors`, each with its position in `args`."""
+    """A launch of what was `compiled`, or by the interpreter of `kernel` with `options`. Its arguments are those of the
+    recording's values that have these `numbers`: `pick` takes them out."""
 
     kernel: Any
     compiled: Any
     grid: tuple[int, ...]
-    args: list
     options: dict[str, Any]
-    slots: tuple[tuple[int, Slot], ...]
-    descriptors: tuple[tuple[int, TensorDescriptor, Slot], ...]
+    pick: Callable[[Sequence], tuple]
+    numbers: tuple[int, ...]
 
 
 class Product(NamedTuple):
@@ -60,11 +79,15 @@ class Product(NamedTuple):
 
 class Recording(NamedTuple):
     """One kind of call. Its tensors are numbered: its inputs, then one for each of `allocated` (size, dtype), whose memory is
-    the results', then `scratch_bytes` for all that it allocates and does not return."""
+    the results', then `scratch_bytes` for all that it allocates and does not return. Its launches take `values`, in which
+    addresses and descriptors are left out: those of `slots` and `descriptors`, each with its number."""
 
     device: torch.device
     allocated: tuple[tuple[torch.Size, torch.dtype], ...]
     scratch_bytes: int
+    values: list
+    slots: tuple[tuple[int, Slot], ...]
+    descriptors: tuple[tuple[int, Described], ...]
     steps: tuple[Launch | Product, ...]
     results: View | tuple[View, ...] | None
 
@@ -105,7 +128,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.allocated: list[Tensor] = []
-        self.steps: list[Callable[[_Places], Launch | Product]] = []
+        self.steps: list[Callable[[_Places, _Values], Launch | Product]] = []
         self.unknown: str | None = None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -113,13 +136,13 @@ class _Recorder(TorchDispatchMode):
         if func in _ALLOCATIONS:
             self.allocated.append(result)
         elif func in _PRODUCTS and not kwargs:
-            self.steps.append(lambda places: Product(func, tuple(map(places.view, args))))
+            self.steps.append(lambda places, values: Product(func, tuple(map(places.view, args))))
         elif not (func.is_view and _is_part(result, args[0])):
             self.unknown = str(func)
         return result
 
     def __enter__(self):
-        watch.watcher = lambda *launch: self.steps.append(lambda places: _launch(*launch, places))
+        watch.watcher = lambda *launch: self.steps.append(lambda places, values: _launch(*launch, places, values))
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -183,26 +206,61 @@ def _recording(inputs: list[Tensor], recorder: _Recorder, result: Any) -> Record
         return _view(t, numbers[_storage(t)], whole, t.storage_offset())
 
     found = tuple(map(returned, results))
+    values = _Values()
+    steps = tuple(step(places, values) for step in recorder.steps)
     return Recording(
         inputs[0].device,
         tuple((t.shape, t.dtype) for t in kept.values()),
         places.scratch_bytes,
-        tuple(step(places) for step in recorder.steps),
+        values.all,
+        tuple((number, slot) for slot, number in values.slots.items()),
+        tuple(values.descriptors),
+        steps,
         None if result is None else found[0] if isinstance(result, Tensor) else found,
     )
 
 
+class _Values:
+    """What the launches of a recording take: `all` but for tensors, each at its number."""
+
+    def __init__(self) -> None:
+        self.all: list = []
+        self.slots: dict[Slot, int] = {}
+        self.descriptors: list[tuple[int, Described]] = []
+
+    def number(self, argument: Any, places: _Places) -> int:
+        """The number of a launch's argument. A tensor has one for all launches."""
+        if isinstance(argument, Tensor):
+            slot = places.slot(argument)
+            if slot not in self.slots:
+                self.slots[slot] = self._add(None)
+            return self.slots[slot]
+        if is_descriptor(argument):
+            slot = places.slot(argument.base)
+            blank = described(argument, Address(0, slot.dtype))
+            self.descriptors.append((self._add(None), Described(blank, slot, {})))
+            return self.descriptors[-1][0]
+        return self._add(argument)
+
+    def _add(self, value: Any) -> int:
+        self.all.append(value)
+        return len(self.all) - 1
+
+
 def _launch(
-    kernel, grid: tuple[int, ...], args: tuple, options: dict[str, Any], compiled: Any, places: _Places
+    kernel,
+    grid: tuple[int, ...],
+    args: tuple,
+    options: dict[str, Any],
+    compiled: Any,
+    places: _Places,
+    values: _Values,
 ) -> Launch:
     if compiled is None and isinstance(kernel, JITFunction):
         raise LookupError("a hook has kept the compiled kernel to itself")
-    slots = tuple((i, places.slot(a)) for i, a in enumerate(args) if isinstance(a, Tensor))
-    found = [(i, a, places.slot(a.base)) for i, a in enumerate(args) if is_descriptor(a)]
-    descriptors = tuple((i, described(a, Address(0, slot.dtype)), slot) for i, a, slot in found)
-    bare = [None if isinstance(a, Tensor) or is_descriptor(a) else a for a in args]
-    args = bare if compiled is None else [*bare, *constexprs(kernel, options)]
-    return Launch(kernel, compiled, (*grid, 1, 1)[:3], args, options, slots, descriptors)
+    args = args if compiled is None else (*args, *constexprs(kernel, options))
+    numbers = tuple(values.number(argument, places) for argument in args)
+    return Launch(kernel, compiled, (*grid, 1, 1)[:3], options, itemgetter(*numbers), numbers)
 
 
 def _view(t: Tensor, number: int, whole: Tensor, offset: int) -> View:

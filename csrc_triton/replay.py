@@ -15,8 +15,8 @@ from torch import Tensor
 from triton.runtime import driver
 
 from . import batch_invariance
-from .launching import ON_ROCM, compile_settings, run
-from .recording import Address, Launch, Recording, View, described, record
+from .launching import ON_ROCM, compile_settings, runner
+from .recording import Launch, Recording, View, record
 
 MAX_KINDS = 4096
 """How many kinds of call are kept in mind before all are forgotten: some 11 KB each."""
@@ -94,34 +94,34 @@ def kind_of(launcher: Callable, args: tuple) -> tuple[tuple, list[Tensor], list[
 
 
 def _replay_on(device: int | None, recording: Recording, tensors: list[Tensor], addresses: list[int]) -> Any:
-    stream = driver.active.get_current_stream(device)
+    run = runner(driver.active.get_current_stream(device))
 
-    def start(launch: Launch, args: list) -> None:
-        run(launch.compiled, launch.grid, args, stream)
+    def start(launch: Launch, args: tuple) -> None:
+        run(launch.compiled, launch.grid, args)
 
     return replay(recording, tensors, addresses, start)
 
 
 def replay(
-    recording: Recording, tensors: list[Tensor], addresses: list[int], start: Callable[[Launch, list], None]
+    recording: Recording, tensors: list[Tensor], addresses: list[int], start: Callable[[Launch, tuple], None]
 ) -> Any:
     """The recorded call on its inputs `tensors`, which lie at `addresses`; ``start(launch, args)`` starts a launch with all its
     arguments."""
-    device, allocated, scratch_bytes, steps, results = recording
+    device, allocated, scratch_bytes, values, slots, descriptors, steps, results = recording
     made = [torch.empty(size, dtype=dtype, device=device) for size, dtype in allocated]
     tensors += made
     addresses += [t.data_ptr() for t in made]
     if scratch_bytes:
         scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
         addresses.append(scratch.data_ptr())
+    values = values.copy()
+    for number, (tensor, offset, _) in slots:
+        values[number] = addresses[tensor] + offset
+    for number, known in descriptors:
+        values[number] = known.at(addresses[known.slot.tensor] + known.slot.offset)
     for step in steps:
         if type(step) is Launch:
-            args = step.args.copy()
-            for position, (tensor, offset, _) in step.slots:
-                args[position] = addresses[tensor] + offset
-            for position, descriptor, (tensor, offset, dtype) in step.descriptors:
-                args[position] = described(descriptor, Address(addresses[tensor] + offset, dtype))
-            start(step, args)
+            start(step, step.pick(values))
         else:
             step.function(*[_taken(view, tensors) for view in step.args])
     if results is None:

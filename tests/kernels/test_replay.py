@@ -1,6 +1,7 @@
 """A replayed call gives what its launcher gives, to the bit, on other tensors of its kind."""
 
 import ctypes
+import dataclasses
 import threading
 
 import pytest
@@ -43,12 +44,22 @@ def tensor_at(address, dtype):
     return torch.frombuffer((ctypes.c_char * dtype.itemsize).from_address(address), dtype=dtype)
 
 
-def interpret(launch, args):
-    for position, slot in launch.slots:
-        args[position] = tensor_at(args[position], slot.dtype)
-    for position, _, slot in launch.descriptors:
-        args[position].base = tensor_at(args[position].base.data_ptr(), slot.dtype)
-    launch.kernel[launch.grid](*args, **launch.options)
+def interpreter(recording):
+    """Starts the launches of a recording by the interpreter."""
+    slots, descriptors = dict(recording.slots), dict(recording.descriptors)
+
+    def taken(number, argument):
+        if number in slots:
+            return tensor_at(argument, slots[number].dtype)
+        if number in descriptors:
+            base = tensor_at(argument.base.data_ptr(), argument.base.dtype)
+            return dataclasses.replace(argument, base=base)
+        return argument
+
+    def start(launch, args):
+        launch.kernel[launch.grid](*map(taken, launch.numbers, args), **launch.options)
+
+    return start
 
 
 def replayed(launcher, args, others):
@@ -59,7 +70,7 @@ def replayed(launcher, args, others):
     assert kind == replay.kind_of(launcher, args)[0]
     if recording.device.type == "cuda":
         return first, replay._replay_on(recording.device.index, recording, inputs, addresses)
-    return first, replay.replay(recording, inputs, addresses, interpret)
+    return first, replay.replay(recording, inputs, addresses, interpreter(recording))
 
 
 def tensors(*args):
@@ -126,7 +137,7 @@ def test_training_by_replay_has_the_same_bits(device, norm, monkeypatch):
         def call(*args):
             kind, inputs, addresses = replay.kind_of(launcher, args)
             if kind in recordings:
-                return replay.replay(recordings[kind], inputs, addresses, interpret)
+                return replay.replay(recordings[kind], inputs, addresses, interpreter(recordings[kind]))
             result, recordings[kind] = record(launcher, args)
             return result
 
