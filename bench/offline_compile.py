@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import csrc_triton
 from csrc_triton import configs, describable, plans
+from csrc_triton.chain import chained
 from csrc_triton.down_project import down_project_beside
 from csrc_triton.fused_linear import launch_beside
 from csrc_triton.low_rank_add import low_rank_product
@@ -40,6 +41,8 @@ TARGETS = {
 }
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 """Shared memory (LDS) one block can have, in bytes."""
+OVERLAPPING = ("sm_90", "sm_100")
+"""Where a kernel can begin before the one in front of it has ended."""
 TENSOR_COLUMNS = 512
 """Columns of sm_100's tensor memory. A kernel that needs more compiles to a trap."""
 
@@ -122,6 +125,7 @@ def catch_launches(call, arch: str) -> list[tuple[JITFunction, tuple, dict]]:
         mock.patch.object(JITFunction, "run", catch),
         mock.patch.object(torch.Tensor, "addmm_", lambda self, *args, **kwargs: self),
         mock.patch.object(configs, "arch_of", lambda device: arch),
+        mock.patch.object(configs, "can_overlap", lambda device: arch in OVERLAPPING),
     ):
         call()
     return caught
@@ -196,6 +200,16 @@ def _run(tool: str, *args: str) -> str:
     return subprocess.run([_NVIDIA_BIN / tool, *args], check=True, capture_output=True, text=True).stdout
 
 
+def in_a_chain(call):
+    """`call`, whose first launch lets the one after it begin."""
+
+    def run():
+        with chained(True):
+            call()
+
+    return run
+
+
 def launches(
     arch: str, dtype: torch.dtype, adapter_dtype: torch.dtype, r: int, m: int = 2048, n: int = 4096, k: int = 4096
 ):
@@ -210,9 +224,11 @@ def launches(
     yield f"down_project {label}", lambda: csrc_triton.down_project(x, a, compute)
     beside = configs.beside(k, r, dtype, arch, compute)
     if beside is not None:
-        yield f"down_project beside y {label}", lambda: down_project_beside(x, a, compute, beside)
+        yield f"down_project beside y {label}", in_a_chain(lambda: down_project_beside(x, a, compute, beside))
     call = plans.Call("adapted_linear", m, n, k, r, dtype, compute)
     for plan in plans.options(call, arch, describable(x, w), untried=True):
+        if plan.way in plans.PERSISTENT:
+            yield f"y {plan.way} beside S {label}", lambda plan=plan: launch_beside(x, w, bias, s, b, plan, "for S")
         if plan.way != "vendor":
             yield f"y {plan.way} {label}", lambda plan=plan: csrc_triton.adapted_linear(x, w, bias, a, b, compute, plan)
     call = plans.Call("fused_linear", m, k, n, r, dtype, compute)
@@ -220,10 +236,6 @@ def launches(
         if plan.way != "vendor":
             yield f"dx {plan.way} {label}", lambda plan=plan: csrc_triton.fused_linear(g, w.mT, None, s, a.mT, plan)
             if plan.way in plans.PERSISTENT:
-                yield (
-                    f"y {plan.way} beside S {label}",
-                    lambda plan=plan: launch_beside(x, w, bias, s, b, plan, "for S"),
-                )
                 yield (
                     f"dx {plan.way} beside dB and dA {label}",
                     lambda plan=plan: launch_beside(g, w.mT, None, s, a.mT, plan, "at the end"),
@@ -239,11 +251,6 @@ def launches(
                 g, x, s, b, c.get(norm), 2.0, norm, True, adapter_dtype, adapter_dtype
             ),
         )
-    for norm in (None, "row", "matrix", "factor", "token"):
-        yield (
-            f"layer_grads {norm} {label}",
-            lambda norm=norm: csrc_triton.layer_grads(g, x, s, w, a, b, 2.0, norm, adapter_dtype, adapter_dtype),
-        )
     pair = pick_pair(n, k, r, dtype, arch, compute)
     if pair is not None:
         columns, rank = Rule(None, c["row"], "columns"), Rule(None, c["factor"], "rank")
@@ -251,8 +258,13 @@ def launches(
         for norm, rules in (("row", (columns, Rule())), ("factor", (columns, rank)), ("token", (rows, rows))):
             yield (
                 f"outer_pair beside dx {norm} {label}",
-                lambda rules=rules: outer_pair(g, s, rules[0], x, s, rules[1], pair, start_next=True),
+                in_a_chain(lambda rules=rules: outer_pair(g, s, rules[0], x, s, rules[1], pair)),
             )
+    for norm in (None, "row", "matrix", "factor", "token"):
+        yield (
+            f"layer_grads {norm} {label}",
+            lambda norm=norm: csrc_triton.layer_grads(g, x, s, w, a, b, 2.0, norm, adapter_dtype, adapter_dtype),
+        )
     # Samples of 16 rows share a program, those of 512 are cut; the shortest take the Gram form.
     for norm, rows in (("row", 16), ("entry", 16), ("token", 512), ("row", 1), ("entry", 1)):
         segments = csrc_triton.Segments(m // rows, rows)

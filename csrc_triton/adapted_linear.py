@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import configs, plans
+from .chain import chained
 from .down_project import down_project, down_project_beside
 from .fused_linear import fused_linear, launch_beside, launch_tiles
 from .fused_linear_persistent import describable
@@ -32,7 +33,8 @@ def adapted_linear(
     if M and plan.way in plans.PERSISTENT and configs.can_overlap(x.device):
         beside = configs.beside(K, R, x.dtype, configs.arch_of(x.device), dtype)
         if beside is not None:
-            s = down_project_beside(x, a, dtype, beside)
-            return launch_beside(x, weight, bias, s, b, plan, wait="for S"), s
+            with chained(True):
+                s = down_project_beside(x, a, dtype, beside)
+                return launch_beside(x, weight, bias, s, b, plan, wait="for S"), s
     s = down_project(x, a, dtype)
     return fused_linear(x, weight, bias, s, b, plan), s

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chain import join_chain
 from .configs import cdiv
 from .launching import launch
 from .tiling import TRITON_DTYPE, narrow, offsets
@@ -62,6 +63,7 @@ def _combine_kernel(
     UNITS,
     TILES,
     stride_weight,
+    CHAIN: tl.constexpr,
     OUT_DTYPE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_FIRST: tl.constexpr,
@@ -73,6 +75,7 @@ def _combine_kernel(
 
     partial [·, UNITS · UNIT] and out [Q, UNITS · UNIT] are contiguous. One program writes a tile of one group, one of TILES.
     """
+    join_chain(CHAIN)
     group = (tl.program_id(0) // TILES).to(tl.int64)
     start = group * P
     stop = start + P
@@ -108,6 +111,7 @@ def _combine_pair_kernel(
     UNITS_1,
     UNITS_2,
     TILES_1,
+    CHAIN: tl.constexpr,
     OUT_DTYPE_1: tl.constexpr,
     OUT_DTYPE_2: tl.constexpr,
     UNIT_1: tl.constexpr,
@@ -116,6 +120,7 @@ def _combine_pair_kernel(
     BLOCK: tl.constexpr,
 ):
     """``out_i = Σ_p partial_i[p]`` for two partial_i [P, UNITS_i · UNIT_i]: TILES_1 programs write out_1, the rest out_2."""
+    join_chain(CHAIN)
     pid = tl.program_id(0)
     # One group of parts, with offsets of 64 bits.
     stop = P.to(tl.int64)

@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import batch_invariance, configs
+from .chain import join_chain
 from .combine import combine_groups
 from .configs import cdiv
 from .launching import launch
@@ -29,11 +29,11 @@ def _down_project_kernel(
     stride_ak,
     stride_scale,
     SPLIT_K,
+    CHAIN: tl.constexpr,
     DTYPE: tl.constexpr,
     OUT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_SCALE: tl.constexpr,
-    START_NEXT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -43,11 +43,9 @@ def _down_project_kernel(
     """``s[p] = x[:, part p] A[:, part p]ᵀ`` for x [M, K], A [R, K], contiguous s [P, M, R], part p = SPLIT_K columns of x;
     with HAS_SCALE also ``s[PARTS + p]``, of A times scale [K].
 
-    One program writes one [BLOCK_M, BLOCK_R] tile of one part; accumulates in fp32. With START_NEXT the stream's next kernel
-    may begin once all of these programs have.
+    One program writes one [BLOCK_M, BLOCK_R] tile of one part; accumulates in fp32.
     """
-    if START_NEXT:
-        gdc_launch_dependents()
+    join_chain(CHAIN)
     R, stride_ak = in_steps(R, R_STEP), in_steps(stride_ak, A_STEP)
     offs_m = offsets(tl.program_id(0) * BLOCK_M, BLOCK_M)
     offs_r = offsets(tl.program_id(1) * BLOCK_R, BLOCK_R)
@@ -91,9 +89,9 @@ def down_project_twice(x: Tensor, a: Tensor, scale: Tensor, dtype: torch.dtype) 
 
 
 def down_project_beside(x: Tensor, a: Tensor, dtype: torch.dtype, config: configs.Config) -> Tensor:
-    """`down_project` by small programs, beside which the stream's next kernel may begin at once; M >= 1."""
+    """`down_project` by small programs, beside which the next kernel of a chain has room; M >= 1."""
     s = torch.empty(x.shape[0], a.shape[0], device=x.device, dtype=dtype)
-    _launch(x, a, None, s, 1, x.shape[1], dtype, config, start_next=True)
+    _launch(x, a, None, s, 1, x.shape[1], dtype, config)
     return s
 
 
@@ -111,7 +109,7 @@ def _project(x: Tensor, a: Tensor, scale: Tensor | None, dtype: torch.dtype) -> 
     split_k = cdiv(cdiv(K, parts), config.BLOCK_K) * config.BLOCK_K
     parts = cdiv(K, split_k)
     s = torch.empty(products * parts, M, R, device=x.device, dtype=dtype if parts == 1 else torch.float32)
-    _launch(x, a, scale, s, parts, split_k, dtype, config, start_next=False)
+    _launch(x, a, scale, s, parts, split_k, dtype, config)
     return s if parts == 1 else combine_groups(s, products, parts, None, dtype)
 
 
@@ -124,7 +122,6 @@ def _launch(
     split_k: int,
     dtype: torch.dtype,
     config: configs.Config,
-    start_next: bool,
 ) -> None:
     (M, K), R = x.shape, a.shape[0]
     launch(
@@ -146,7 +143,6 @@ def _launch(
         OUT_DTYPE=TRITON_DTYPE[s.dtype],
         PRECISION=dot_precision(dtype, x.dtype, dtype),
         HAS_SCALE=scale is not None,
-        START_NEXT=start_next,
         BLOCK_M=config.BLOCK_M,
         BLOCK_K=config.BLOCK_K,
         BLOCK_R=config.BLOCK_R,

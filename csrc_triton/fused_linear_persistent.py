@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
@@ -90,6 +90,7 @@ def _fused_linear_persistent_kernel(
         y_desc.store([start_m, start_n], narrow(left, DTYPE))
         y_desc.store([start_m, start_n + HALF_N], narrow(right, DTYPE))
     if WAIT == "at the end":
+        gdc_launch_dependents()
         # What comes after this kernel waits for its end alone.
         gdc_wait()
 
@@ -114,9 +115,8 @@ def launch_persistent(
 ) -> Tensor:
     """y, for operands that are `describable`.
 
-    With `wait` this runs beside the stream's last kernel, which lets it (START_NEXT), and which began after all that is read
-    here was written: all but s where `wait` is "for S", all where it is "at the end". That kernel must not read or write what
-    y's memory was before.
+    With `wait` this runs beside the first kernel of a chain, which began after all that is read here was written: all but s
+    where `wait` is "for S", all where it is "at the end". That kernel must not read or write what y's memory was before.
     """
     (M, K), N, R = x.shape, weight.shape[0], s.shape[1]
     y = torch.empty(M, N, device=x.device, dtype=x.dtype)

@@ -36,6 +36,12 @@ def _wait_for_kernel_in_front():
 
 
 @gluon.jit
+def _let_next_kernel_begin():
+    asm: gl.constexpr = "griddepcontrol.launch_dependents; // dummy $0"
+    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _tile_start(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr):
     pid_m, pid_n = grouped_tile(tile, gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N), GROUP_M)
     return pid_m * BLOCK_M, pid_n * BLOCK_N
@@ -205,6 +211,7 @@ def _fused_linear_pipelined_kernel(
             _store_tile(y_desc, [start_m, start], y_buf)
     tma.store_wait(pendings=0)
     if WAIT == "at the end":
+        _let_next_kernel_begin()
         # What comes after this kernel waits for its end alone.
         _wait_for_kernel_in_front()
 

@@ -14,6 +14,8 @@ from triton import JITFunction, knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .chain import next_place
+
 MAX_REMEMBERED = 8192
 
 ON_ROCM = torch.version.hip is not None
@@ -21,6 +23,7 @@ _MAX_INT_32 = 2**31 - 1
 
 _compiled: dict[tuple, Any] = {}
 _signatures: dict[int, "Signature"] = {}
+_chainable: dict[int, bool] = {}
 
 
 class _Watch(threading.local):
@@ -34,8 +37,11 @@ watch = _Watch()
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """``kernel[grid](*args, **options)`` on the device of the first argument, a tensor or a descriptor of one.
 
-    args: the kernel's tensors, then its numbers; options: its constexprs in their order, then launch options.
+    args: the kernel's tensors, then its numbers; options: its constexprs in their order, but for CHAIN, then launch options.
     """
+    if is_chainable(kernel):
+        place = next_place()
+        options = {"CHAIN": place, **options, **({"launch_pdl": True} if place == "link" else {})}
     device = getattr(args[0], "base", args[0]).device
     compiled = None
     if not _is_compiled(kernel, device):
@@ -84,6 +90,14 @@ def runner(stream: int) -> Callable[[Any, tuple[int, int, int], Sequence], None]
 def _used(hook: Callable | None) -> Callable | None:
     # An empty chain of hooks would be called for nothing, and its arguments prepared.
     return hook if getattr(hook, "calls", hook) else None
+
+
+def is_chainable(kernel) -> bool:
+    """Whether a kernel of ours has a CHAIN, the first of its constexprs."""
+    found = _chainable.get(id(kernel))
+    if found is None:
+        found = _chainable[id(kernel)] = "CHAIN" in kernel.arg_names
+    return found
 
 
 def is_descriptor(argument: Any) -> bool:

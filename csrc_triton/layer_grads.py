@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import batch_invariance, configs, plans
 from .adapter_grad import adapter_grads, project, rules
+from .chain import chained
 from .combine import combine_pair
 from .fused_linear import fused_linear, launch_beside
 from .fused_linear_persistent import describable
@@ -42,21 +43,28 @@ def layer_grads(
 
     g [M, N], x [M, K], s [M, R], weight [N, K], a [R, K] and b [N, R] of any strides; C by `norm` and `eta`.
     """
-    c = weight_coefficient(a, b, eta, norm) if norm in ("row", "matrix", "factor") else None
     (M, N), K, R = g.shape, x.shape[1], s.shape[1]
     pair = pick_apart(N, K, R, norm, g.dtype, configs.arch_of(g.device), s.dtype)
-    if M == 0 or pair is None:
+    apart = M > 0 and pair is not None
+    can_overlap = configs.can_overlap(g.device)
+    with chained(apart and can_overlap):
+        c = weight_coefficient(a, b, eta, norm) if norm in ("row", "matrix", "factor") else None
+        if apart:
+            ds, u = project(g, b, c, norm, s.dtype, need_da=True)
+    if not apart:
         ds, da, db = adapter_grads(g, x, s, b, c, eta, norm, True, dtype_a, dtype_b)
         return fused_linear(g, weight.mT, None, ds, a.mT), da, db
 
-    ds, u = project(g, b, c, norm, s.dtype, need_da=True)
     call = plans.Call("layer_grads", M, K, N, R, g.dtype, s.dtype)
     plan = plans.pick(call, g.device, describable(g, weight.mT))
-    overlap = plan.way in plans.PERSISTENT and configs.can_overlap(g.device)
+    overlap = plan.way in plans.PERSISTENT and can_overlap
     rule_g, rule_x = rules(s, b, c, eta, norm, K)
-    parts_b, parts_a = outer_pair(g, s, rule_g, x, u, rule_x, pair, overlap)
-    if overlap:
-        dx = launch_beside(g, weight.mT, None, ds, a.mT, plan, wait="at the end")
-    else:
-        dx = fused_linear(g, weight.mT, None, ds, a.mT, plan)
-    return dx, *combine_pair(parts_a, parts_b, (dtype_a, dtype_b))
+    # Another chain: what the GEMM reads has to be there when its first kernel begins.
+    with chained(overlap):
+        parts_b, parts_a = outer_pair(g, s, rule_g, x, u, rule_x, pair)
+        if overlap:
+            dx = launch_beside(g, weight.mT, None, ds, a.mT, plan, wait="at the end")
+        else:
+            dx = fused_linear(g, weight.mT, None, ds, a.mT, plan)
+        da, db = combine_pair(parts_a, parts_b, (dtype_a, dtype_b))
+    return dx, da, db

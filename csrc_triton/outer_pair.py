@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import configs
+from .chain import join_chain
 from .configs import cdiv
 from .launching import launch
 from .sweep import Rule, empty_outer
@@ -102,10 +102,10 @@ def _outer_pair_kernel(
     stride_ak,
     stride_ar,
     SEGMENT_M,
+    CHAIN: tl.constexpr,
     SCALE_B: tl.constexpr,
     SCALE_A: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
-    START_NEXT: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -117,11 +117,9 @@ def _outer_pair_kernel(
     """``db[p] = scale_b ⊙ Gᵀ S`` and ``da[p] = scale_a ⊙ xᵀ u`` over segment p, SEGMENT_M rows; G [M, N], x [M, K], S and u
     [M, R], db [P, N, R], da [P, K, R] in fp32; R <= BLOCK_R.
 
-    The first programs have BLOCK_L columns of G each, the rest of x; row_scale [M] multiplies S and u. With START_NEXT the
-    stream's next kernel may begin once all of these programs have.
+    The first programs have BLOCK_L columns of G each, the rest of x; row_scale [M] multiplies S and u.
     """
-    if START_NEXT:
-        gdc_launch_dependents()
+    join_chain(CHAIN)
     R, stride_sm, stride_um = in_steps(R, U_STEP), in_steps(stride_sm, U_STEP), in_steps(stride_um, U_STEP)
     stride_bn = in_steps(stride_bn, OUT_STEP)
     pid = tl.program_id(0)
@@ -199,7 +197,6 @@ def outer_pair(
     u: Tensor,
     rule_x: Rule,
     config: configs.Config,
-    start_next: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``dB [P, N, R]`` and ``dA [P, R, K]`` in fp32, over P segments of the rows that are yet to be added; M >= 1.
 
@@ -241,7 +238,6 @@ def outer_pair(
         SCALE_B=rule_g.axis,
         SCALE_A=rule_x.axis,
         HAS_ROW_SCALE=rule_g.row_scale is not None,
-        START_NEXT=start_next,
         DTYPE=TRITON_DTYPE[s.dtype],
         PRECISION=dot_precision(s.dtype, g.dtype, s.dtype),
         BLOCK_M=config.BLOCK_M,

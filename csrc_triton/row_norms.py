@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .chain import join_chain
 from .configs import cdiv
 from .groups import group_strides
 from .launching import launch
@@ -40,6 +41,7 @@ def _gram_kernel(
     stride_fl,
     SPLIT_L,
     PARTS,
+    CHAIN: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -50,6 +52,7 @@ def _gram_kernel(
     One program writes one [BLOCK_R, BLOCK_R] tile of one part. Products of 16-bit elements are exact in fp32, in which they
     are added up.
     """
+    join_chain(CHAIN)
     offs_i = offsets(tl.program_id(0) * BLOCK_R, BLOCK_R)
     offs_j = offsets(tl.program_id(1) * BLOCK_R, BLOCK_R)
     part = tl.program_id(2) % PARTS
@@ -126,6 +129,7 @@ def _quadratic_coefficient_kernel(
     stride_vl,
     stride_vr,
     inv_eta_squared,
+    CHAIN: tl.constexpr,
     HAS_ETAS: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -135,6 +139,7 @@ def _quadratic_coefficient_kernel(
 
     One program writes BLOCK_L coefficients; the quadratic form is clamped at 0, below which only rounding takes it.
     """
+    join_chain(CHAIN)
     group = tl.program_id(1).to(tl.int64)
     v_ptr += group * stride_vg
     q_ptr += group * PARTS * R * R
@@ -205,10 +210,12 @@ def _matrix_coefficient_kernel(
     PARTS_A,
     PARTS_B,
     inv_eta_squared,
+    CHAIN: tl.constexpr,
     HAS_ETAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``c = C(√(Σ (A Aᵀ) ⊙ (BᵀB)))`` for two Gram matrices of NUMEL elements in contiguous parts; c [1], a program a group."""
+    join_chain(CHAIN)
     group = tl.program_id(0).to(tl.int64)
     gram_a_ptr += group * PARTS_A * NUMEL
     gram_b_ptr += group * PARTS_B * NUMEL
@@ -256,6 +263,7 @@ def _factor_coefficient_kernel(
     stride_bn,
     stride_br,
     inv_eta_squared,
+    CHAIN: tl.constexpr,
     HAS_ETAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -265,6 +273,7 @@ def _factor_coefficient_kernel(
 
     One program writes the coefficients of BLOCK_N rows of B, or of one of A's few, long rows.
     """
+    join_chain(CHAIN)
     group = tl.program_id(1).to(tl.int64)
     a_ptr += group * stride_ag
     b_ptr += group * stride_bg

@@ -395,6 +395,8 @@ def test_a_kernel_of_the_interpreter_takes_a_gpu_s_tensors(monkeypatch):
     calls = []
 
     class Interpreted:
+        arg_names = ("x_ptr", "M", "BLOCK")
+
         def __getitem__(self, grid):
             return lambda *args, **options: calls.append((grid, args, options))
 

@@ -143,3 +143,35 @@ for arch in ("sm_80", "sm_90", "sm_100"):
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_each_kernel_of_a_chain_waits_before_it_touches_memory():
+    """And the one beside which the GEMM for dX runs begins when all before it has ended, as the GEMM needs it."""
+    script = """
+import re, torch, triton, csrc_triton
+from bench.offline_compile import TARGETS, catch_launches, specialize
+half = torch.bfloat16
+g, x, w = (torch.empty(size, dtype=half) for size in ((2048, 4096), (2048, 4096), (4096, 4096)))
+s, a, b = (torch.empty(size, dtype=half) for size in ((2048, 16), (16, 4096), (4096, 16)))
+touches = r"ld[.]global|st[.]global|cp[.]async|atom[.]|red[.]"
+for norm, in_front in (("row", 2), ("matrix", 3), ("factor", 1), (None, 0)):
+    places = []
+    for caught in catch_launches(lambda: csrc_triton.layer_grads(g, x, s, w, a, b, 2.0, norm, half, half), "sm_90"):
+        source, options = specialize(*caught, "sm_90")
+        ptx = triton.compile(source, target=TARGETS["sm_90"], options=options).asm["ptx"]
+        place, first_touch = caught[2].get("CHAIN"), re.search(touches, ptx).start()
+        waits, lets = ptx.find("griddepcontrol.wait"), ptx.find("griddepcontrol.launch_dependents")
+        places.append(place)
+        if place == "link":
+            assert caught[2]["launch_pdl"] and 0 < waits < lets < first_touch, caught[0]
+        elif place == "first":
+            assert not caught[2].get("launch_pdl") and waits < 0 < lets < first_touch, caught[0]
+        else:
+            # The GEMM: it waits at its end for the kernel beside which it runs.
+            assert caught[2]["WAIT"] == "at the end" and first_touch < lets < waits, caught[0]
+    c_and_ds = ["first"] + ["link"] * (in_front + 1)
+    assert places == [*c_and_ds, "first", None, "link"], (norm, places)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -100,7 +100,8 @@ def test_groups_of_parts_beyond_32_bits(device):
     for group in range(3):
         partial[group * numel : group * numel + 128] = group + 1
         out[group * numel : group * numel + 128] = -1
+    flags = {"CHAIN": "", "HAS_WEIGHT": False, "HAS_FIRST": False}
     sizes = {"OUT_DTYPE": TRITON_DTYPE[out.dtype], "UNIT": 8, "BLOCK_P": 1, "BLOCK": 128}
-    _combine_kernel[(3,)](partial, None, None, out, 1, numel // 8, 1, 0, HAS_WEIGHT=False, HAS_FIRST=False, **sizes)
+    _combine_kernel[(3,)](partial, None, None, out, 1, numel // 8, 1, 0, **flags, **sizes)
     for group in range(3):
         assert (out[group * numel : group * numel + 128] == group + 1).all()
