@@ -258,7 +258,7 @@ def launches(
         for norm, rules in (("row", (columns, Rule())), ("factor", (columns, rank)), ("token", (rows, rows))):
             yield (
                 f"outer_pair beside dx {norm} {label}",
-                in_a_chain(lambda rules=rules: outer_pair(g, s, rules[0], x, s, rules[1], pair)),
+                in_a_chain(lambda rules=rules: outer_pair(g, s, rules[0], x, s, rules[1], pair, (adapter_dtype,) * 2)),
             )
     for norm in (None, "row", "matrix", "factor", "token"):
         yield (

@@ -11,10 +11,9 @@ from torch import Tensor
 from . import batch_invariance, configs, plans
 from .adapter_grad import adapter_grads, project, rules
 from .chain import chained
-from .combine import combine_pair
 from .fused_linear import fused_linear, launch_beside
 from .fused_linear_persistent import describable
-from .outer_pair import outer_pair, pick_pair
+from .outer_pair import add_up_pair, outer_pair, pick_pair
 from .row_norms import weight_coefficient
 
 
@@ -61,10 +60,9 @@ def layer_grads(
     rule_g, rule_x = rules(s, b, c, eta, norm, K)
     # Another chain: what the GEMM reads has to be there when its first kernel begins.
     with chained(overlap):
-        parts_b, parts_a = outer_pair(g, s, rule_g, x, u, rule_x, pair)
+        sums = outer_pair(g, s, rule_g, x, u, rule_x, pair, (dtype_a, dtype_b))
         if overlap:
             dx = launch_beside(g, weight.mT, None, ds, a.mT, plan, wait="at the end")
         else:
             dx = fused_linear(g, weight.mT, None, ds, a.mT, plan)
-        da, db = combine_pair(parts_a, parts_b, (dtype_a, dtype_b))
-    return dx, da, db
+        return dx, *add_up_pair(*sums, (dtype_a, dtype_b))

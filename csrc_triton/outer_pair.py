@@ -7,10 +7,11 @@ from torch import Tensor
 
 from . import configs
 from .chain import join_chain
+from .combine import combine_pair
 from .configs import cdiv
 from .launching import launch
 from .sweep import Rule, empty_outer
-from .tiling import TRITON_DTYPE, dot, dot_precision, in_steps, offsets, step_of
+from .tiling import TRITON_DTYPE, dot, dot_precision, in_steps, narrow, offsets, step_of
 
 
 @triton.jit
@@ -34,6 +35,7 @@ def _outer_tile(
     stride_ol,
     stride_or,
     SEGMENT_M,
+    OUT_DTYPE: tl.constexpr,
     SCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -42,7 +44,8 @@ def _outer_tile(
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """BLOCK_L rows of ``out[p] = scale ⊙ Vᵀ U [L, R]`` over segment p, the program's second number; fp32; R <= BLOCK_R."""
+    """BLOCK_L rows of ``out[p] = scale ⊙ Vᵀ U [L, R]`` over segment p, the program's second number; accumulated in fp32;
+    R <= BLOCK_R."""
     offs_l = offsets(pid_l * BLOCK_L, BLOCK_L)
     offs_r = offsets(0, BLOCK_R)
     mask_l = offs_l < L
@@ -66,7 +69,7 @@ def _outer_tile(
         acc *= tl.load(scale_ptr + offs_r * stride_scale, mask=mask_r, other=0.0)[None, :]
     out_ptrs = out_ptr + tl.program_id(1).to(tl.int64) * stride_op
     out_ptrs += offs_l[:, None] * stride_ol + offs_r[None, :] * stride_or
-    tl.store(out_ptrs, acc, mask=mask_l[:, None] & mask_r[None, :])
+    tl.store(out_ptrs, narrow(acc, OUT_DTYPE), mask=mask_l[:, None] & mask_r[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "SEGMENT_M"])
@@ -103,6 +106,8 @@ def _outer_pair_kernel(
     stride_ar,
     SEGMENT_M,
     CHAIN: tl.constexpr,
+    DB_DTYPE: tl.constexpr,
+    DA_DTYPE: tl.constexpr,
     SCALE_B: tl.constexpr,
     SCALE_A: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
@@ -115,7 +120,7 @@ def _outer_pair_kernel(
     OUT_STEP: tl.constexpr,
 ):
     """``db[p] = scale_b ⊙ Gᵀ S`` and ``da[p] = scale_a ⊙ xᵀ u`` over segment p, SEGMENT_M rows; G [M, N], x [M, K], S and u
-    [M, R], db [P, N, R], da [P, K, R] in fp32; R <= BLOCK_R.
+    [M, R], db [P, N, R], da [P, K, R], accumulated in fp32; R <= BLOCK_R.
 
     The first programs have BLOCK_L columns of G each, the rest of x; row_scale [M] multiplies S and u.
     """
@@ -145,6 +150,7 @@ def _outer_pair_kernel(
             stride_bn,
             stride_br,
             SEGMENT_M,
+            DB_DTYPE,
             SCALE_B,
             HAS_ROW_SCALE,
             DTYPE,
@@ -174,6 +180,7 @@ def _outer_pair_kernel(
             stride_ak,
             stride_ar,
             SEGMENT_M,
+            DA_DTYPE,
             SCALE_A,
             HAS_ROW_SCALE,
             DTYPE,
@@ -197,8 +204,10 @@ def outer_pair(
     u: Tensor,
     rule_x: Rule,
     config: configs.Config,
+    dtypes: tuple[torch.dtype, torch.dtype],
 ) -> tuple[Tensor, Tensor]:
-    """``dB [P, N, R]`` and ``dA [P, R, K]`` in fp32, over P segments of the rows that are yet to be added; M >= 1.
+    """What `add_up_pair` makes dA and dB of: sums ``[P, R, K]`` and ``[P, N, R]`` in fp32 over P segments of the rows; of one
+    segment ``dA [R, K]`` and ``dB [N, R]`` themselves, in `dtypes`. M >= 1.
 
     g [M, N], s [M, R], x [M, K] and u [M, R] of any strides, s and u of one dtype; of the rules `scale` with its `axis`, and
     one `row_scale` for both.
@@ -208,8 +217,12 @@ def outer_pair(
     parts = configs.num_splits(programs, M, 8 * config.BLOCK_M, configs.arch_of(g.device), waves=1)
     segment_m = cdiv(cdiv(M, parts), config.BLOCK_M) * config.BLOCK_M
     parts = cdiv(M, segment_m)
-    db, db_lr = empty_outer(parts, N, R, "LR", g.device)
-    da, da_lr = empty_outer(parts, K, R, "RL", g.device)
+    if parts == 1:
+        da, db = (g.new_empty(size, dtype=dtype) for size, dtype in zip(((R, K), (N, R)), dtypes))
+        da_lr, db_lr = da.mT[None], db[None]
+    else:
+        db, db_lr = empty_outer(parts, N, R, "LR", g.device)
+        da, da_lr = empty_outer(parts, K, R, "RL", g.device)
     scales = (rule_g.scale, rule_x.scale)
     launch(
         _outer_pair_kernel,
@@ -235,6 +248,8 @@ def outer_pair(
         *db_lr.stride(),
         *da_lr.stride(),
         segment_m,
+        DB_DTYPE=TRITON_DTYPE[db.dtype],
+        DA_DTYPE=TRITON_DTYPE[da.dtype],
         SCALE_B=rule_g.axis,
         SCALE_A=rule_x.axis,
         HAS_ROW_SCALE=rule_g.row_scale is not None,
@@ -248,4 +263,9 @@ def outer_pair(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return db, da
+    return da, db
+
+
+def add_up_pair(da: Tensor, db: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[Tensor, Tensor]:
+    """``dA [R, K]`` and ``dB [N, R]`` in `dtypes` of what `outer_pair` gave, which was given the same."""
+    return (da, db) if da.dim() == 2 else combine_pair(da, db, dtypes)

@@ -151,7 +151,10 @@ def test_each_kernel_of_a_chain_waits_before_it_touches_memory():
     script = """
 import re, torch, triton, csrc_triton
 from bench.offline_compile import TARGETS, catch_launches, specialize
+from csrc_triton import configs
 half = torch.bfloat16
+# Sums in parts, so that there is a second stage of each.
+configs.num_splits = lambda *_, **__: 4
 g, x, w = (torch.empty(size, dtype=half) for size in ((2048, 4096), (2048, 4096), (4096, 4096)))
 s, a, b = (torch.empty(size, dtype=half) for size in ((2048, 16), (16, 4096), (4096, 16)))
 touches = r"ld[.]global|st[.]global|cp[.]async|atom[.]|red[.]"

@@ -40,7 +40,7 @@ def outer_pair(M=300):
     g, s, x, u = (torch.randn(size, dtype=F16) for size in ((M, 144), (M, 16), (M, 272), (M, 16)))
     config = module("outer_pair").pick_pair(144, 272, 16, F16, "sm_90", F16)
     rule = module("sweep").Rule()
-    module("outer_pair").outer_pair(g, s, rule, x, u, rule, config)
+    module("outer_pair").outer_pair(g, s, rule, x, u, rule, config, (F16, F32))
 
 
 def down_project_twice():
@@ -134,8 +134,8 @@ FAULTS = [
          down_project_twice),
     race("_outer_pair_kernel", "outer_pair", "out_ptrs += offs_l[:, None]", "out_ptrs += (offs_l - pid_l * BLOCK_L)[:, None]",
          outer_pair),
-    write("_outer_pair_kernel", "outer_pair", "acc, mask=mask_l[:, None] & mask_r[None, :])", "acc, mask=mask_r[None, :])",
-          outer_pair),
+    write("_outer_pair_kernel", "outer_pair", "OUT_DTYPE), mask=mask_l[:, None] & mask_r[None, :])",
+          "OUT_DTYPE), mask=mask_r[None, :])", outer_pair),
     read("_outer_pair_kernel", "outer_pair", "v_ptrs, mask=mask_m[:, None] & mask_l[None, :]", "v_ptrs, mask=mask_m[:, None]",
          outer_pair),
     race("_fused_linear_kernel", "fused_linear", "y_ptr + offs_m[:, None]", "y_ptr + (offs_m - pid_m * BLOCK_M)[:, None]",
