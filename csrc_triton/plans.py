@@ -13,7 +13,7 @@ WAYS = {
     "inside": "S inside the GEMM, one launch",
     "tiles": "GEMM with the low-rank epilogue, a program a tile",
     "persistent": "persistent GEMM with the low-rank epilogue, tiles by descriptors",
-    "pipelined": "persistent GEMM in Gluon, which loads the next tile while it stores one",
+    "pipelined": "GEMM in Gluon, which loads the next tile while it stores one",
     "vendor": "the rank-R product, then the vendor's GEMM added to it",
 }
 OPS = ("adapted_linear", "fused_linear", "layer_grads")
@@ -51,7 +51,7 @@ class Plan(NamedTuple):
 
 def options(call: Call, arch: str, describable: bool = True, untried: bool = False) -> list[Plan]:
     """Every plan that can run the call on `arch`; `describable`: tensor descriptors reach its operands; `untried`: also by
-    ways that have never run on such a GPU, which nothing takes unless it is told to."""
+    ways that have never run on such a GPU, which are taken only where they were measured."""
     _, _, N, K, R, dtype, low_rank_dtype = call
     tiles = configs.candidates("fused_linear", N, K, R, dtype, arch, low_rank_dtype)
     found = [Plan("tiles", config) for config in tiles]
@@ -126,7 +126,7 @@ def _pick(call: Call, arch: str, describable: bool, key: str | None) -> Plan:
     # What is measured of dX is dX alone.
     product = call._replace(op="fused_linear") if call.op == "layer_grads" else call
     measured = tuning.lookup(key, product) if key else None
-    if measured in found:
+    if measured in options(call, arch, describable, untried=True):
         return Plan(*measured)
     return found[0] if arch == "interpreter" else min(found, key=lambda plan: estimate(call, plan, arch))
 

@@ -59,12 +59,16 @@ def test_each_way_is_the_best_somewhere_on_hopper():
     assert chosen == set(plans.WAYS) - {"pipelined"}
 
 
-def test_what_never_ran_is_not_taken():
+def test_what_never_ran_is_taken_only_where_it_was_measured():
     tried, all_of_them = plans.options(call(), "sm_90"), plans.options(call(), "sm_90", untried=True)
     untried = [plan for plan in all_of_them if plan not in tried]
     assert {plan.way for plan in untried} == {"pipelined"} and [p for p in all_of_them if p not in untried] == tried
-    save(*untried[0])
     assert plans._pick(call(), "sm_90", True, KEY).way != "pipelined"
+    # But where it was measured.
+    save(*untried[0])
+    plans.forget()
+    assert plans._pick(call(), "sm_90", True, KEY) == untried[0]
+    assert plans._pick(call(), "sm_90", False, KEY).way != "pipelined"
     assert "pipelined" not in {plan.way for plan in plans.options(call(), "sm_90", describable=False, untried=True)}
     for other in ({"r": 12}, {"dtypes": (torch.bfloat16, torch.float32)}, {"dtypes": (torch.float32,) * 2}):
         assert "pipelined" not in {plan.way for plan in plans.options(call(**other), "sm_90", untried=True)}

@@ -90,8 +90,10 @@ def tune(
     adapter_dtype: torch.dtype,
     device: torch.device,
     rounds: int = 20,
+    untried: bool = False,
 ) -> Iterator[Tuned]:
-    """Measure and keep the plans of y and of dX for ``shape = (M, N, K, R)``; yields each when it is kept.
+    """Measure and keep the plans of y and of dX for ``shape = (M, N, K, R)``; yields each when it is kept. `untried`: also ways
+    that have never run on such a GPU.
 
     Every plan is checked against fp64 before it is timed, as the tests do.
 
@@ -102,7 +104,7 @@ def tune(
     from csrc_triton import plans, tuning
 
     for product in products(make_inputs(*shape, dtype, adapter_dtype, device=device)):
-        options, rejected = plans_of(product)
+        options, rejected = plans_of(product, untried)
         calls = {name: functools.partial(product.launch, plan) for name, plan in options.items()}
         times = timing.interleaved(calls, rounds=rounds, device=device)
         result = Tuned(product.step, {name: time.median_ms for name, time in times.items()}, rejected)
