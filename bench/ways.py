@@ -42,8 +42,8 @@ def _measure(run: Run, case: Case) -> Iterator[tuple[str, dict[str, dict]]]:
 
     for product in products(case.inputs(run.device)):
         try:
-            options, rejected = plans_of(product, untried=True)
-            picked = plans.pick(product.call, run.device, describable(*product.operands[:2]))
+            options, rejected = plans_of(product, untried=run.on_gpu)
+            picked = plans.pick(product.call, run.device, describable(*product.operands[:2], product.operands[4]))
             calls = {name: functools.partial(product.launch, plan) for name, plan in options.items()}
             timings = interleaved(
                 {"frozen": product.frozen, **calls}, rounds=run.rounds, device=run.device, budget_s=run.case_budget_s

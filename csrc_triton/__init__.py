@@ -62,14 +62,16 @@ def plan_steps(
     arch = configs.arch_of(device)
     M, N, K = rows, out_features, in_features
 
+    def aligned(n, k):
+        return plans.EVERYTHING if dtype.itemsize == 2 and n % 8 == 0 and k % 8 == 0 else plans.NOTHING
+
     def way(op, n, k):
-        describable = dtype.itemsize == 2 and n % 8 == 0 and k % 8 == 0
-        return plans.pick(plans.Call(op, M, n, k, r, dtype, compute), device, describable)
+        return plans.pick(plans.Call(op, M, n, k, r, dtype, compute), device, aligned(n, k))
 
     def invariance_cost(op, n, k):
         call = plans.Call(op, M, n, k, r, dtype, compute)
-        best = plans.pick_by_cost(call, device, dtype.itemsize == 2 and n % 8 == 0 and k % 8 == 0)
-        return plans.estimate(call, plans.pick(call, device, False), arch) / plans.estimate(call, best, arch)
+        best = plans.pick_by_cost(call, device, aligned(n, k))
+        return plans.estimate(call, plans.pick(call, device, plans.NOTHING), arch) / plans.estimate(call, best, arch)
 
     def describe(plan):
         return str(plan) if plan.config is None else f"Triton on {arch}: {plan}"

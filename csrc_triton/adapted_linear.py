@@ -26,15 +26,17 @@ def adapted_linear(
     (M, K), N, R = x.shape, weight.shape[0], a.shape[0]
     if M and plan is None:
         call = plans.Call("adapted_linear", M, N, K, R, x.dtype, dtype)
-        plan = plans.pick(call, x.device, describable(x, weight))
+        plan = plans.pick(call, x.device, describable(x, weight, b))
     if M and plan.way == "inside":
         s = torch.empty(M, R, device=x.device, dtype=dtype)
         return launch_tiles(x, weight, bias, a, s, b, plan.config), s
     if M and plan.way in plans.PERSISTENT and configs.can_overlap(x.device):
         beside = configs.beside(K, R, x.dtype, configs.arch_of(x.device), dtype)
         if beside is not None:
+            y = torch.empty(M, N, device=x.device, dtype=x.dtype)
             with chained(True):
                 s = down_project_beside(x, a, dtype, beside)
-                return launch_beside(x, weight, bias, s, b, plan, wait="for S"), s
+                launch_beside(x, weight, bias, s, b, y, plan, wait="for S")
+            return y, s
     s = down_project(x, a, dtype)
     return fused_linear(x, weight, bias, s, b, plan), s

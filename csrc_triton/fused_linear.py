@@ -172,15 +172,16 @@ def launch_tiles(
 
 
 def launch_beside(
-    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, plan: plans.Plan, wait: str = ""
-) -> Tensor:
-    """y by a plan of `plans.PERSISTENT`; with `wait` beside the stream's last kernel, as `launch_persistent` says."""
+    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, y: Tensor, plan: plans.Plan, wait: str = ""
+) -> None:
+    """Fill y by a plan of `plans.PERSISTENT`; with `wait` beside the stream's last kernel, as `launch_persistent` says."""
     if plan.way == "persistent":
-        return launch_persistent(x, weight, bias, s, b, plan.config, wait)
+        launch_persistent(x, weight, bias, s, b, y, plan.config, wait)
+        return
     # A Triton whose Gluon is not the one it was written for still runs all else.
     from .fused_linear_pipelined import launch_pipelined
 
-    return launch_pipelined(x, weight, bias, s, b, plan.config, wait)
+    launch_pipelined(x, weight, bias, s, b, y, plan.config, wait)
 
 
 def fused_linear(
@@ -196,10 +197,12 @@ def fused_linear(
         return torch.empty(0, N, device=x.device, dtype=x.dtype)
     if plan is None:
         call = plans.Call("fused_linear", M, N, K, R, x.dtype, s.dtype)
-        plan = plans.pick(call, x.device, describable(x, weight))
+        plan = plans.pick(call, x.device, describable(x, weight, b, s))
     if plan.way == "vendor":
         # The vendor's GEMM reads what it adds to while its matrix units work: that costs less than to add to its result.
         return low_rank_product(s, b, bias, x.dtype).addmm_(x, weight.mT)
     if plan.way in plans.PERSISTENT:
-        return launch_beside(x, weight, bias, s, b, plan)
+        y = torch.empty(M, N, device=x.device, dtype=x.dtype)
+        launch_beside(x, weight, bias, s, b, y, plan)
+        return y
     return launch_tiles(x, weight, bias, None, s, b, plan.config)

@@ -1,16 +1,18 @@
 """`fused_linear` for large, aligned operands: as many programs as multiprocessors, tiles by the tensor memory unit."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import configs
+from . import configs, plans
 from .configs import Config, cdiv
 from .launching import launch
 from .tiling import TRITON_DTYPE, add_low_rank, dot, dot_precision, grouped_tile, in_steps, narrow, offsets, step_of
+
+MAX_ROWS = 2**31 - 256
+"""A tile's rows are counted in 32 bits."""
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -90,19 +92,20 @@ def _fused_linear_persistent_kernel(
         y_desc.store([start_m, start_n], narrow(left, DTYPE))
         y_desc.store([start_m, start_n + HALF_N], narrow(right, DTYPE))
     if WAIT == "at the end":
-        gdc_launch_dependents()
         # What comes after this kernel waits for its end alone.
         gdc_wait()
 
 
-def describable(x: Tensor, weight: Tensor) -> bool:
-    """Whether descriptors reach x [M, K], weight [N, K] and y [M, N]: 16-bit, rows 16-byte aligned and unbroken."""
-    return (
-        x.itemsize == 2
-        and weight.shape[0] % 8 == 0
-        and aligned_rows(x)
-        and (aligned_rows(weight) or aligned_rows(weight.mT))
-    )
+def describable(x: Tensor, weight: Tensor, b: Tensor | None = None, s: Tensor | None = None) -> int:
+    """What descriptors reach: `plans.WIDE`, x [M, K], weight [N, K] and y [M, N], where these are 16-bit with rows 16-byte
+    aligned and unbroken; `plans.EVERYTHING`, where b [N, R] is given and it (and s [M, R], if given) is like that and in x's
+    dtype; else `plans.NOTHING`."""
+    wide = x.itemsize == 2 and weight.shape[0] % 8 == 0 and len(x) < MAX_ROWS
+    if not (wide and aligned_rows(x) and aligned_either_way(weight)):
+        return plans.NOTHING
+    if b is None or b.dtype != x.dtype or not aligned_either_way(b):
+        return plans.WIDE
+    return plans.EVERYTHING if s is None or (s.dtype == x.dtype and aligned_rows(s)) else plans.WIDE
 
 
 def aligned_rows(t: Tensor) -> bool:
@@ -110,16 +113,21 @@ def aligned_rows(t: Tensor) -> bool:
     return t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
 
 
-def launch_persistent(
-    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, config: Config, wait: str = ""
-) -> Tensor:
-    """y, for operands that are `describable`.
+def aligned_either_way(t: Tensor) -> bool:
+    """Whether `t` has `aligned_rows`, or its transpose."""
+    return aligned_rows(t) or aligned_rows(t.mT)
 
-    With `wait` this runs beside the first kernel of a chain, which began after all that is read here was written: all but s
-    where `wait` is "for S", all where it is "at the end". That kernel must not read or write what y's memory was before.
+
+def launch_persistent(
+    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, y: Tensor, config: Config, wait: str = ""
+) -> None:
+    """Fill y, for operands that are `describable`.
+
+    With `wait` this runs beside the first kernel of a chain, and nothing may be launched between the two. Before that kernel y
+    was allocated (its memory may be what another kernel used until then), and all was written that is read here: all but s
+    where `wait` is "for S", all where it is "at the end".
     """
     (M, K), N, R = x.shape, weight.shape[0], s.shape[1]
-    y = torch.empty(M, N, device=x.device, dtype=x.dtype)
     w_rows_over_k = not aligned_rows(weight)
     w_block = [config.BLOCK_K, config.BLOCK_N] if w_rows_over_k else [config.BLOCK_N, config.BLOCK_K]
     programs = configs.num_sms(x.device)
@@ -158,4 +166,3 @@ def launch_persistent(
         launch_pdl=wait != "",
         **(configs.leave_registers(config) if wait else {}),
     )
-    return y

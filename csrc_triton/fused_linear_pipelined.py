@@ -36,39 +36,33 @@ def _wait_for_kernel_in_front():
 
 
 @gluon.jit
-def _let_next_kernel_begin():
-    asm: gl.constexpr = "griddepcontrol.launch_dependents; // dummy $0"
-    gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _tile_start(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr):
-    pid_m, pid_n = grouped_tile(tile, gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N), GROUP_M)
+def _tile_start(tile, num_m, num_n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr):
+    # What comes after the last tile starts where that does.
+    pid_m, pid_n = grouped_tile(min(tile, num_m * num_n - 1), num_m, num_n, GROUP_M)
     return pid_m * BLOCK_M, pid_n * BLOCK_N
 
 
 @gluon.jit
-def _buffers(slot, ring, descs):
-    """A slot's two buffers, in the shapes and layouts of `descs`: a narrower step fills the first part of each."""
+def _slot(count, ring, descs):
+    """The buffers of step number `count` in the shapes and layouts of `descs` (a narrower one fills the first part of its
+    buffer), and the barrier that says when they are full."""
     left_desc, right_desc = descs
+    slot = count % ring[0].shape[0]
     PARTS: gl.constexpr = ring[0].shape[2] // left_desc.block_type.shape[1]
     left = ring[0].index(slot)._reinterpret(left_desc.dtype, [PARTS] + left_desc.block_type.shape, left_desc.layout)
     right = ring[1].index(slot)._reinterpret(right_desc.dtype, [PARTS] + right_desc.block_type.shape, right_desc.layout)
-    return left.index(0), right.index(0)
+    return left.index(0), right.index(0), ring[2].index(slot)
 
 
 @gluon.jit
-def _load(slot, ring, descs, start_m, start_n, k, needed, TURN: gl.constexpr):
-    """Fill a slot with [BLOCK_M, a step] of the left and [a step, BLOCK_N] (TURN: the other way round) of the right operand."""
+def _load(count, ring, descs, start_m, start_n, k, needed, ROWS_OVER_K: gl.constexpr):
+    """Begin to load step number `count`: from k on, [BLOCK_M, a step] of the left and [BLOCK_N, a step] (ROWS_OVER_K: the other
+    way round) of the right operand."""
     left_desc, right_desc = descs
-    left, right = _buffers(slot, ring, descs)
-    full = ring[2].index(slot)
+    left, right, full = _slot(count, ring, descs)
     mbarrier.expect(full, left_desc.block_type.nbytes + right_desc.block_type.nbytes, pred=needed)
     _load_tile(left_desc, [start_m, k], full, left, pred=needed)
-    if TURN:
-        _load_tile(right_desc, [start_n, k], full, right, pred=needed)
-    else:
-        _load_tile(right_desc, [k, start_n], full, right, pred=needed)
+    _load_tile(right_desc, [k, start_n] if ROWS_OVER_K else [start_n, k], full, right, pred=needed)
 
 
 @gluon.jit
@@ -78,8 +72,8 @@ def _load_step(
     wide,
     low_rank,
     sizes,
-    W_TURN: gl.constexpr,
-    B_TURN: gl.constexpr,
+    W_ROWS_OVER_K: gl.constexpr,
+    B_ROWS_OVER_R: gl.constexpr,
     WAIT: gl.constexpr,
     BLOCK_N: gl.constexpr,
     GROUP_M: gl.constexpr,
@@ -87,33 +81,31 @@ def _load_step(
 ):
     """Begin to load the step `at`: its number, its tile, its number in that, where the tile starts. Returns the next one."""
     count, tile, step, start_m, start_n = at
-    M, N, k_steps, steps = sizes
+    num_m, num_n, k_steps, steps = sizes
     BLOCK_M: gl.constexpr = wide[0].block_type.shape[0]
     BLOCK_K: gl.constexpr = wide[0].block_type.shape[1]
     BLOCK_R: gl.constexpr = low_rank[0].block_type.shape[1]
-    slot = count % ring[0].shape[0]
-    needed = tile < gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
+    needed = tile < num_m * num_n
     if step < k_steps:
-        _load(slot, ring, wide, start_m, start_n, step * BLOCK_K, needed, W_TURN)
+        _load(count, ring, wide, start_m, start_n, step * BLOCK_K, needed, W_ROWS_OVER_K)
     else:
         if WAIT == "for S":
             _wait_for_kernel_in_front()
-        _load(slot, ring, low_rank, start_m, start_n, (step - k_steps) * BLOCK_R, needed, B_TURN)
+        _load(count, ring, low_rank, start_m, start_n, (step - k_steps) * BLOCK_R, needed, B_ROWS_OVER_R)
     step += 1
     if step == steps:
         step = 0
         tile += NUM_PROGRAMS
-        start_m, start_n = _tile_start(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        start_m, start_n = _tile_start(tile, num_m, num_n, BLOCK_M, BLOCK_N, GROUP_M)
     return count + 1, tile, step, start_m, start_n
 
 
 @gluon.jit
-def _multiply_step(acc, use_acc, count, ring, descs, TURN: gl.constexpr):
+def _multiply_step(acc, use_acc, count, ring, descs, ROWS_OVER_K: gl.constexpr):
     """Begin ``acc + left right`` for step number `count`. The step before it has been multiplied when this returns."""
-    STAGES: gl.constexpr = ring[0].shape[0]
-    left, right = _buffers(count % STAGES, ring, descs)
-    mbarrier.wait(ring[2].index(count % STAGES), count // STAGES & 1)
-    if TURN:
+    left, right, full = _slot(count, ring, descs)
+    mbarrier.wait(full, count // ring[0].shape[0] & 1)
+    if not ROWS_OVER_K:
         right = right.permute((1, 0))
     acc = warpgroup_mma(left, right, acc, use_acc=use_acc, is_async=True)
     acc = warpgroup_mma_wait(1, deps=(acc,))
@@ -164,36 +156,42 @@ def _fused_linear_pipelined_kernel(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
+    # Now the tensor memory unit sees them.
+    fence_async_shared()
     ring, wide, low_rank = (x_bufs, w_bufs, full), (x_desc, w_desc), (s_desc, b_desc)
-    W_TURN: gl.constexpr = not W_ROWS_OVER_K
-    B_TURN: gl.constexpr = not B_ROWS_OVER_R
 
-    # Descriptors reach rows of whole 16 bytes alone.
-    M, N = y_desc.shape[0], in_steps(y_desc.shape[1], 8)
-    num_tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
+    num_m, num_n = gl.cdiv(y_desc.shape[0], BLOCK_M), gl.cdiv(y_desc.shape[1], BLOCK_N)
     k_steps = gl.cdiv(x_desc.shape[1], BLOCK_K)
     steps = k_steps + gl.cdiv(s_desc.shape[1], BLOCK_R)
-    sizes = (M, N, k_steps, steps)
+    sizes = (num_m, num_n, k_steps, steps)
     # The steps of all tiles are counted in one row; while number `count` is multiplied, the next STAGES - 1 are loaded.
     first = gl.program_id(0)
-    start_m, start_n = _tile_start(first, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    start_m, start_n = _tile_start(first, num_m, num_n, BLOCK_M, BLOCK_N, GROUP_M)
     at = (0, first, 0, start_m, start_n)
     for _ in gl.static_range(STAGES - 1):
-        at = _load_step(at, ring, wide, low_rank, sizes, W_TURN, B_TURN, WAIT, BLOCK_N, GROUP_M, NUM_PROGRAMS)
+        at = _load_step(
+            at, ring, wide, low_rank, sizes, W_ROWS_OVER_K, B_ROWS_OVER_R, WAIT, BLOCK_N, GROUP_M, NUM_PROGRAMS
+        )
     count = 0
-    for tile in range(first, num_tiles, NUM_PROGRAMS):
+    for tile in range(first, num_m * num_n, NUM_PROGRAMS):
         acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, layout=acc_layout)
         for step in range(0, k_steps):
-            acc = _multiply_step(acc, step > 0, count, ring, wide, W_TURN)
-            at = _load_step(at, ring, wide, low_rank, sizes, W_TURN, B_TURN, WAIT, BLOCK_N, GROUP_M, NUM_PROGRAMS)
+            acc = _multiply_step(acc, step > 0, count, ring, wide, W_ROWS_OVER_K)
+            at = _load_step(
+                at, ring, wide, low_rank, sizes, W_ROWS_OVER_K, B_ROWS_OVER_R, WAIT, BLOCK_N, GROUP_M, NUM_PROGRAMS
+            )
             count += 1
         for _step in range(k_steps, steps):
-            acc = _multiply_step(acc, True, count, ring, low_rank, B_TURN)
-            at = _load_step(at, ring, wide, low_rank, sizes, W_TURN, B_TURN, WAIT, BLOCK_N, GROUP_M, NUM_PROGRAMS)
+            acc = _multiply_step(acc, True, count, ring, low_rank, B_ROWS_OVER_R)
+            at = _load_step(
+                at, ring, wide, low_rank, sizes, W_ROWS_OVER_K, B_ROWS_OVER_R, WAIT, BLOCK_N, GROUP_M, NUM_PROGRAMS
+            )
             count += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
 
-        start_m, start_n = _tile_start(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        start_m, start_n = _tile_start(tile, num_m, num_n, BLOCK_M, BLOCK_N, GROUP_M)
+        # Descriptors reach rows of whole 16 bytes alone.
+        N = in_steps(y_desc.shape[1], 8)
         left, right = _halves(acc)
         quarters = _halves(left) + _halves(right)
         for i in gl.static_range(4):
@@ -211,21 +209,15 @@ def _fused_linear_pipelined_kernel(
             _store_tile(y_desc, [start_m, start], y_buf)
     tma.store_wait(pendings=0)
     if WAIT == "at the end":
-        _let_next_kernel_begin()
         # What comes after this kernel waits for its end alone.
         _wait_for_kernel_in_front()
 
 
 def launch_pipelined(
-    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, config: Config, wait: str = ""
-) -> Tensor:
-    """y, for operands that are `describable`, and s and b of their dtype and a rank that is a multiple of 8; `wait` as in
-    `launch_persistent`."""
-    M, N = x.shape[0], weight.shape[0]
-    y = torch.empty(M, N, device=x.device, dtype=x.dtype)
-    # Small as they are, they are copied where descriptors do not reach them.
-    s = s if aligned_rows(s) else s.contiguous()
-    b = b if aligned_rows(b) or aligned_rows(b.mT) else b.contiguous()
+    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, y: Tensor, config: Config, wait: str = ""
+) -> None:
+    """`launch_persistent`, for operands of which EVERYTHING is `describable`."""
+    M, N = y.shape
     w_rows_over_k, b_rows_over_r = not aligned_rows(weight), not aligned_rows(b)
     block_m, block_n, block_k, block_r = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
     programs = configs.num_sms(x.device)
@@ -254,7 +246,6 @@ def launch_pipelined(
         launch_pdl=wait != "",
         **(configs.leave_registers(config) if wait else {}),
     )
-    return y
 
 
 _GLUON_DTYPE = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}

@@ -55,14 +55,17 @@ def layer_grads(
         return fused_linear(g, weight.mT, None, ds, a.mT), da, db
 
     call = plans.Call("layer_grads", M, K, N, R, g.dtype, s.dtype)
-    plan = plans.pick(call, g.device, describable(g, weight.mT))
+    plan = plans.pick(call, g.device, describable(g, weight.mT, a.mT, ds))
     overlap = plan.way in plans.PERSISTENT and can_overlap
     rule_g, rule_x = rules(s, b, c, eta, norm, K)
-    # Another chain: what the GEMM reads has to be there when its first kernel begins.
-    with chained(overlap):
+    if not overlap:
         sums = outer_pair(g, s, rule_g, x, u, rule_x, pair, (dtype_a, dtype_b))
-        if overlap:
-            dx = launch_beside(g, weight.mT, None, ds, a.mT, plan, wait="at the end")
-        else:
-            dx = fused_linear(g, weight.mT, None, ds, a.mT, plan)
+        dx = fused_linear(g, weight.mT, None, ds, a.mT, plan)
+        return dx, *add_up_pair(*sums, (dtype_a, dtype_b))
+
+    dx = torch.empty(M, K, device=g.device, dtype=g.dtype)
+    # Another chain: what the GEMM reads has to be there when its first kernel begins.
+    with chained(True):
+        sums = outer_pair(g, s, rule_g, x, u, rule_x, pair, (dtype_a, dtype_b))
+        launch_beside(g, weight.mT, None, ds, a.mT, dx, plan, wait="at the end")
         return dx, *add_up_pair(*sums, (dtype_a, dtype_b))

@@ -27,6 +27,10 @@ PERSISTENT = ("persistent", "pipelined")
 _BESIDE = {"adapted_linear": "down_project_beside", "layer_grads": "outer_pair"}
 
 
+NOTHING, WIDE, EVERYTHING = range(3)
+"""What of a call's operands tensor descriptors reach: x, W and y are the wide ones, S and B the rest."""
+
+
 class Call(NamedTuple):
     """What a plan is chosen by: one of `OPS`, the sizes, and the dtypes of x and of S."""
 
@@ -49,14 +53,14 @@ class Plan(NamedTuple):
         return WAYS[self.way] + ("" if self.config is None else f" ({self.config})")
 
 
-def options(call: Call, arch: str, describable: bool = True, untried: bool = False) -> list[Plan]:
-    """Every plan that can run the call on `arch`; `describable`: tensor descriptors reach its operands; `untried`: also by
+def options(call: Call, arch: str, describable: int = EVERYTHING, untried: bool = False) -> list[Plan]:
+    """Every plan that can run the call on `arch`; `describable`: what of it tensor descriptors reach; `untried`: also by
     ways that have never run on such a GPU, which are taken only where they were measured."""
     _, _, N, K, R, dtype, low_rank_dtype = call
     tiles = configs.candidates("fused_linear", N, K, R, dtype, arch, low_rank_dtype)
     found = [Plan("tiles", config) for config in tiles]
-    if describable:
-        for way in PERSISTENT:
+    for way, needs in (("persistent", WIDE), ("pipelined", EVERYTHING)):
+        if describable >= needs:
             described = configs.candidates(f"fused_linear_{way}", N, K, R, dtype, arch, low_rank_dtype)
             found += [Plan(way, config) for config in described]
     # The rank's accumulator stays in registers beside the tile's, where the addresses of narrow loads leave no room, and
@@ -103,7 +107,7 @@ def _machine(arch: str) -> configs.Machine:
     return configs.MACHINES.get(configs.family(arch), configs.MACHINES["*"])
 
 
-def pick(call: Call, device: torch.device, describable: bool) -> Plan:
+def pick(call: Call, device: torch.device, describable: int) -> Plan:
     """The plan of this call on this device.
 
     What `tuning` has measured comes first. The interpreter takes tiles, whatever they cost. Under batch invariance the
@@ -114,14 +118,14 @@ def pick(call: Call, device: torch.device, describable: bool) -> Plan:
     return pick_by_cost(call, device, describable)
 
 
-def pick_by_cost(call: Call, device: torch.device, describable: bool) -> Plan:
+def pick_by_cost(call: Call, device: torch.device, describable: int) -> Plan:
     """`pick` where no batch invariance is asked for."""
     key = tuning.device_key(device) if device.type == "cuda" else None
     return _pick(call, configs.arch_of(device), describable, key)
 
 
 @functools.lru_cache(maxsize=4096)
-def _pick(call: Call, arch: str, describable: bool, key: str | None) -> Plan:
+def _pick(call: Call, arch: str, describable: int, key: str | None) -> Plan:
     found = options(call, arch, describable)
     # What is measured of dX is dX alone.
     product = call._replace(op="fused_linear") if call.op == "layer_grads" else call
@@ -134,7 +138,7 @@ def _pick(call: Call, arch: str, describable: bool, key: str | None) -> Plan:
 @functools.lru_cache(maxsize=4096)
 def _pick_invariant(call: Call, arch: str) -> Plan:
     # The vendor's GEMM chooses by M what it runs.
-    found = [plan for plan in options(call, arch, describable=False) if plan.way != "vendor"]
+    found = [plan for plan in options(call, arch, NOTHING) if plan.way != "vendor"]
     return found[0] if arch == "interpreter" else min(found, key=lambda plan: estimate(call, plan, arch))
 
 

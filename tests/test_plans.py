@@ -36,7 +36,7 @@ def call(op="adapted_linear", m=2048, n=4096, k=4096, r=16, dtypes=(torch.bfloat
 @pytest.mark.parametrize("op", plans.OPS)
 def test_every_case_has_a_plan_that_can_run(op, arch):
     for m, n, k, r in itertools.product([1, 513, 100_000], [1, 4096], [41, 14336], [1, 64, 65, 256]):
-        for dtypes, describable in itertools.product(DTYPES, [False, True]):
+        for dtypes, describable in itertools.product(DTYPES, [plans.NOTHING, plans.WIDE]):
             found = plans.options(call(op, m, n, k, r, dtypes), arch, describable)
             assert found[0].way == "tiles" and found[-1] == plans.Plan("vendor", None)
             for plan in found:
@@ -47,15 +47,15 @@ def test_every_case_has_a_plan_that_can_run(op, arch):
 
 def test_the_least_estimate_is_picked():
     for arch, m in itertools.product(["sm_80", "sm_90", "unheard_of"], [64, 512, 8192]):
-        chosen = plans._pick(call(m=m), arch, True, None)
+        chosen = plans._pick(call(m=m), arch, plans.EVERYTHING, None)
         costs = {plan: plans.estimate(call(m=m), plan, arch) for plan in plans.options(call(m=m), arch)}
         assert costs[chosen] == min(costs.values())
-    assert plans.pick(call(), torch.device("cpu"), True).way == "tiles"
+    assert plans.pick(call(), torch.device("cpu"), plans.EVERYTHING).way == "tiles"
 
 
 def test_each_way_is_the_best_somewhere_on_hopper():
     sizes = itertools.product([64, 512, 8192], [1024, 4096], [896, 4096, 14336])
-    chosen = {plans._pick(call(op, *size), "sm_90", True, None).way for size in sizes for op in plans.OPS}
+    chosen = {plans._pick(call(op, *size), "sm_90", plans.EVERYTHING, None).way for size in sizes for op in plans.OPS}
     assert chosen == set(plans.WAYS) - {"pipelined"}
 
 
@@ -63,25 +63,27 @@ def test_what_never_ran_is_taken_only_where_it_was_measured():
     tried, all_of_them = plans.options(call(), "sm_90"), plans.options(call(), "sm_90", untried=True)
     untried = [plan for plan in all_of_them if plan not in tried]
     assert {plan.way for plan in untried} == {"pipelined"} and [p for p in all_of_them if p not in untried] == tried
-    assert plans._pick(call(), "sm_90", True, KEY).way != "pipelined"
+    assert plans._pick(call(), "sm_90", plans.EVERYTHING, KEY).way != "pipelined"
     # But where it was measured.
     save(*untried[0])
     plans.forget()
-    assert plans._pick(call(), "sm_90", True, KEY) == untried[0]
-    assert plans._pick(call(), "sm_90", False, KEY).way != "pipelined"
-    assert "pipelined" not in {plan.way for plan in plans.options(call(), "sm_90", describable=False, untried=True)}
+    assert plans._pick(call(), "sm_90", plans.EVERYTHING, KEY) == untried[0]
+    assert plans._pick(call(), "sm_90", plans.NOTHING, KEY).way != "pipelined"
+    assert "pipelined" not in {plan.way for plan in plans.options(call(), "sm_90", plans.WIDE, untried=True)}
     for other in ({"r": 12}, {"dtypes": (torch.bfloat16, torch.float32)}, {"dtypes": (torch.float32,) * 2}):
         assert "pipelined" not in {plan.way for plan in plans.options(call(**other), "sm_90", untried=True)}
 
 
 def test_the_sums_that_run_beside_the_gemm_alone_can_decide():
     alone, with_sums = (call(op, m=8192, n=4096, k=14336) for op in ("fused_linear", "layer_grads"))
-    assert plans._pick(alone, "sm_90", True, None).way == "vendor"
-    assert plans._pick(with_sums, "sm_90", True, None).way == "persistent"
+    assert plans._pick(alone, "sm_90", plans.EVERYTHING, None).way == "vendor"
+    assert plans._pick(with_sums, "sm_90", plans.EVERYTHING, None).way == "persistent"
     # Where they find no room there, they cost every plan the same.
     for size in ({}, {"n": 1024}, {"m": 300}):
         alone, with_sums = (call(op, r=128, **size) for op in ("fused_linear", "layer_grads"))
-        assert plans._pick(alone, "sm_90", True, None) == plans._pick(with_sums, "sm_90", True, None)
+        assert plans._pick(alone, "sm_90", plans.EVERYTHING, None) == plans._pick(
+            with_sums, "sm_90", plans.EVERYTHING, None
+        )
 
 
 def test_estimates_are_of_the_size_of_bytes_and_flops():
@@ -110,37 +112,43 @@ def test_a_measurement_is_preferred_near_where_it_was_taken():
     assert tiles.way == "tiles"
     save(*tiles)
     for m in (1024, 2000, 2048, 4096):
-        assert plans._pick(call(m=m), "sm_90", True, KEY) == tiles
-    estimated = plans._pick(call(m=5000), "sm_90", True, None)
-    assert plans._pick(call(m=5000), "sm_90", True, KEY) == estimated
-    assert plans._pick(call(n=1024), "sm_90", True, KEY) == plans._pick(call(n=1024), "sm_90", True, None)
-    assert plans._pick(call("layer_grads"), "sm_90", True, KEY) == plans._pick(call("layer_grads"), "sm_90", True, None)
-    assert plans._pick(call(), "sm_90", True, "another GPU") == plans._pick(call(), "sm_90", True, None)
+        assert plans._pick(call(m=m), "sm_90", plans.EVERYTHING, KEY) == tiles
+    estimated = plans._pick(call(m=5000), "sm_90", plans.EVERYTHING, None)
+    assert plans._pick(call(m=5000), "sm_90", plans.EVERYTHING, KEY) == estimated
+    assert plans._pick(call(n=1024), "sm_90", plans.EVERYTHING, KEY) == plans._pick(
+        call(n=1024), "sm_90", plans.EVERYTHING, None
+    )
+    assert plans._pick(call("layer_grads"), "sm_90", plans.EVERYTHING, KEY) == plans._pick(
+        call("layer_grads"), "sm_90", plans.EVERYTHING, None
+    )
+    assert plans._pick(call(), "sm_90", plans.EVERYTHING, "another GPU") == plans._pick(
+        call(), "sm_90", plans.EVERYTHING, None
+    )
 
 
 def test_the_nearest_number_of_rows_wins_and_a_new_measurement_replaces_the_old():
     first, second = plans.options(call(), "sm_90")[:2]
     save(*first, m=1024)
     save(*second, m=2048)
-    assert plans._pick(call(m=1100), "sm_90", True, KEY) == first
-    assert plans._pick(call(m=1900), "sm_90", True, KEY) == second
+    assert plans._pick(call(m=1100), "sm_90", plans.EVERYTHING, KEY) == first
+    assert plans._pick(call(m=1900), "sm_90", plans.EVERYTHING, KEY) == second
     save("vendor", None, m=2048)
     plans.forget()
-    assert plans._pick(call(m=1900), "sm_90", True, KEY).way == "vendor"
+    assert plans._pick(call(m=1900), "sm_90", plans.EVERYTHING, KEY).way == "vendor"
     assert len(json.loads(tuning.path(KEY).read_text())["entries"]) == 2
 
 
 def test_a_measured_plan_that_cannot_run_is_not_taken():
     persistent = next(plan for plan in plans.options(call(), "sm_90") if plan.way == "persistent")
     save(*persistent)
-    assert plans._pick(call(), "sm_90", True, KEY) == persistent
-    assert plans._pick(call(), "sm_90", False, KEY).way != "persistent"
+    assert plans._pick(call(), "sm_90", plans.EVERYTHING, KEY) == persistent
+    assert plans._pick(call(), "sm_90", plans.NOTHING, KEY).way != "persistent"
 
 
 def test_what_was_measured_of_dx_is_taken_for_it_with_its_sums():
     tiles = plans.options(call("fused_linear"), "sm_90")[1]
     save(*tiles, op="fused_linear")
-    assert plans._pick(call("layer_grads"), "sm_90", True, KEY) == tiles
+    assert plans._pick(call("layer_grads"), "sm_90", plans.EVERYTHING, KEY) == tiles
 
 
 @pytest.mark.parametrize("content", ["not json", "[]", '{"entries": 3}', '{"entries": [{"call": 1}]}'])

@@ -78,7 +78,7 @@ def plans_of(product: Product, untried: bool = False) -> tuple[dict[str, Any], d
     from csrc_triton import configs, plans
 
     operands = product.operands
-    arch, describable = configs.arch_of(operands[0].device), csrc_triton.describable(*operands[:2])
+    arch, describable = configs.arch_of(operands[0].device), csrc_triton.describable(*operands[:2], operands[4])
     options = {str(plan): plan for plan in plans.options(product.call, arch, describable, untried)}
     rejected = _reject(product, options)
     return {name: plan for name, plan in options.items() if name not in rejected}, rejected

@@ -58,7 +58,7 @@ def test_every_plan_of_y_and_dx(arch, few_sms, dtypes, shape):
     exact_y, exact_s = reference.adapted_linear(*doubles(*tensors), torch.float64)
     M, N, K, R = shape
     call = plans.Call("adapted_linear", *shape, x.dtype, compute)
-    for plan in plans.options(call, arch, describable(x, weight), untried=True):
+    for plan in plans.options(call, arch, describable(x, weight, b), untried=True):
         y, ours_s = csrc_triton.adapted_linear(*tensors, compute, plan)
         assert_close(y, eager_y, exact_y, f"y of {plan}")
         assert_close(ours_s, s, exact_s, f"s of {plan}")
@@ -66,7 +66,7 @@ def test_every_plan_of_y_and_dx(arch, few_sms, dtypes, shape):
     args = (g, weight.mT, None, ds, a.mT)
     eager, exact = reference.fused_linear(*args), reference.fused_linear(*doubles(*args))
     call = plans.Call("fused_linear", M, K, N, R, x.dtype, compute)
-    for plan in plans.options(call, arch, describable(g, weight.mT), untried=True):
+    for plan in plans.options(call, arch, describable(g, weight.mT, a.mT), untried=True):
         assert_close(csrc_triton.fused_linear(*args, plan), eager, exact, f"dx of {plan}")
 
 
@@ -89,7 +89,7 @@ def test_gemm_of_any_strides(arch, dtypes, layout, plan):
     x, weight, bias, a, b, _ = make_inputs(37, 48, 64, 16, *dtypes)
     tensors = (laid_out(x, layout), laid_out(weight, layout), bias.repeat_interleave(2)[::2])
     tensors += (laid_out(a, layout), laid_out(b, layout))
-    found = plans.options(plans.Call("adapted_linear", 37, 48, 64, 16, x.dtype, compute), arch, describable=False)
+    found = plans.options(plans.Call("adapted_linear", 37, 48, 64, 16, x.dtype, compute), arch, plans.NOTHING)
     found = [p for p in found if p.way == plan] or found[:1]
     y, _ = csrc_triton.adapted_linear(*tensors, compute, found[-1])
     exact = reference.adapted_linear(*doubles(*tensors), torch.float64)[0]

@@ -18,7 +18,6 @@ from allora_kernels.layer import ops
 from allora_kernels.testing import make_inputs
 from csrc_triton import batch_invariance, configs, plans, replay
 from csrc_triton.combine import combine
-from csrc_triton.fused_linear import launch_beside
 from csrc_triton.launching import watch
 from csrc_triton.recording import record
 
@@ -232,15 +231,18 @@ def test_descriptors(device, transposed, way):
     arch = configs.arch_of(torch.device(device))
     call = plans.Call("fused_linear", 70, 64, 128, 16, torch.bfloat16, torch.bfloat16)
     found = [plan for plan in plans.options(call, arch, untried=True) if plan.way == way]
-    if not found:
-        pytest.skip(f"nothing on {arch} goes {way}")
+    if not found or (way == "pipelined" and device == "cpu"):
+        pytest.skip(f"nothing here goes {way}")
 
     def make(seed):
         x, weight, bias, _, b, _, s = inputs(device, seed, sizes=(70, 64, 128, 16))
         return x, weight.mT.contiguous().mT if transposed else weight, bias, s, b
 
-    check(lambda *args: launch_beside(*args, found[0]), make)
-    check(lambda x, weight, bias, s, b: launch_beside(x[8:], weight[16:], bias[16:], s[8:], b[16:], found[0]), make)
+    def parts(x, weight, bias, s, b):
+        return csrc_triton.fused_linear(x[8:], weight[16:], bias[16:], s[8:], b[16:], found[0])
+
+    check(lambda *args: csrc_triton.fused_linear(*args, found[0]), make)
+    check(parts, make)
 
 
 def test_groups(device):

@@ -34,12 +34,19 @@ def plan_for(way, op, shape, dtypes, device):
     """The first plan of this way, or a skip where no such plan exists for the case."""
     x_dtype, low_rank_dtype = dtypes[0], torch.promote_types(*dtypes)
     call = plans.Call(op, *shape, x_dtype, low_rank_dtype)
-    describable = x_dtype.itemsize == 2 and shape[1] % 8 == 0 and shape[2] % 8 == 0
+    same = dtypes[0] == dtypes[1]
+    aligned = x_dtype.itemsize == 2 and shape[1] % 8 == 0 and shape[2] % 8 == 0
+    describable = (plans.EVERYTHING if same else plans.WIDE) if aligned else plans.NOTHING
     options = plans.options(call, configs.arch_of(torch.device(device)), describable, untried=True)
     found = [plan for plan in options if plan.way == way]
-    if not found:
+    if not found or (way == "pipelined" and device == "cpu"):
+        # Gluon has no interpreter, even where a GPU's configurations are interpreted.
         pytest.skip(f"no plan goes {way} with this rank and these dtypes on this device")
     return found[0]
+
+
+def plan_needs(way):
+    return plans.EVERYTHING if way == "pipelined" else plans.WIDE
 
 
 def double(*tensors):
@@ -79,7 +86,7 @@ def test_takes_any_strides(device, way, layout):
     plan = plan_for(way, "adapted_linear", shape, (dtype, dtype), device)
     x, weight, bias, lora_A, lora_B, _ = make_inputs(*shape, dtype, device=device)
     tensors = (layout(x), layout(weight), bias.repeat_interleave(2)[::2], layout(lora_A), layout(lora_B))
-    if way in plans.PERSISTENT and not csrc_triton.describable(*tensors[:2]):
+    if way in plans.PERSISTENT and csrc_triton.describable(*tensors[:2], tensors[4]) < plan_needs(way):
         pytest.skip("descriptors do not reach these strides")
     results = csrc_triton.adapted_linear(*tensors, dtype, plan)
     exact = reference.adapted_linear(*double(*tensors), torch.float64)
@@ -141,9 +148,30 @@ def test_what_descriptors_reach(columns, row_stride, offset, dtype, reached):
     storage = torch.zeros(32 * 80, dtype=dtype)
     x = storage.as_strided((16, columns), (row_stride, 1), offset)
     weight = torch.zeros(24, columns, dtype=dtype)
-    assert csrc_triton.describable(x, weight) == reached
+    b = torch.zeros(24, 16, dtype=dtype)
+    assert csrc_triton.describable(x, weight) == (plans.WIDE if reached else plans.NOTHING)
+    assert csrc_triton.describable(x, weight, b) == (plans.EVERYTHING if reached else plans.NOTHING)
     assert csrc_triton.describable(x, weight.mT.contiguous().mT) == reached
-    assert not csrc_triton.describable(x, weight[:7])
+    assert not csrc_triton.describable(x, weight[:7], b)
+
+
+def test_which_factors_descriptors_reach():
+    x, weight = torch.zeros(16, 64, dtype=torch.bfloat16), torch.zeros(24, 64, dtype=torch.bfloat16)
+    flat = torch.zeros(24 * 16 + 8, dtype=torch.bfloat16)
+    b, s = flat[:384].view(24, 16), torch.zeros(16, 16, dtype=torch.bfloat16)
+    assert csrc_triton.describable(x, weight, b, s) == plans.EVERYTHING
+    assert csrc_triton.describable(x, weight, b.mT.contiguous().mT, s) == plans.EVERYTHING
+    # Under autocast factors are of another dtype than S; parameters may be views of a flat buffer.
+    for factors in (
+        (b.float(), s),
+        (b.half(), s),
+        (flat[1:385].view(24, 16), s),
+        (b, s.float()),
+        (b, s.mT),
+        (b[:, :12], s),
+    ):
+        expected = plans.EVERYTHING if factors[0].shape[1] == 12 else plans.WIDE
+        assert csrc_triton.describable(x, weight, *factors) == expected
 
 
 @ways
@@ -155,7 +183,7 @@ def test_the_layer_takes_the_way_it_is_given(device, monkeypatch, way, norm):
     taken = []
 
     def pick(call, device, describable):
-        options = plans.options(call, configs.arch_of(device), describable, untried=True)
+        options = plans.options(call, configs.arch_of(device), describable, untried=device.type == "cuda")
         found = {plan.way: plan for plan in options}
         taken.append(found.get(way, found["tiles"]).way)
         return found.get(way, found["tiles"])
