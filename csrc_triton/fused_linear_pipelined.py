@@ -24,7 +24,9 @@ from .fused_linear_persistent import aligned_rows
 from .launching import launch
 from .tiling import grouped_tile, in_steps
 
-# By their names in Triton 3.6, or from 3.8 on.
+# By their names in Triton 3.6, or those of later versions.
+_buffer = gl.shared_memory_descriptor
+_reinterpret = getattr(_buffer, "reinterpret", None) or _buffer._reinterpret
 _load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _sync_threads = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -49,8 +51,10 @@ def _slot(count, ring, descs):
     left_desc, right_desc = descs
     slot = count % ring[0].shape[0]
     PARTS: gl.constexpr = ring[0].shape[2] // left_desc.block_type.shape[1]
-    left = ring[0].index(slot)._reinterpret(left_desc.dtype, [PARTS] + left_desc.block_type.shape, left_desc.layout)
-    right = ring[1].index(slot)._reinterpret(right_desc.dtype, [PARTS] + right_desc.block_type.shape, right_desc.layout)
+    left_shape: gl.constexpr = [PARTS] + left_desc.block_type.shape
+    right_shape: gl.constexpr = [PARTS] + right_desc.block_type.shape
+    left = _reinterpret(ring[0].index(slot), left_desc.dtype, left_shape, left_desc.layout)
+    right = _reinterpret(ring[1].index(slot), right_desc.dtype, right_shape, right_desc.layout)
     return left.index(0), right.index(0), ring[2].index(slot)
 
 

@@ -312,6 +312,7 @@ def factor_coefficient(a: Tensor, b: Tensor, eta: float, inv_etas_squared: Tenso
         BLOCK_K=1024,
         num_warps=4,
         num_stages=2,
+        **configs.all_registers(configs.arch_of(a.device)),
     )
     return c
 
