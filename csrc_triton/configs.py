@@ -49,7 +49,7 @@ class Machine:
 
     flops: 16-bit matrix FLOP/s that the vendor's GEMM reaches; bandwidth: bytes/s; launch: seconds a kernel costs in a
     row of kernels; efficiency: speed of our GEMM over the vendor's where its tiles fill the chip, by the plan's way: one
-    that is missing has never run there.
+    that is missing is taken only where `tuning` has measured it.
     """
 
     flops: float

@@ -64,8 +64,8 @@ def layer_grads(
         return dx, *add_up_pair(*sums, (dtype_a, dtype_b))
 
     dx = torch.empty(M, K, device=g.device, dtype=g.dtype)
-    # Another chain: what the GEMM reads has to be there when its first kernel begins.
+    # Another chain, because what the GEMM reads has to be there when its first kernel begins.
     with chained(True):
         sums = outer_pair(g, s, rule_g, x, u, rule_x, pair, (dtype_a, dtype_b))
         launch_beside(g, weight.mT, None, ds, a.mT, dx, plan, wait="at the end")
-        return dx, *add_up_pair(*sums, (dtype_a, dtype_b))
+    return dx, *add_up_pair(*sums, (dtype_a, dtype_b))

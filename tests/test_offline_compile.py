@@ -168,13 +168,16 @@ for norm, in_front in (("row", 2), ("matrix", 3), ("factor", 1), (None, 0)):
         places.append(place)
         if place == "link":
             assert caught[2]["launch_pdl"] and 0 < waits < lets < first_touch, caught[0]
+        elif place == "":
+            # The second stage of dA and dB.
+            assert not caught[2].get("launch_pdl") and waits < 0 and lets < 0, caught[0]
         elif place == "first":
             assert not caught[2].get("launch_pdl") and waits < 0 < lets < first_touch, caught[0]
         else:
             # The GEMM: it waits at its end for the kernel beside which it runs.
             assert caught[2]["WAIT"] == "at the end" and lets < 0 < first_touch < waits, caught[0]
     c_and_ds = ["first"] + ["link"] * (in_front + 1)
-    assert places == [*c_and_ds, "first", None, "link"], (norm, places)
+    assert places == [*c_and_ds, "first", None, ""], (norm, places)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
