@@ -23,7 +23,6 @@ _MAX_INT_32 = 2**31 - 1
 
 _compiled: dict[tuple, Any] = {}
 _signatures: dict[int, "Signature"] = {}
-_chainable: dict[int, bool] = {}
 
 
 class _Watch(threading.local):
@@ -37,9 +36,10 @@ watch = _Watch()
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """``kernel[grid](*args, **options)`` on the device of the first argument, a tensor or a descriptor of one.
 
-    args: the kernel's tensors, then its numbers; options: its constexprs in their order, but for CHAIN, then launch options.
+    args: the kernel's tensors, then its numbers; options: its constexprs in their order, but for CHAIN, which is
+    the first where there is one, then launch options.
     """
-    if is_chainable(kernel):
+    if "CHAIN" in kernel.arg_names:
         place = next_place()
         options = {"CHAIN": place, **options, **({"launch_pdl": True} if place == "link" else {})}
     device = getattr(args[0], "base", args[0]).device
@@ -90,14 +90,6 @@ def runner(stream: int) -> Callable[[Any, tuple[int, int, int], Sequence], None]
 def _used(hook: Callable | None) -> Callable | None:
     # An empty chain of hooks would be called for nothing, and its arguments prepared.
     return hook if getattr(hook, "calls", hook) else None
-
-
-def is_chainable(kernel) -> bool:
-    """Whether a kernel of ours has a CHAIN, the first of its constexprs."""
-    found = _chainable.get(id(kernel))
-    if found is None:
-        found = _chainable[id(kernel)] = "CHAIN" in kernel.arg_names
-    return found
 
 
 def is_descriptor(argument: Any) -> bool:

@@ -20,15 +20,14 @@ OPS = ("adapted_linear", "fused_linear", "layer_grads")
 """The products that have a choice: y with S yet to be computed, any product with S given, and such a dX with the sums for dA
 and dB yet to be computed."""
 
-PERSISTENT = ("persistent", "pipelined")
-"""The ways whose GEMM leaves room on each multiprocessor for a small kernel beside it."""
-
-# That kernel.
-_BESIDE = {"adapted_linear": "down_project_beside", "layer_grads": "outer_pair"}
-
-
 NOTHING, WIDE, EVERYTHING = range(3)
 """What of a call's operands tensor descriptors reach: x, W and y are the wide ones, S and B the rest."""
+
+PERSISTENT = {"persistent": WIDE, "pipelined": EVERYTHING}
+"""The ways whose GEMM leaves room on each multiprocessor for a small kernel beside it, and what descriptors have to reach."""
+
+# That small kernel.
+_BESIDE = {"adapted_linear": "down_project_beside", "layer_grads": "outer_pair"}
 
 
 class Call(NamedTuple):
@@ -59,7 +58,7 @@ def options(call: Call, arch: str, describable: int = EVERYTHING, untried: bool 
     _, _, N, K, R, dtype, low_rank_dtype = call
     tiles = configs.candidates("fused_linear", N, K, R, dtype, arch, low_rank_dtype)
     found = [Plan("tiles", config) for config in tiles]
-    for way, needs in (("persistent", WIDE), ("pipelined", EVERYTHING)):
+    for way, needs in PERSISTENT.items():
         if describable >= needs:
             described = configs.candidates(f"fused_linear_{way}", N, K, R, dtype, arch, low_rank_dtype)
             found += [Plan(way, config) for config in described]

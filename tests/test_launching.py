@@ -472,3 +472,12 @@ def test_a_descriptor_of_gluon_stays_one_when_it_is_replayed():
     assert launching.is_descriptor(first) and type(again) is GluonDescriptor
     assert (again.layout, again.shape, again.strides) == (first.layout, first.shape, first.strides)
     assert again.base.data_ptr() == 4096 and launching._tensor_part(again) == launching._tensor_part(first)
+
+
+def test_only_so_many_descriptors_of_one_place_are_kept():
+    first = TensorDescriptor.from_tensor(torch.zeros(32, 64, dtype=torch.bfloat16), [16, 64])
+    known = recording.Described(first, recording.Slot(0, 0, torch.bfloat16), {})
+    for address in (*range(0, 16 * 300, 16), 0, 16):
+        found = known.at(address)
+        assert found.base.data_ptr() == address and known.at(address) is found
+        assert found.block_shape == first.block_shape and len(known.made) <= recording.MAX_DESCRIPTORS

@@ -90,11 +90,17 @@ class Asynchrony:
             raise Unordered("a copy to what other warps may still read")
         if int(desc.base) in self.after_kernel_in_front and not self.now.waited_for_kernel_in_front:
             raise Unordered("a copy of what the kernel in front may not have written")
+        if overlap(self.now.unfenced, ops._md(op, barrier).data):
+            raise Unordered("a copy that tells a barrier which the tensor memory unit may not see yet")
         data = ops._desc_block(interp, desc, *ops._desc_pointers(desc, coords), buffer.dtype)
         buffer.view(np.uint16)[...] = 0xFFFF  # NaN, in either 16-bit type
         self.now.copies.append(Arriving(buffer, data, ops._barrier(interp, op, barrier)))
         self.counts["copies"] += 1
         return []
+
+    def make_barrier(self, interp, op, args):
+        self.now.unfenced.append(ops._md(op, args).data)
+        return ops_before["ttng.init_barrier"](interp, op, args)
 
     def wait_barrier(self, interp, op, args):
         alloc, phase, *_ = ops._segments(op, args, 4)
@@ -181,6 +187,7 @@ def as_late_as_allowed() -> Iterator[Asynchrony]:
     found = Asynchrony()
     handlers = {
         "ttng.async_tma_copy_global_to_local": found.load,
+        "ttng.init_barrier": found.make_barrier,
         "ttng.wait_barrier": found.wait_barrier,
         "ttng.warp_group_dot": found.multiply,
         "ttng.warp_group_dot_wait": found.wait_products,

@@ -89,6 +89,7 @@ FAULTS = {
     ),
     "the program ends before its stores": ("    tma.store_wait(pendings=0)\n", "", "program ends before its stores"),
     "a store may not see what is written": ("            fence_async_shared()\n", "", "may not see yet"),
+    "a copy may not see its barrier": ("sees them.\n    fence_async_shared()\n", "sees them.\n", "may not see yet"),
     "S is not waited for": ('WAIT == "for S"', 'WAIT == "never"', "kernel in front may not have written"),
 }
 

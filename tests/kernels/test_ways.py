@@ -45,10 +45,6 @@ def plan_for(way, op, shape, dtypes, device):
     return found[0]
 
 
-def plan_needs(way):
-    return plans.EVERYTHING if way == "pipelined" else plans.WIDE
-
-
 def double(*tensors):
     return tuple(None if t is None else t.double() for t in tensors)
 
@@ -86,7 +82,7 @@ def test_takes_any_strides(device, way, layout):
     plan = plan_for(way, "adapted_linear", shape, (dtype, dtype), device)
     x, weight, bias, lora_A, lora_B, _ = make_inputs(*shape, dtype, device=device)
     tensors = (layout(x), layout(weight), bias.repeat_interleave(2)[::2], layout(lora_A), layout(lora_B))
-    if way in plans.PERSISTENT and csrc_triton.describable(*tensors[:2], tensors[4]) < plan_needs(way):
+    if way in plans.PERSISTENT and csrc_triton.describable(*tensors[:2], tensors[4]) < plans.PERSISTENT[way]:
         pytest.skip("descriptors do not reach these strides")
     results = csrc_triton.adapted_linear(*tensors, dtype, plan)
     exact = reference.adapted_linear(*double(*tensors), torch.float64)
@@ -153,6 +149,12 @@ def test_what_descriptors_reach(columns, row_stride, offset, dtype, reached):
     assert csrc_triton.describable(x, weight, b) == (plans.EVERYTHING if reached else plans.NOTHING)
     assert csrc_triton.describable(x, weight.mT.contiguous().mT) == reached
     assert not csrc_triton.describable(x, weight[:7], b)
+
+
+@pytest.mark.parametrize("rows, reached", [(2**31 - 300, True), (2**31 - 100, False), (2**33, False)])
+def test_descriptors_count_rows_in_32_bits(rows, reached):
+    x, weight = torch.empty(rows, 8, dtype=torch.bfloat16, device="meta"), torch.zeros(8, 8, dtype=torch.bfloat16)
+    assert csrc_triton.describable(x, weight) == (plans.WIDE if reached else plans.NOTHING)
 
 
 def test_which_factors_descriptors_reach():
