@@ -28,6 +28,8 @@ from . import (
     experts,
     layer,
     model,
+    quantized,
+    quantized_providers,
     sample_providers,
     samples,
     show,
@@ -46,6 +48,7 @@ SECTIONS = {
     "per-sample": (samples.run_samples, 2),
     "experts": (experts.run_experts, 2),
     "adapters": (adapters.run_adapters, 2),
+    "quantized": (quantized.run_quantized, 2),
     "launches": (layer.run_launches, 1),
 }
 
@@ -56,7 +59,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--shapes", nargs="+", type=cases.parse_shape, default=[], metavar="M=..,N=..,K=..,R=..", help="layers to run"
     )
-    of_steps = (module.PROVIDERS for module in (sample_providers, expert_providers, adapter_providers))
+    of_steps = (
+        module.PROVIDERS for module in (sample_providers, expert_providers, adapter_providers, quantized_providers)
+    )
     known = list(dict.fromkeys([*PROVIDERS, *model.VARIANTS, *itertools.chain(*of_steps)]))
     parser.add_argument("--providers", nargs="+", choices=known, help="only these (the floor always)")
     parser.add_argument("--missing", action="store_true", help="skip what the file has from this commit")

@@ -47,6 +47,8 @@ def blocks(gpus: dict[str, dict], drawn: dict[str, dict[str, str]], cpu: dict | 
         "experts-budget": _step_budget(step_budget.EXPERTS, list(gpus.values())),
         "adapters": step_report.block(step_report.ADAPTERS, list(gpus.values())),
         "adapters-budget": _step_budget(step_budget.ADAPTERS, list(gpus.values())),
+        "quantized": step_report.block(step_report.QUANTIZED, list(gpus.values())),
+        "quantized-budget": _step_budget(step_budget.QUANTIZED, list(gpus.values())),
     }
 
 

@@ -68,6 +68,7 @@ _COLUMNS = {
     "per-sample": _step("clipped step"),
     "experts": _step("forward + backward"),
     "adapters": _step("forward + backward"),
+    "quantized": _step("forward + backward"),
     "model": [
         ("step", lambda row, frozen: time_and_ratio(row, frozen, "step")),
         ("tokens/s", lambda row, frozen: f"{row['tokens_per_s']:,.0f}" if "tokens_per_s" in row else ""),

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from . import adapter_passes, adapters, expert_passes, experts
+from . import adapter_passes, adapters, expert_passes, experts, quantized, quantized_passes
 from .measured import ratio
 from .passes import Pass
 from .steps import StepCase
@@ -23,7 +23,8 @@ class Counted(NamedTuple):
 
 EXPERTS = Counted("experts", experts.GPU_CASES, expert_passes.COUNTED, expert_passes.expert_passes)
 ADAPTERS = Counted("adapters", adapters.GPU_CASES, adapter_passes.COUNTED, adapter_passes.adapter_passes)
-ALL = (EXPERTS, ADAPTERS)
+QUANTIZED = Counted("quantized", quantized.GPU_CASES, quantized_passes.COUNTED, quantized_passes.quantized_passes)
+ALL = (EXPERTS, ADAPTERS, QUANTIZED)
 HEADINGS = ["", "step, µs", "over the floor", "measured"]
 
 

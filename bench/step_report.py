@@ -3,7 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from . import adapter_providers, adapters, expert_providers, experts, sample_providers, samples
+from . import (
+    adapter_providers,
+    adapters,
+    expert_providers,
+    experts,
+    quantized,
+    quantized_providers,
+    sample_providers,
+    samples,
+)
 from .markdown import provenance, table
 from .measured import median, records
 from .steps import StepCase, StepSpec
@@ -30,6 +39,14 @@ EXPERTS = Shown(
 )
 ADAPTERS = Shown(
     "adapters", "forward and backward", "frozen", adapter_providers.PROVIDERS, adapters.GPU_CASES, adapters.AdaptersCase
+)
+QUANTIZED = Shown(
+    "quantized",
+    "forward and backward",
+    "frozen",
+    quantized_providers.PROVIDERS,
+    quantized.GPU_CASES,
+    quantized.QuantizedCase,
 )
 
 

@@ -6,6 +6,7 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -37,14 +38,13 @@ def _call(rank: int, work, *args) -> None:
 def _work(rank: int, world: int, checks: dict, folder: Path) -> None:
     torch.set_num_threads(1)
     if TRITON_INSTALLED:
-        # Built for the interpreter now; checks of the kernels set the variable again.
-        os.environ["TRITON_INTERPRET"] = "1"
+        # Built for the interpreter now, as Triton was by whatever came first; checks of the kernels set the variable again.
         import quick_interpreter
 
         import csrc_triton  # noqa: F401
 
-        del os.environ["TRITON_INTERPRET"]
         quick_interpreter.install()
+    del os.environ["TRITON_INTERPRET"]
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
@@ -66,7 +66,9 @@ def run_checks(world: int, checks: dict, folder: Path) -> None:
     Raises:
         AssertionError: with the traceback of each check that failed in any of them.
     """
-    spawn(_work, world, checks, folder, nprocs=world)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        spawn(_work, world, checks, folder, nprocs=world)
     problems = {}
     for rank in range(world):
         problems |= torch.load(folder / f"problems-{rank}")

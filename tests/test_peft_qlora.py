@@ -18,7 +18,7 @@ from allora_kernels.integrations.peft import (
     load_allora_model,
     restore_lora,
 )
-from allora_kernels.layer import bases
+from allora_kernels.layer import bases, quantized
 
 FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
 SETTINGS = ["4bit", "8bit", "int8"]
@@ -81,7 +81,7 @@ def test_the_usual_script_trains_saves_and_resumes(base, setting, checkpointing,
     model = prepare_model_for_kbit_training(load(base, setting), use_gradient_checkpointing=checkpointing)
     model = get_allora_model(model, lora(target_modules="all-linear"), 0.7, "token")
     report = explain(model)
-    assert len(report.fused) == 14 and not report.not_fused and "y and dx by " in str(report)
+    assert len(report.fused) == 14 and not report.not_fused and ", on " in str(report)
     losses = train(model, tmp_path / "run", max_steps=8, save_steps=4)
     assert losses[-1] < losses[0] - 0.1
     assert not (tmp_path / "run" / "checkpoint-4" / "model.safetensors").exists()
@@ -113,6 +113,28 @@ def test_a_run_goes_on_accelerated(base, setting, tmp_path):
     assert fused == pytest.approx(plain, rel=0.02) and fused[-1] < fused[0]
     restore_lora(model)
     assert not explain(model).fused
+
+
+def test_the_kernels_take_over_the_usual_4bit_script(base, monkeypatch):
+    """Under Trainer's bf16, after prepare_model_for_kbit_training, whose norms give the layers an x in float32."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(quantized, "DEQUANTIZED_FROM_ROWS", 1)
+    model = randomised(peft.get_peft_model(prepared(base, "4bit"), lora(alpha=10)))
+    for module in model.modules():
+        bases.keep_backward(module)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=batch(), labels=batch()).loss
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return loss, *torch.autograd.grad(loss, trained)
+
+    by_peft = step()
+    assert len(accelerate_lora(model).fused) == 4
+    monkeypatch.setattr(quantized, "add_adapter", None)
+    for ours, theirs in zip(step(), by_peft):
+        assert ours.dtype == theirs.dtype == torch.float32 and (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
 @settings

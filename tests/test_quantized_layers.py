@@ -5,15 +5,13 @@ import pickle
 
 import pytest
 import torch
-from quantized import KINDS, dequantized, quantized, torchao
+from quantized import KINDS, K, N, R, check, plain_results, quantized, results, torchao, wrapped
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from allora_kernels import FusedALLoRALinear, WrappedALLoRALinear, apply_allora, disable_adapters, per_sample, reference
 from allora_kernels.layer import bases
-from allora_kernels.testing import assert_close
 
-N, K, R = 96, 64, 5
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -23,46 +21,6 @@ def backend(request, monkeypatch):
         pytest.importorskip("triton")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     return request.param
-
-
-def wrapped(kind, norm="row", dtype=torch.float32, adapter_dtype=torch.float32, device="cpu"):
-    layer = WrappedALLoRALinear(quantized(kind, K, N, dtype, device), R, 1.5, norm, adapter_dtype=adapter_dtype)
-    nn.init.normal_(layer.lora_B)
-    return layer
-
-
-def results(f, x, a, b, g):
-    leaves = [t.detach().requires_grad_() for t in (x, a, b)]
-    y = f(*leaves)
-    return y, *torch.autograd.grad(y, leaves, g.to(y.dtype))
-
-
-def plain_results(layer, x, g):
-    x = x.detach().requires_grad_()
-    y = layer(x)
-    return y, *torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), g)
-
-
-def check(layer, norm, dtype):
-    """y and all gradients are at most twice as far from fp64 as those of the layer with an eager adapter."""
-    base, a, b = layer.base_layer, layer.lora_A, layer.lora_B
-    weight, bias = dequantized(base, dtype), base.bias.double()
-    x = torch.randn(3, 7, K, device=a.device, dtype=dtype)
-    g = torch.randn(3, 7, N, device=a.device, dtype=dtype)
-    wide = torch.promote_types(dtype, a.dtype)
-
-    def lora(x, a, b):
-        return base(x) + (x.to(wide) @ a.to(wide).mT @ b.to(wide).mT).to(dtype)
-
-    def allora(x, a, b):
-        return reference.allora_linear(x, weight.to(x.dtype), bias.to(x.dtype), a, b, eta=1.5, norm=norm)
-
-    ours = plain_results(layer, x, g)
-    # The coefficient is on the adapter's gradients alone, and these do not depend on the frozen weight.
-    eager = *results(lora, x, a, b, g)[:2], *results(allora, x, a, b, g)[2:]
-    exact = results(allora, *(t.double() for t in (x, a, b, g)))
-    for name, *values in zip(("y", "dx", "da", "db"), ours, eager, exact):
-        assert_close(*values, name)
 
 
 # --- values and gradients -------------------------------------------------------------------------------------------
@@ -87,8 +45,8 @@ def test_it_is_written_to_in_place_and_says_so(kind):
     layer = wrapped(kind)
     kind_of = bases.kind_of(layer.base_layer)
     assert kind_of.split()[0] in ("bitsandbytes", "torchao")
-    assert layer.explain().plan["y and dx"] == f"{kind_of}, its own product" and "in place" in str(layer.explain())
-    assert f"y and dx by {kind_of}" in repr(layer)
+    assert layer.explain().plan["y and dx"].startswith(f"{kind_of}, its own product")
+    assert "in place" in str(layer.explain()) and f"on {kind_of}" in repr(layer)
 
 
 @kinds

@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 from allora_kernels.integrations.tensor_parallel import RowwiseALLoRA  # noqa: E402
+from allora_kernels.layer import quantized as calls  # noqa: E402
 
 WORLD, ROWS, K, HIDDEN, R = 2, 8, 64, 96, 3
 
@@ -167,6 +168,15 @@ def check_tensor_parallelism(kind, _):
         parallelize_module(make_model(kind), mesh, {"0.base_layer": ColwiseParallel()})(batch())
 
 
+def by_the_kernels(check, folder):
+    """`check` with the product of quantized layers taken over by the kernels, in both passes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setattr(calls, "DEQUANTIZED_FROM_ROWS", 1)
+        patch.setattr(calls, "add_adapter", None)
+        check(folder)
+
+
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 EACH = ("4bit nf4", "8bit", "int8")
 CHECKS = {
@@ -185,9 +195,29 @@ CHECKS = {
     "fsdp, int8": check_fsdp_of_torchao,
     **{f"tensor parallelism, {kind}": partial(check_tensor_parallelism, kind) for kind in EACH},
 }
+TAKEN_OVER = (
+    *(
+        "ddp, 4bit nf4, row",
+        "ddp, 4bit nf4, token",
+        "ddp, 4bit nf4, accumulation",
+        "fsdp, 4bit, row",
+        "fsdp, 4bit, None",
+    ),
+    *(
+        "fsdp, 4bit stored as bf16",
+        "fsdp, 4bit in bf16",
+        "fsdp, 4bit nf4, left out",
+        "fsdp, 4bit nf4, left out, in bf16",
+    ),
+)
+CHECKS |= {f"{name}, by the kernels": partial(by_the_kernels, CHECKS[name]) for name in TAKEN_OVER}
+CHECKS["fsdp, float8, left out, by the kernels"] = partial(
+    by_the_kernels, partial(check_fsdp, "float8", "row", True, None)
+)
 if not SINCE_TORCH_2_13:
     for name in ("fsdp, 8bit", "fsdp, 4bit in bf16", *(f"fsdp, 4bit, {norm}" for norm in ("row", "entry", None))):
         del CHECKS[name]
+        CHECKS.pop(f"{name}, by the kernels", None)
 
 
 def test_two_processes_train_what_one_does(tmp_path):

@@ -95,7 +95,8 @@ def test_the_parameters_and_what_it_says():
     assert layer.weight is linear.weight and layer.bias is linear.bias and not layer.training
     assert layer.lora_A.dtype == torch.bfloat16 and tuple(layer.lora_A.shape) == (3, 7) and not layer.lora_B.any()
     assert WrappedALLoRALinear(linear, 3, adapter_dtype=torch.float32).lora_B.dtype == torch.float32
-    assert "y and dx by Linear, adapter backend='eager'" in repr(layer)
-    assert layer.explain().plan["y and dx"] == "Linear, its own product"
+    assert "on Linear, adapter backend='eager'" in repr(layer)
+    why = "it is not known to multiply by a dequantized weight"
+    assert layer.explain().plan["y and dx"] == f"Linear, its own product ({why})"
     with pytest.raises(ValueError, match="cannot hold W \\+ BA"):
         layer.merge()

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from . import backend as _backend
 from . import batch_invariance
-from .functional import adapter_gradients, autocasts, compute_dtype, no_autocast
+from .functional import adapter_gradients, autocast_dtype, compute_dtype, no_autocast
 
 
 class _Handover:
@@ -140,7 +140,7 @@ def add_adapter(
         RuntimeError: x requires grad and the layer's output does not, so its gradient would be lost; `use_batch_invariant` is
             on. From the backward pass: the layer gave no gradient of its input.
     """
-    _check_input(x, lora_A, lora_B)
+    check_input(x, lora_A, lora_B)
     if batch_invariance.enabled():
         raise RuntimeError(
             f"use_batch_invariant is on, but {type(layer).__name__} computes its own product, whose rows depend on the batch: "
@@ -161,7 +161,7 @@ def add_adapter(
     if choice.fallback and not torch.compiler.is_compiling():
         _backend.warn_fallback(choice.reason)
     rows = x if transformed else x.detach()
-    if autocasts(x) and y.dtype == torch.get_autocast_dtype(x.device.type):
+    if y.dtype == autocast_dtype(x.device.type, x.dtype):
         # As in nn.Linear. A layer that keeps to a wider dtype of its own under autocast has an adapter that does, too.
         dtype = y.dtype
         rows = rows.to(dtype)
@@ -170,7 +170,7 @@ def add_adapter(
     return y
 
 
-def _check_input(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+def check_input(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         found = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x must be a floating-point Tensor, got {found}")

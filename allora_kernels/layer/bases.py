@@ -40,6 +40,11 @@ def kind_of(module: nn.Module) -> str | None:
     return None
 
 
+def name_of(module: nn.Module) -> str:
+    """What computes the products of any `module`, in words."""
+    return kind_of(module) or type(module).__name__
+
+
 def obstacle_of(module: nn.Module) -> str | None:
     """Why a layer that has a `kind_of` gives its input no gradient, or a wrong one; None where the gradient is right."""
     weight = _torchao_weight(module)
@@ -104,6 +109,13 @@ def gives_own_tensors(module: nn.Module) -> bool:
     hooks = module._forward_hooks or module._backward_hooks or module._forward_pre_hooks or module._backward_pre_hooks
     hooked = hooks or "forward" in module.__dict__ or nn.modules.module._has_any_global_hook()
     return not hooked and kind_of(module) is not None and obstacle_of(module) is None
+
+
+def settle_compute_dtype(module: nn.Module, x: Tensor) -> None:
+    """Let a bitsandbytes Linear4bit that was not told its `compute_dtype` take it from x, as its own first call does."""
+    if not getattr(module, "compute_type_is_set", True):
+        module.set_compute_type(x)
+        module.compute_type_is_set = True
 
 
 def numel(parameter: Tensor) -> int:

@@ -1,6 +1,6 @@
 """What a call would do and why, in words and data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,6 +44,12 @@ def explain(
     return Explanation(choice.name, choice.reason, choice.fallback, plan)
 
 
+def explain_dequantized(base: str, *call) -> Explanation:
+    """`explain` of a call whose weight is dequantized by another library's `base`."""
+    found = explain(*call)
+    return replace(found, plan={"weight": f"dequantized by {base}, once a pass", **found.plan})
+
+
 def explain_disabled(base: str = "torch") -> Explanation:
     """The `Explanation` of a call on a disabled layer, whose frozen product `base` computes."""
     plan = {"frozen_linear": base}
@@ -60,9 +66,10 @@ def explain_wrapped(
     dtype: torch.dtype,
     adapter_dtype: torch.dtype,
     base: str,
+    why: str,
     in_place: bool,
 ) -> Explanation:
-    """The `Explanation` of a call on a layer whose y and dX another library's `base` computes."""
+    """The `Explanation` of a call on a layer whose y and dX another library's `base` computes; `why` it does."""
     compute = torch.promote_types(dtype, adapter_dtype)
     choice = _backend.choose(device, compute)
     where = "in place" if in_place else "into a copy, as the layer or a hook may keep what it returned"
@@ -73,4 +80,5 @@ def explain_wrapped(
     else:
         plan = dict.fromkeys(("down_project", "low_rank_add (y)", "adapter_grads", "low_rank_add (dx)"), "torch")
     plan = {step: f"{what}, {where}" if "low_rank_add" in step else what for step, what in plan.items()}
-    return Explanation(choice.name, choice.reason, choice.fallback, {"y and dx": f"{base}, its own product", **plan})
+    product = f"{base}, its own product" + ("" if why == choice.reason else f" ({why})")
+    return Explanation(choice.name, choice.reason, choice.fallback, {"y and dx": product, **plan})

@@ -88,6 +88,7 @@ def check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor
 class _ALLoRALinear(torch.autograd.Function):
     """``y = x Wᵀ + bias + S Bᵀ``. Saves x, S and the parameters themselves; S is an output only so that it can be
     saved. Each step is called by name on the chosen backend's module, so this is the one place that orders them.
+    `weight` is a Tensor, or a `PackedWeight` that is made dense once for each pass.
 
     Differentiable once: a rescaled gradient is the gradient of no function, so it has no derivative to give.
     """
@@ -96,7 +97,8 @@ class _ALLoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, sink):
-        return _steps(backend).adapted_linear(x, weight, bias, lora_A, lora_B, dtype)
+        dense = weight if isinstance(weight, Tensor) else weight.dense()
+        return _steps(backend).adapted_linear(x, dense, bias, lora_A, lora_B, dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -105,10 +107,11 @@ class _ALLoRALinear(torch.autograd.Function):
         needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         ctx.mark_non_differentiable(s)
         ctx.set_materialize_grads(False)
+        weight, packed = (weight, None) if isinstance(weight, Tensor) else (None, weight)
         ctx.save_for_backward(
             weight if needs_x else None, lora_A, lora_B, x if needs_a else None, s if needs_a or needs_b else None
         )
-        ctx.settings = (dtype, eta, norm, backend, sink)
+        ctx.settings = (dtype, eta, norm, backend, sink, packed)
 
     @staticmethod
     @once_differentiable
@@ -124,8 +127,10 @@ class _ALLoRALinear(torch.autograd.Function):
     def _gradients(ctx, g):
         needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         weight, lora_A, lora_B, x, s = ctx.saved_tensors
-        dtype, eta, norm, backend, sink = ctx.settings
+        dtype, eta, norm, backend, sink, packed = ctx.settings
         steps = _steps(backend)
+        if packed is not None and needs_x:
+            weight = packed.dense()
         if needs_x and needs_a and needs_b and sink is None and backend == "triton":
             # In one, so that what the adapter needs can run beside what dX needs.
             return steps.layer_grads(g, x, s, weight, lora_A, lora_B, eta, norm, lora_A.dtype, lora_B.dtype)
@@ -181,19 +186,20 @@ def compute_dtype(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.promote_types(lora_A.dtype, lora_B.dtype))
 
 
-def autocasts(x: Tensor) -> bool:
-    """Whether torch.autocast would cast x for a linear layer: never a double, and not every device type has it."""
-    return x.dtype != torch.float64 and _autocast_is_on(x.device.type)
+def autocast_dtype(kind: str, dtype: torch.dtype) -> torch.dtype | None:
+    """What torch.autocast would cast an x of `dtype` to for a linear layer on this type of device; None where it would not:
+    never a double, and not every device type has it."""
+    return torch.get_autocast_dtype(kind) if dtype != torch.float64 and _autocast_is_on(kind) else None
 
 
 def in_one_dtype(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype]:
     """x, weight and bias in the dtype of the frozen product, and the dtype of the low-rank ones; ValueError if they differ."""
-    if autocasts(x):
+    dtype = autocast_dtype(x.device.type, x.dtype)
+    if dtype is not None:
         # The frozen product runs in autocast's dtype, as in nn.Linear. lora_A and lora_B stay as they are: kernels cast
         # the tiles they load, so no copy is made and their gradients leave the fp32 accumulators unrounded.
-        dtype = torch.get_autocast_dtype(x.device.type)
         return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), dtype
     if x.dtype != weight.dtype:
         raise ValueError(

@@ -1,13 +1,12 @@
-"""`WrappedALLoRALinear`: an adapter on a layer that computes its own products, as quantized ones do."""
+"""`WrappedALLoRALinear`: an adapter on a layer of another library, as quantized ones are."""
 
 import torch
 from torch import Tensor, nn
 
 from . import backend as _backend
-from . import bases, switching
+from . import bases, batch_invariance, quantized, switching
 from .adapter import ALLoRALayer
-from .added import add_adapter
-from .explanation import Explanation, explain_disabled, explain_wrapped
+from .explanation import Explanation, explain_disabled
 from .functional import check_rule
 
 
@@ -68,15 +67,22 @@ class WrappedALLoRALinear(ALLoRALayer):
         return getattr(self.base_layer, "bias", None)
 
     def forward(self, input: Tensor) -> Tensor:
-        own = bases.gives_own_tensors(self.base_layer)
-        if not own and (reason := bases.damage_of(self.base_layer)):
+        if reason := bases.damage_of(self.base_layer):
             raise RuntimeError(f"base_layer: {reason}")
         enabled, name, _ = switching.state_of_call(self, self._state)
         if not enabled:
-            return self.base_layer(input)
+            return self.frozen_linear(input)
         sink = None if self._recording is None else self._recording.sink(self, name, input)
-        chosen = self if name == self._state.adapter else self.adapter(name)
-        return add_adapter(self.base_layer, input, chosen.lora_A, chosen.lora_B, chosen.eta, chosen.norm, own, sink)
+        own = self if name == self._state.adapter else self.adapter(name)
+        return quantized.linear(self.base_layer, input, own.lora_A, own.lora_B, own.eta, own.norm, sink)
+
+    def frozen_linear(self, input: Tensor) -> Tensor:
+        """What the layer computes without an adapter."""
+        if batch_invariance.enabled():
+            # The frozen layer's kernel is the adapted one's, with a zero factor.
+            zero = torch.zeros_like(self.lora_B, requires_grad=False)
+            return quantized.linear(self.base_layer, input, self.lora_A.detach(), zero, self.eta, norm=None)
+        return self.base_layer(input)
 
     def merge(self) -> nn.Linear:
         """Always raises: a sum rounded to the quantized weight's few bits would lose the adapter.
@@ -99,23 +105,14 @@ class WrappedALLoRALinear(ALLoRALayer):
         `base_layer` computes in, as far as it says, on `device` (None: where the layer is)."""
         if not self.enabled:
             return explain_disabled(self.base_kind)
-        return explain_wrapped(
-            rows,
-            self.out_features,
-            self.in_features,
-            self.r,
-            self.norm,
-            device or self.lora_A.device,
-            bases.compute_dtype(self.base_layer),
-            self.lora_A.dtype,
-            self.base_kind,
-            bases.gives_own_tensors(self.base_layer),
+        return quantized.explain(
+            self.base_layer, rows, self.r, self.norm, device or self.lora_A.device, self.lora_A.dtype
         )
 
     @property
     def base_kind(self) -> str:
-        """What computes y and dX, in words."""
-        return bases.kind_of(self.base_layer) or type(self.base_layer).__name__
+        """What `base_layer` is, in words."""
+        return bases.name_of(self.base_layer)
 
     def extra_repr(self) -> str:
         choice = _backend.choose(self.lora_A.device, self.lora_A.dtype)
@@ -123,7 +120,7 @@ class WrappedALLoRALinear(ALLoRALayer):
         off = "" if self.enabled else ", enabled=False"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, eta={self.eta}, "
-            f"norm={self.norm!r}, y and dx by {self.base_kind}, adapter backend={choice.name!r}{note}{off}"
+            f"norm={self.norm!r}, on {self.base_kind}, adapter backend={choice.name!r}{note}{off}"
         )
 
 

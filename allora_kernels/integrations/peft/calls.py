@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...layer import bases, functional
-from ...layer.added import add_adapter
-from ...layer.explanation import Explanation, explain, explain_wrapped
+from ...layer import bases, functional, quantized
+from ...layer.explanation import Explanation, explain
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 
@@ -95,7 +94,7 @@ class DenseBase(NamedTuple):
 
 
 class QuantizedBase(NamedTuple):
-    """A quantized layer that computes y and dX itself; the kernels add the adapter to both."""
+    """A quantized layer: its weight dequantized for the kernels, or its own product, to which they add the adapter."""
 
     module: nn.Module
 
@@ -112,7 +111,7 @@ class QuantizedBase(NamedTuple):
 
     @property
     def note(self) -> str:
-        return f", y and dx by {bases.kind_of(self.module)}"
+        return f", on {bases.kind_of(self.module)}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,13 +122,10 @@ class QuantizedBase(NamedTuple):
 
     def run(self, x: Tensor, factors: Factors, eta: float, norm: str | None) -> Tensor:
         _, lora_A, lora_B, scaling = factors
-        functional.check_rule(lora_A.shape[0], eta, norm)
         # Outside of the graph's nodes, as in `functional.apply`: autograd gives lora_A's gradient its factor.
         lora_A = lora_A if scaling == 1 else lora_A * scaling
-        return add_adapter(self.module, x, lora_A, lora_B, eta, norm, bases.gives_own_tensors(self.module))
+        return quantized.linear(self.module, x, lora_A, lora_B, eta, norm)
 
     def explain(self, rows: int, factors: Factors, norm: str | None) -> Explanation:
-        base, lora_A = self.module, factors.lora_A
-        sizes = (rows, base.out_features, base.in_features, lora_A.shape[0])
-        kind, own = bases.kind_of(base), bases.gives_own_tensors(base)
-        return explain_wrapped(*sizes, norm, lora_A.device, self.dtype, lora_A.dtype, kind, own)
+        lora_A = factors.lora_A
+        return quantized.explain(self.module, rows, lora_A.shape[0], norm, lora_A.device, lora_A.dtype)

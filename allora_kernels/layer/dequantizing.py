@@ -1,0 +1,61 @@
+"""The frozen weight of a quantized layer as a dense one, for as long as a kernel reads it.
+
+Libraries that store a weight in few bits and leave x as it is multiply, from some hundreds of rows on, by a dense copy of the
+weight that lives for one product. With the copy in hand that product can be this library's, with the adapter in it.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import bases
+
+
+class PackedWeight(NamedTuple):
+    """A frozen weight ``[N, K]`` in few bits: `dense()` is it in `dtype`, a new tensor at each call.
+
+    It holds the tensors that there were when it was made, so that a backward pass reads the same weight as its forward pass.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    dense: Callable[[], Tensor]
+    returns_dtype_of_x: bool = False
+    """Whether the layer's y has x's dtype also where autocast has another."""
+
+
+def packed_weight(module: nn.Module, dtype: torch.dtype) -> PackedWeight | None:
+    """The weight that `module` would multiply an x of `dtype` by; None where it is not known to multiply by a dense copy."""
+    kind = bases.kind_of(module)
+    if kind == "bitsandbytes Linear4bit":
+        return _of_linear4bit(module, dtype)
+    if kind is not None and kind.startswith("torchao "):
+        return _of_torchao(module.weight)
+    return None
+
+
+def _of_linear4bit(module: nn.Module, dtype: torch.dtype) -> PackedWeight | None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight = module.weight
+    state = getattr(weight, "quant_state", None) or module.quant_state
+    shape = (module.out_features, module.in_features)
+    if state is None or tuple(state.shape) != shape:
+        return None
+    dtype = module.compute_dtype or dtype
+    if state.dtype != dtype:
+        state = copy.copy(state)
+        state.dtype = dtype
+    return PackedWeight(shape, dtype, lambda: dequantize_4bit(weight, state), returns_dtype_of_x=True)
+
+
+def _of_torchao(weight: Tensor) -> PackedWeight | None:
+    if type(weight).__name__ == "Int8Tensor":
+        # A scale for a whole row is left to what comes out, which rounds less than a dense weight would.
+        by_row = weight.block_size[-1] == weight.shape[-1]
+        if by_row or getattr(weight, "act_pre_scale", None) is not None:
+            return None
+    return PackedWeight(tuple(weight.shape), weight.dtype, weight.dequantize)
