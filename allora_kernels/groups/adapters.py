@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..layer import functional
 from ..layer.backend import steps as steps_of_a_layer
+from ..layer.dequantizing import PackedWeight
 from ..reference import WEIGHT_NORMS
 from .linear import steps_of
 from .packing import Layout, Rule
@@ -60,7 +61,8 @@ def _check_row_adapter(x: Tensor, row_adapter: Tensor, count: int) -> None:
 
 class _MultiAdapterLinear(torch.autograd.Function):
     """``y[m] = x[m] Wᵀ + bias + S[m] B_eᵀ``. Saves x, S and the parameters themselves, and packs them again in the backward
-    pass; S is an output only so that it can be saved. Differentiable once, as `allora_linear`."""
+    pass; S is an output only so that it can be saved. Differentiable once, as `allora_linear`. W is a Tensor, or a
+    `PackedWeight` that is made dense once for each pass."""
 
     generate_vmap_rule = True
 
@@ -69,7 +71,8 @@ class _MultiAdapterLinear(torch.autograd.Function):
         steps = steps_of(backend)
         a, b = layout.pack(factors[::2], factors[1::2])
         s = steps.grouped_down_project(x, a, ends, dtype, order)
-        return steps.grouped_fused_linear(x, weight, bias, s, b, ends, order), s
+        dense = weight if isinstance(weight, Tensor) else weight.dense()
+        return steps.grouped_fused_linear(x, dense, bias, s, b, ends, order), s
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -79,8 +82,9 @@ class _MultiAdapterLinear(torch.autograd.Function):
         ctx.mark_non_differentiable(s)
         ctx.set_materialize_grads(False)
         x, s = x if any(needs[::2]) else None, s if any(needs) else None
+        weight, packed = (weight, None) if isinstance(weight, Tensor) else (None, weight)
         ctx.save_for_backward(weight if needs_x else None, x, s, order, ends, *factors)
-        ctx.settings = (dtype, layout, backend, shares)
+        ctx.settings = (dtype, layout, backend, shares, packed)
 
     @staticmethod
     @once_differentiable
@@ -95,7 +99,7 @@ class _MultiAdapterLinear(torch.autograd.Function):
 def _gradients(ctx, g: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
     """dX, and dA and dB of each adapter in turn, as far as they are needed."""
     weight, x, s, order, ends, *factors = ctx.saved_tensors
-    dtype, layout, backend, shares = ctx.settings
+    dtype, layout, backend, shares, packed = ctx.settings
     needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[9:]
     steps = steps_of(backend)
     a, b = layout.pack(factors[::2], factors[1::2])
@@ -108,6 +112,8 @@ def _gradients(ctx, g: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
         return None, grads
     if ds is None:
         ds = steps.grouped_down_project(g, b.mT, ends, dtype, order)
+    if packed is not None:
+        weight = packed.dense()
     return steps.grouped_fused_linear(g, weight.mT, None, ds, a.mT, ends, order), grads
 
 
@@ -229,7 +235,7 @@ def multi_adapter_linear(
 
 def apply(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     bias: Tensor | None,
     adapters: Sequence[Adapter],
     rows_of: Callable[[Layout], tuple[Tensor, Tensor]],
@@ -238,7 +244,7 @@ def apply(
 ) -> Tensor:
     """`multi_adapter_linear` of x with the rows of each adapter where `rows_of` says, as `Layout.rows` does; and, where their
     gradients are recorded, the `shares` of all adapters: each takes the step `adapter_grads` over and has `samples.rows`."""
-    _check(x, weight, bias, adapters)
+    _check(x, weight if isinstance(weight, Tensor) else weight.stand_in(x.device), bias, adapters)
     factors = [t for adapter in adapters for t in (adapter.lora_A, adapter.lora_B)]
     layout = Layout.of(adapters)
     as_one = x.new_empty(0, dtype=layout.dtype)

@@ -62,6 +62,9 @@ class ALLoRALayer(nn.Module):
     grouped = False
     """True where it adapts a mixture's E experts: lora_A [E, r, in_features], lora_B [E, out_features, r]."""
 
+    takes_mixed_batches = False
+    """Whether each row of a call may have an adapter of its own."""
+
     _state = CallState()
     _recording = None
     """The `per_sample.record` this layer is in, if it is in one."""

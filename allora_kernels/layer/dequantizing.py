@@ -26,6 +26,16 @@ class PackedWeight(NamedTuple):
     returns_dtype_of_x: bool = False
     """Whether the layer's y has x's dtype also where autocast has another."""
 
+    def to(self, dtype: torch.dtype) -> "PackedWeight":
+        """The same weight, dense in `dtype`."""
+        if dtype == self.dtype:
+            return self
+        return self._replace(dtype=dtype, dense=lambda: self.dense().to(dtype))
+
+    def stand_in(self, device: torch.device) -> Tensor:
+        """A tensor of this shape and dtype that takes no memory, to check others against."""
+        return torch.empty((), dtype=self.dtype, device=device).expand(self.shape)
+
 
 def packed_weight(module: nn.Module, dtype: torch.dtype) -> PackedWeight | None:
     """The weight that `module` would multiply an x of `dtype` by; None where it is not known to multiply by a dense copy."""

@@ -109,10 +109,16 @@ class FusedALLoRALinear(ALLoRALayer, nn.Linear):
         if "lora_A" in self._parameters:
             self.reset_adapter()
 
+    takes_mixed_batches = True
+
     @property
     def frozen_weight(self) -> Tensor:
         """The frozen weight as ``[out_features, in_features]``, whichever way it is stored."""
         return self.weight.mT if self.fan_in_fan_out else self.weight
+
+    def frozen_product(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The frozen weight and bias."""
+        return self.frozen_weight, self.bias
 
     def frozen_linear(self, input: Tensor) -> Tensor:
         """What the layer computes without an adapter."""

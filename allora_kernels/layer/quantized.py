@@ -32,8 +32,8 @@ def linear(
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if own and not transformed and not is_sharded(x):
         bases.settle_compute_dtype(module, x)
-        widest = functional.compute_dtype(x, lora_A, lora_B)
         weight = dequantizing.packed_weight(module, x.dtype)
+        widest = functional.compute_dtype(x, lora_A, lora_B)
         if _obstacle(module, weight, own, x.numel() // x.shape[-1], x.dtype, x.device, widest) is None:
             return _dequantized(module, weight, x, lora_A, lora_B, widest, eta, norm, sink)
     return add_adapter(module, x, lora_A, lora_B, eta, norm, own, sink)
@@ -47,6 +47,18 @@ def _dequantized(module, weight: PackedWeight, x, lora_A, lora_B, widest, eta, n
     y, _ = functional.apply_function(rows, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, sink)
     y = y.reshape(*x.shape[:-1], weight.shape[0])
     return y.to(x.dtype) if weight.returns_dtype_of_x else y
+
+
+def frozen_product(module: nn.Module, x: Tensor) -> tuple[PackedWeight, Tensor | None]:
+    """The weight and the bias of a `module` that `can_be_taken_over`, for an x of this dtype."""
+    bases.settle_compute_dtype(module, x)
+    weight = dequantizing.packed_weight(module, x.dtype)
+    return weight, None if module.bias is None else module.bias.to(weight.dtype)
+
+
+def can_be_taken_over(module: nn.Module) -> bool:
+    """Whether what `module` computes is a product with a weight that it dequantizes, and nothing else waits for its calls."""
+    return bases.gives_own_tensors(module) and dequantizing.packed_weight(module, torch.float32) is not None
 
 
 def obstacle(

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from . import backend as _backend
 from . import bases, batch_invariance, quantized, switching
 from .adapter import ALLoRALayer
+from .dequantizing import PackedWeight
 from .explanation import Explanation, explain_disabled
 from .functional import check_rule
 
@@ -69,12 +70,23 @@ class WrappedALLoRALinear(ALLoRALayer):
     def forward(self, input: Tensor) -> Tensor:
         if reason := bases.damage_of(self.base_layer):
             raise RuntimeError(f"base_layer: {reason}")
-        enabled, name, _ = switching.state_of_call(self, self._state)
+        enabled, name, rows = switching.state_of_call(self, self._state)
         if not enabled:
             return self.frozen_linear(input)
+        if rows is not None:
+            return rows.linear(self, input)
         sink = None if self._recording is None else self._recording.sink(self, name, input)
         own = self if name == self._state.adapter else self.adapter(name)
         return quantized.linear(self.base_layer, input, own.lora_A, own.lora_B, own.eta, own.norm, sink)
+
+    @property
+    def takes_mixed_batches(self) -> bool:
+        """Whether each row of a call may have an adapter of its own, for which `base_layer`'s weight is dequantized."""
+        return quantized.can_be_taken_over(self.base_layer)
+
+    def frozen_product(self, input: Tensor) -> tuple[PackedWeight, Tensor | None]:
+        """The weight and the bias that `base_layer` multiplies by and adds, where it `takes_mixed_batches`."""
+        return quantized.frozen_product(self.base_layer, input)
 
     def frozen_linear(self, input: Tensor) -> Tensor:
         """What the layer computes without an adapter."""

@@ -10,7 +10,6 @@ from ..layer import switching
 from ..layer.adapter import ALLoRALayer
 from ..layer.block_hook import BlockHook
 from ..layer.functional import check_rule
-from ..layer.linear import FusedALLoRALinear
 from ..layer.sharding import is_sharded
 from .adapt import check_adapter_name, put, ranks_of
 from .adapted import AdaptReport, adapter_layers, adapter_names, known_adapter, report, saved_modules
@@ -141,9 +140,10 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
 
     Raises:
         ValueError: the model has no adapters, or none of a name; `names` is empty; the model is in nn.DataParallel or its
-            adapters are sharded; an adapted layer is a quantized one, or a sample is None where modules are trained whole. From
-            a forward pass: inputs have other samples than `names`, or which rows of a layer's input are which sample's cannot
-            be told.
+            adapters are sharded; an adapted layer has a quantized weight that is not known to be dequantized (8 bits), or hooks
+            on it; a sample is None where modules are trained whole. From a forward pass: inputs have other samples than
+            `names`, or which rows of a layer's input are which sample's cannot be told; x has another dtype than a quantized
+            layer computes in.
         TypeError: `names` is no list.
     """
     root, layers = _changeable(model, "adapter_rows", inside=True)
@@ -155,7 +155,7 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         if name is not None:
             known_adapter(root, name)
     for key, layer in layers.items():
-        if not isinstance(layer, FusedALLoRALinear):
+        if not layer.takes_mixed_batches:
             raise ValueError(
                 f"{key} is on {layer.base_kind}, which takes one adapter a batch: run each adapter's samples on their own "
                 "after set_adapter"

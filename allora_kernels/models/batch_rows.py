@@ -11,6 +11,7 @@ from torch.utils import _pytree
 from ..groups.adapters import Adapter, apply
 from ..groups.packing import Layout
 from ..layer.adapter import ALLoRALayer
+from ..layer.dequantizing import PackedWeight
 from ..layer.host_values import on_device
 from ..layer.routing import among_experts
 
@@ -91,7 +92,9 @@ class BatchRows:
             return layer.frozen_linear(x)
         adapters = [Adapter(a.lora_A, a.lora_B, a.eta, a.norm) for a in map(layer.adapter, self.used)]
         rows_of = functools.partial(self._rows, length, x.device)
-        return apply(x, layer.frozen_weight, layer.bias, adapters, rows_of, shares=shares)
+        weight, bias = layer.frozen_product(x)
+        y = apply(x, weight, bias, adapters, rows_of, shares=shares)
+        return y.to(x.dtype) if isinstance(weight, PackedWeight) and weight.returns_dtype_of_x else y
 
     def each(self, module: nn.Module, copies: Mapping[str, nn.Module], args: tuple, kwargs: dict) -> Tensor:
         """``copies[name](...)`` of each name's samples, put together again in the order of the batch.
