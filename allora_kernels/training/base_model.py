@@ -1,5 +1,7 @@
 """The model under the adapters: loading it, and what it needs before training."""
 
+import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -39,17 +41,22 @@ def model_source(name: str) -> tuple[str, dict[str, bool]]:
     return (str(path), {"local_files_only": True}) if path.exists() else (name, {})
 
 
-def load_base(name: str, task: str, classes: Sequence[str] | None, dtype: torch.dtype | str) -> Base:
+def load_base(
+    name: str, task: str, classes: Sequence[str] | None, dtype: torch.dtype | str, quantize: str | None = None
+) -> Base:
     """Load a transformers model and its tokenizer; from a folder, without asking the network.
 
     Args:
         name: the folder, or the name on the hub.
         task: ``"classification"`` or ``"causal-lm"``.
         classes: names of the classes, reordered where the model's own are the same; None for those the model has.
-        dtype: of the weights; ``"auto"`` for the checkpoint's.
+        dtype: of the weights, or what quantized ones compute in; ``"auto"`` for the checkpoint's.
+        quantize: ``"4bit"`` or ``"8bit"``: store the linear layers so, but for the heads, on the process's own device; None: as
+            the checkpoint is.
 
     Raises:
-        ValueError: there is no such model, it is not one for the task, or its tokenizer belongs to another.
+        ValueError: there is no such model, it is not one for the task, or its tokenizer belongs to another; bitsandbytes is not
+            installed, or the checkpoint is quantized already.
     """
     source, where = model_source(name)
     try:
@@ -63,6 +70,8 @@ def load_base(name: str, task: str, classes: Sequence[str] | None, dtype: torch.
             kind = transformers.AutoModelForCausalLM
             if any(a.endswith("ForMaskedLM") for a in config.architectures or ()):
                 raise ValueError("it is a masked language model, which sees the words it would have to predict")
+        if quantize is not None:
+            where = where | _quantization(quantize, kind, config, dtype)
         model, info = kind.from_pretrained(
             source, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **where
         )
@@ -73,6 +82,33 @@ def load_base(name: str, task: str, classes: Sequence[str] | None, dtype: torch.
         raise ValueError(f"{name} cannot be loaded for {task}: {reason}") from error
     _check_vocabulary(model, tokenizer)
     return Base(model, tokenizer, classes, heads)
+
+
+def _quantization(quantize: str, kind: type, config: transformers.PretrainedConfig, dtype: torch.dtype) -> dict:
+    """What `kind.from_pretrained` is to be called with, too."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("quantize needs bitsandbytes: pip install 'allora-kernels[quantized]'")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("it is quantized already: leave quantize out")
+    settings = {"load_in_8bit": True}
+    if quantize == "4bit":
+        settings = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": dtype,
+        }
+    if "SequenceClassification" in kind.__name__:
+        # Heads are trained, and a pooler may turn out to be one.
+        with torch.device("meta"):
+            empty = kind.from_config(config)
+        poolers = [name for name, _ in empty.named_modules() if name.endswith(".pooler")]
+        settings["llm_int8_skip_modules"] = [*_own_parts(empty), *poolers]
+    quantized = {"quantization_config": transformers.BitsAndBytesConfig(**settings)}
+    if torch.cuda.is_available():
+        # Left to itself, transformers loads it on the first GPU in every process.
+        quantized["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
+    return quantized
 
 
 def _describe_classes(config: transformers.PretrainedConfig, classes: Sequence[str] | None) -> list[str]:
@@ -96,11 +132,14 @@ def _pad_token_id(name: str, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _heads(model: nn.Module, info: dict) -> list[str]:
-    children = [
-        n for n, c in model.named_children() if n != model.base_model_prefix and any(True for _ in c.parameters())
-    ]
     poolers = {key.rpartition(".")[0] for key in info["missing_keys"] if ".pooler." in key}
-    return [*children, *sorted(poolers)]
+    return [*_own_parts(model), *sorted(poolers)]
+
+
+def _own_parts(model: nn.Module) -> list[str]:
+    """The children of `model` with parameters that are not its base model."""
+    children = model.named_children()
+    return [n for n, c in children if n != model.base_model_prefix and any(True for _ in c.parameters())]
 
 
 def _check_complete(info: dict, heads: list[str]) -> None:

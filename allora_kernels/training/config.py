@@ -8,6 +8,7 @@ from ..layer.functional import check_rule
 
 TASKS = ("classification", "causal-lm")
 SCHEDULES = ("linear", "cosine", "constant")
+QUANTIZATIONS = ("4bit", "8bit")
 LEARNING_RATES = {"adamw": 1e-3, "sgd": 0.1}
 """The optimizers, and the learning rate each has where none is given."""
 
@@ -62,6 +63,10 @@ class FinetuneConfig:
     batch_size: Annotated[int, "Texts or blocks of a forward pass."] = 16
     grad_accumulation: Annotated[int, "Forward passes of an optimizer step."] = 1
     bf16: Annotated[bool | None, "Compute in bfloat16; by default where a GPU supports it."] = None
+    quantize: Annotated[
+        str | None,
+        "Store the frozen linear layers in 4bit (nf4) or 8bit, by bitsandbytes; not given: as the checkpoint is.",
+    ] = None
     gradient_checkpointing: Annotated[bool, "Recompute activations in the backward pass to save memory."] = False
     save_steps: Annotated[int, "Steps from one checkpoint to the next; the last two are kept."] = 200
     shuffle: Annotated[bool, "Take the training data in random order, another in each epoch."] = True
@@ -72,6 +77,8 @@ class FinetuneConfig:
         _choice("task", self.task, TASKS)
         _choice("optimizer", self.optimizer, LEARNING_RATES)
         _choice("schedule", self.schedule, SCHEDULES)
+        if self.quantize is not None:
+            _choice("quantize", self.quantize, QUANTIZATIONS)
         check_rule(self.r, self.eta, self.norm)
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", LEARNING_RATES[self.optimizer])

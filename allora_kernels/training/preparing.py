@@ -75,11 +75,11 @@ def class_names(config: FinetuneConfig, texts: tuple[Texts, Texts]) -> list[str]
 def load(config: FinetuneConfig, names: list[str] | None) -> Base:
     """The base model, its head drawn from the run's seed."""
     transformers.set_seed(config.seed)
-    return load_base(config.model, config.task, names, dtype_of(config))
+    return load_base(config.model, config.task, names, dtype_of(config), config.quantize)
 
 
 def dtype_of(config: FinetuneConfig) -> torch.dtype:
-    """Of the frozen weights."""
+    """Of the frozen weights, or what quantized ones compute in."""
     return torch.bfloat16 if computes_in_bf16(config) else torch.float32
 
 

@@ -13,7 +13,7 @@ from ..models.adapters import add_adapter
 from .config import FinetuneConfig
 from .preparing import Prepared, class_names, load, on_base, put_adapter, read
 
-SHARED = ("model", "task", "max_length", "target_modules", "bf16", "gradient_checkpointing")
+SHARED = ("model", "task", "max_length", "target_modules", "bf16", "quantize", "gradient_checkpointing")
 """Settings that belong to the base model or to all of its adapters."""
 
 
@@ -23,6 +23,10 @@ def check_together(configs: Mapping[str, FinetuneConfig]) -> None:
         raise ValueError("there are no runs: give at least one")
     if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise ValueError(f"several runs over one base model take one process, and here are {processes}")
+    if next(iter(configs.values())).quantize == "8bit":
+        raise ValueError(
+            "several runs over one base model cannot have quantize '8bit', whose layers take one adapter: use '4bit'"
+        )
     outputs: dict[str, str] = {}
     (first, one), *_ = configs.items()
     for name, config in configs.items():
