@@ -5,14 +5,40 @@ Counted by hand from the code of each, PEFT's and torch's autograd included, as 
 
 from collections.abc import Callable
 
+import torch
+
+from allora_kernels.layer.backend import TRITON_INSTALLED
+
 from .adapters import AdaptersCase
+from .cases import Case
 from .grouped import adapter_backward, frozen, ours_backward, ours_forward
 from .passes import Pass, Sizes
 
 
 def _ours(z: Sizes) -> list[Pass]:
+    """Each product as an H100 has it: by the groups' own tiles, or the vendor's, added to the low-rank products."""
     packing = Pass("the adapters in one tensor", z.a + z.b, z.a + z.b)
-    return [packing, *ours_forward(z), packing, *ours_backward(z)]
+    (s, y), (*sums, dx) = ours_forward(z), ours_backward(z)
+    case = z.case
+    if _by_vendor(case, case.N, case.K):
+        y = [Pass("S B_eᵀ", z.s + z.b, z.y, z.over_n), Pass("y += x Wᵀ", z.x + z.w + z.y, z.y, z.gemm)]
+    else:
+        y = [y]
+    if _by_vendor(case, case.K, case.N):
+        dx = [Pass("dS A_e", z.s + z.a, z.x, z.over_k), Pass("dX += G W", z.y + z.w + z.x, z.x, z.gemm)]
+    else:
+        dx = [dx]
+    return [packing, s, *y, packing, *sums, *dx]
+
+
+def _by_vendor(case: Case, n: int, k: int) -> bool:
+    if not TRITON_INSTALLED:
+        return False
+    from csrc_triton import plans
+
+    dtype, adapter_dtype = getattr(torch, case.dtype), getattr(torch, case.adapter_dtype)
+    call = plans.Call("fused_linear", case.M, n, k, case.R, dtype, torch.promote_types(dtype, adapter_dtype))
+    return plans.vendor_beats_groups(call, "sm_90")
 
 
 def _grouped_mm(z: Sizes) -> list[Pass]:

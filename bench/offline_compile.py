@@ -335,8 +335,11 @@ def shared_launches(x, g, w, bias, a, b, s, label: str, groups: int = 8):
     etas, dtype, n = torch.empty(groups), a.dtype, b.shape[1]
     c = {norm: torch.empty(groups, n + r if norm == "factor" else n) for norm in ("row", "factor")}
     yield f"shared down_project {label}", lambda: csrc_triton.grouped_down_project(x, a, ends, s.dtype, order)
-    yield f"shared y {label}", lambda: csrc_triton.grouped_fused_linear(x, w, bias, s, b, ends, order)
-    yield f"shared dx {label}", lambda: csrc_triton.grouped_fused_linear(g, w.mT, None, s, a.mT, ends, order)
+    yield f"shared y {label}", lambda: csrc_triton.grouped_fused_linear(x, w, bias, s, b, ends, order, False)
+    yield f"shared dx {label}", lambda: csrc_triton.grouped_fused_linear(g, w.mT, None, s, a.mT, ends, order, False)
+    product = csrc_triton.grouped_low_rank_product
+    yield f"shared product for y {label}", lambda: product(s, b, bias, ends, order, x.dtype)
+    yield f"shared product for dx {label}", lambda: product(s, a.mT, None, ends, order, x.dtype)
     for norm in ("row", "matrix", "factor"):
         yield f"shared C {norm} {label}", lambda norm=norm: csrc_triton.weight_coefficient(a, b, 2.0, norm, etas)
     for norm in ("row", "factor", "token", "entry"):

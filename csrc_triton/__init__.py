@@ -12,6 +12,7 @@ from .fused_linear_persistent import describable
 from .grouped_adapter_grad import grouped_adapter_grads
 from .grouped_down_project import grouped_down_project
 from .grouped_fused_linear import grouped_fused_linear
+from .grouped_low_rank_product import grouped_low_rank_product
 from .grouped_sample_grad import grouped_sample_grads, grouped_sample_squared_norms
 from .layer_grads import layer_grads, pick_apart
 from .low_rank_add import low_rank_add
@@ -33,6 +34,7 @@ __all__ = [
     "grouped_adapter_grads",
     "grouped_down_project",
     "grouped_fused_linear",
+    "grouped_low_rank_product",
     "grouped_sample_grads",
     "grouped_sample_squared_norms",
     "layer_grads",

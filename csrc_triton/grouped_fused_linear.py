@@ -1,12 +1,14 @@
-"""``y = x W_eᵀ + bias_e + S B_eᵀ`` for groups of rows: one GEMM, every group's low-rank product as its epilogue."""
+"""``y = x W_eᵀ + bias_e + S B_eᵀ`` for groups of rows: one GEMM, every group's low-rank product as its epilogue; or, where all
+groups share a weight, the vendor's GEMM added to these products."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import batch_invariance, configs
+from . import batch_invariance, configs, plans
 from .configs import cdiv
+from .grouped_low_rank_product import grouped_low_rank_product
 from .groups import block_of, group_strides, group_tile, most_tiles, rows_at
 from .launching import launch
 from .tiling import TRITON_DTYPE, add_low_rank, dot, dot_precision, grouped_tile, in_steps, narrow, offsets, step_of
@@ -121,15 +123,23 @@ def grouped_fused_linear(
     b: Tensor,
     ends: Tensor,
     order: Tensor | None = None,
+    by_vendor: bool | None = None,
 ) -> Tensor:
     """``y = x W_eᵀ + bias_e + S B_eᵀ [M, N]`` in x's dtype; ``(g, Wᵀ, None, ds, Aᵀ, ends)`` gives ``dX = g W_e + dS A_e``.
 
     x [M, K] and weight [E, N, K] share a dtype; s [M, R] sets the one of the low-rank product; b [E, N, R], bias [E, N], any
     strides; ends [E] (int32). A weight [N, K] and a bias [N] are those of every row, also of those in no group.
 
-    With `order` [M] (int32) row m of s is that of row order[m] of x and y.
+    With `order` [M] (int32) row m of s is that of row order[m] of x and y. `by_vendor`, for a weight [N, K], is chosen where it
+    is None.
     """
     (M, K), (E, N, R) = x.shape, b.shape
+    if M and weight.dim() == 2:
+        if by_vendor is None:
+            by_vendor = plans.by_vendor_for_groups(plans.Call("fused_linear", M, N, K, R, x.dtype, s.dtype), x.device)
+        if by_vendor:
+            # As in `fused_linear`: what it adds to is read while its matrix units work.
+            return grouped_low_rank_product(s, b, bias, ends, order, x.dtype).addmm_(x, weight.mT)
     y = torch.empty(M, N, device=x.device, dtype=x.dtype)
     if M == 0:
         return y

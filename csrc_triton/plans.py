@@ -26,6 +26,10 @@ NOTHING, WIDE, EVERYTHING = range(3)
 PERSISTENT = {"persistent": WIDE, "pipelined": EVERYTHING}
 """The ways whose GEMM leaves room on each multiprocessor for a small kernel beside it, and what descriptors have to reach."""
 
+GATHERED = 0.8
+"""The speed of tiles whose rows are gathered over that of tiles whose rows lie in a run: what an H200 left for the two products
+of a step with four adapters (1.05 ms, commit 3c5bc942d2) once its other passes are taken off as they are counted."""
+
 # That small kernel.
 _BESIDE = {"adapted_linear": "down_project_beside", "layer_grads": "outer_pair"}
 
@@ -100,6 +104,21 @@ def estimate(call: Call, plan: Plan, arch: str) -> float:
     if plan.way == "inside":
         return machine.launch + gemm * (1 + config.BLOCK_R / config.BLOCK_N)
     return passes + machine.launch + gemm
+
+
+def by_vendor_for_groups(call: Call, device: torch.device) -> bool:
+    """Whether rows in groups that share a weight go through the vendor's GEMM, added to the groups' low-rank products, and not
+    through each group's own tiles. Never under batch invariance, nor in the interpreter."""
+    arch = configs.arch_of(device)
+    return not batch_invariance.enabled() and arch != "interpreter" and vendor_beats_groups(call, arch)
+
+
+@functools.lru_cache(maxsize=4096)
+def vendor_beats_groups(call: Call, arch: str) -> bool:
+    """What of the two costs less on `arch`, by estimate."""
+    _, M, N, K, R, dtype, low_rank_dtype = call
+    tiles = Plan("tiles", configs.pick_config("grouped_fused_linear", M, N, K, R, dtype, arch, low_rank_dtype))
+    return estimate(call, Plan("vendor", None), arch) < estimate(call, tiles, arch) / GATHERED
 
 
 def _machine(arch: str) -> configs.Machine:

@@ -73,8 +73,8 @@ def test_the_budget_grows_with_the_adapters_alone():
         / step_budget.predicted_ms(counted, "frozen", case, 800, 3)
         for case in GPU_CASES
     ]
-    # One adapter costs 1.10 there; each more is 128 KiB for A and for B, moved some times.
-    assert 1.10 < ratios[0] < ratios[1] < ratios[2] < 1.2
+    # One adapter costs 1.10 there, and two passes over y and dX more; each adapter more is 128 KiB for A and for B, moved some times.
+    assert 1.15 < ratios[0] < ratios[1] < ratios[2] < 1.3
     unmeasured = report.blocks({}, {})
     assert "| `one-by-one` | not yet measured |" in unmeasured["adapters"]
     assert unmeasured["adapters-budget"].count("not yet measured") == len(GPU_CASES) * len(counted.providers)

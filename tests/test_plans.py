@@ -53,6 +53,27 @@ def test_the_least_estimate_is_picked():
     assert plans.pick(call(), torch.device("cpu"), plans.EVERYTHING).way == "tiles"
 
 
+def test_rows_in_groups_of_one_weight_go_the_cheaper_way():
+    """A small product is a launch or two, a large one is the GEMM."""
+    for arch, dtypes in itertools.product(["sm_80", "sm_90", "sm_100", "gfx942", "unheard_of"], DTYPES[1:]):
+        assert plans.vendor_beats_groups(call("fused_linear", m=8192, dtypes=dtypes), arch)
+    assert not plans.vendor_beats_groups(call("fused_linear", m=512, k=1024), "sm_90")
+
+
+def test_the_vendor_takes_no_rows_in_groups_under_batch_invariance_nor_in_the_interpreter(monkeypatch):
+    from csrc_triton import batch_invariance
+
+    large = call("fused_linear", m=8192)
+    assert not plans.by_vendor_for_groups(large, torch.device("cpu"))
+    monkeypatch.setattr(configs, "arch_of", lambda device: "sm_90")
+    assert plans.by_vendor_for_groups(large, torch.device("cpu"))
+    batch_invariance.enable(True)
+    try:
+        assert not plans.by_vendor_for_groups(large, torch.device("cpu"))
+    finally:
+        batch_invariance.enable(False)
+
+
 def test_each_way_is_the_best_somewhere_on_hopper():
     sizes = itertools.product([64, 512, 8192], [1024, 4096], [896, 4096, 14336])
     chosen = {plans._pick(call(op, *size), "sm_90", plans.EVERYTHING, None).way for size in sizes for op in plans.OPS}

@@ -54,7 +54,9 @@ def some_etas(groups):
     return torch.linspace(0.3, 2.0, groups)
 
 
-@over("arch", "few_sms", "dtypes", "shape", "layout", cut=CUTS, rows=["sorted", "in any order", "of one weight"])
+@over(
+    "arch", "few_sms", "dtypes", "shape", "layout", cut=CUTS, rows=["sorted", "in any order", "of one weight", "added"]
+)
 def test_products(arch, few_sms, dtypes, shape, layout, cut, rows):
     x, weight, bias, a, b, g, offsets = make(cut, shape, dtypes, layout)
     compute = torch.promote_types(*dtypes)
@@ -67,9 +69,10 @@ def test_products(arch, few_sms, dtypes, shape, layout, cut, rows):
     assert_close(s, eager, exact, "s")
     if rows == "of one weight":
         order = None
+    by_vendor = rows == "added"
     ds = grouped.grouped_down_project(g, b.mT, offsets, compute, order)
     for name, args in (("y", (x, weight, bias, eager, b)), ("dx", (g, weight.mT, None, ds, a.mT))):
-        ours = csrc_triton.grouped_fused_linear(*args, offsets, order)
+        ours = csrc_triton.grouped_fused_linear(*args, offsets, order, by_vendor)
         exact = grouped.grouped_fused_linear(*doubles(*args), offsets, order)
         assert_close(ours, grouped.grouped_fused_linear(*args, offsets, order), exact, name)
 

@@ -83,7 +83,13 @@ def in_any_order():
     a, b = (torch.stack([t, t]) for t in (a, b))
     ends, order = torch.tensor([33, 70], dtype=torch.int32), torch.arange(69, -1, -1, dtype=torch.int32)
     s = module("grouped_down_project").grouped_down_project(x, a, ends, F16, order)
-    module("grouped_fused_linear").grouped_fused_linear(x, weight, bias, s, b, ends, order)
+    module("grouped_fused_linear").grouped_fused_linear(x, weight, bias, s, b, ends, order, False)
+
+
+def product_of_groups():
+    s, b, bias = torch.randn(70, 16), torch.randn(2, 136, 16), torch.randn(136)
+    ends, order = torch.tensor([33, 60], dtype=torch.int32), torch.arange(69, -1, -1, dtype=torch.int32)
+    module("grouped_low_rank_product").grouped_low_rank_product(s, b, bias, ends, order, F32)
 
 
 def samples_of_groups():
@@ -171,6 +177,13 @@ FAULTS = [
          "order_ptr, offs_m, mask_m | True,", in_any_order),
     write("_grouped_fused_linear_kernel", "grouped_fused_linear",
           "narrow(acc, DTYPE), mask=mask_m[:, None] & mask_n[None, :])", "narrow(acc, DTYPE), mask=mask_n[None, :])", grouped),
+    race("_grouped_low_rank_product_kernel", "grouped_low_rank_product", "y_ptr + rows[:, None]",
+         "y_ptr + (offs_m - start)[:, None]", product_of_groups),
+    write("_grouped_low_rank_product_kernel", "grouped_low_rank_product",
+          "narrow(acc, DTYPE), mask=mask_m[:, None] & mask_n[None, :])", "narrow(acc, DTYPE), mask=mask_m[:, None])",
+          product_of_groups),
+    read("_grouped_low_rank_product_kernel", "grouped_low_rank_product", "order_ptr, offs_m, mask_m,",
+         "order_ptr, offs_m, mask_m | True,", product_of_groups),
     race("_first_pieces_kernel", "groups", ("_kernel, (1,)", "axis=0) - tiles, mask"),
          ("_kernel, (2,)", "axis=0) - tiles + tl.program_id(0), mask"), first_pieces),
     write("_first_pieces_kernel", "groups", "mask=offs_e <= GROUPS)\n\n\ndef",

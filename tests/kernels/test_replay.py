@@ -261,8 +261,13 @@ def test_groups(device):
         c = csrc_triton.weight_coefficient(a, b, ETA, "factor")
         return csrc_triton.grouped_adapter_grads(g, x, s, b, c, ends, ETA, "factor", True, a.dtype, b.dtype)
 
+    def by_vendor(x, a, g, b, weight, ends):
+        s = csrc_triton.grouped_down_project(x, a, ends, x.dtype)
+        return csrc_triton.grouped_fused_linear(x, weight[0], None, s, b, ends, None, True)
+
     check(forward, make)
     check(backward, make)
+    check(by_vendor, make)
 
 
 def test_a_result_that_is_a_part_of_what_was_allocated(device):
