@@ -35,11 +35,11 @@ def torchao(linear, config, **kwargs):
     return model[0]
 
 
-def intx4(linear):
+def in_groups(linear, config, **kwargs):
     quantization = pytest.importorskip(
         "torchao.quantization", reason="torchao is not installed: pip install '.[quantized]'"
     )
-    return torchao(linear, "IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=quantization.PerGroup(32))
+    return torchao(linear, config, granularity=quantization.PerGroup(32), **kwargs)
 
 
 KINDS = {
@@ -52,7 +52,8 @@ KINDS = {
     "8bit of fp16 weights": lambda linear: linear8bit(linear, 0.0, True),
     "int8": lambda linear: torchao(linear, "Int8WeightOnlyConfig"),
     "float8": lambda linear: torchao(linear, "Float8WeightOnlyConfig"),
-    "int4": intx4,
+    "int4": lambda linear: in_groups(linear, "IntxWeightOnlyConfig", weight_dtype=torch.int4),
+    "int8 in groups": lambda linear: in_groups(linear, "Int8WeightOnlyConfig"),
 }
 
 

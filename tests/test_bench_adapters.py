@@ -73,7 +73,7 @@ def test_the_budget_grows_with_the_adapters_alone():
         / step_budget.predicted_ms(counted, "frozen", case, 800, 3)
         for case in GPU_CASES
     ]
-    # One adapter costs 1.10 there, and two passes over y and dX more; each adapter more is 128 KiB for A and for B, moved some times.
+    # One adapter costs 1.10 there, and passes over y and dX come on top; each adapter more is 128 KiB for A and for B.
     assert 1.15 < ratios[0] < ratios[1] < ratios[2] < 1.3
     unmeasured = report.blocks({}, {})
     assert "| `one-by-one` | not yet measured |" in unmeasured["adapters"]

@@ -2,11 +2,12 @@
 
 import contextlib
 import copy
+import warnings
 
 import peft
 import pytest
 import torch
-from quantized import KINDS, K, N, check, dequantized, plain_results, quantized, torchao, wrapped
+from quantized import KINDS, K, N, check, dequantized, plain_results, quantized, wrapped
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,6 +15,7 @@ from allora_kernels import (
     FusedALLoRALinear,
     WrappedALLoRALinear,
     disable_adapters,
+    explain,
     per_sample,
     reference,
     use_batch_invariant,
@@ -28,7 +30,7 @@ pytest.importorskip("triton")
 FLOAT, HALF = torch.float32, torch.bfloat16
 # Those that were told the dtype that they compute in take the kernels for an x of that dtype alone.
 COMPUTES_IN = {"4bit in bf16": [HALF], "4bit stored as bf16": [FLOAT]}
-GIVE_THEIR_WEIGHT = [kind for kind in KINDS if "4bit" in kind or kind in ("float8", "int4")]
+GIVE_THEIR_WEIGHT = [kind for kind in KINDS if "4bit" in kind or kind in ("float8", "int4", "int8 in groups")]
 kinds = pytest.mark.parametrize(
     "kind, dtype", [(kind, dtype) for kind in GIVE_THEIR_WEIGHT for dtype in COMPUTES_IN.get(kind, [FLOAT, HALF])]
 )
@@ -98,6 +100,21 @@ def test_one_row_and_no_bias():
     assert layer(torch.randn(0, K)).shape == (0, N)
 
 
+def test_a_packed_weight_of_one_row():
+    """Which bitsandbytes' function for dequantizing takes for a transposed one."""
+    layer = wrapped("4bit nf4")
+    weight = layer.base_layer.weight
+    weight.data = weight.data.view(1, -1)
+    check(layer, "row", FLOAT)
+
+
+@pytest.mark.parametrize("rows_of_b, columns", [(N // 2, K), (2 * N, K), (N, K // 2), (N, 2 * K)])
+def test_factors_of_another_layer_are_refused(rows_of_b, columns):
+    base, x = quantized("4bit nf4", K, N).requires_grad_(False), torch.randn(5, columns)
+    with pytest.raises(ValueError, match=rf"x must be \[..., {K}\] and lora_B \[{N}, R\] for bitsandbytes Linear4bit"):
+        calls.linear(base, x, torch.randn(3, columns), torch.randn(rows_of_b, 3), 2.0, "row")
+
+
 def test_a_weight_that_was_quantized_from_another_dtype():
     """The state's dtype is that of the weight before; the layer computes in its own."""
     layer = wrapped("4bit in bf16", dtype=HALF)
@@ -159,7 +176,7 @@ def test_checkpointing(kind, reentrant, monkeypatch):
     torch.testing.assert_close((y, x.grad, layer.lora_A.grad, layer.lora_B.grad), plain, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["4bit in bf16", "float8", "int4"])
+@pytest.mark.parametrize("kind", ["4bit in bf16", "float8", "int4", "int8 in groups"])
 @pytest.mark.parametrize("dtype", [FLOAT, HALF])
 def test_autocast_to_the_dtype_that_the_layer_computes_in(kind, dtype, monkeypatch):
     """An x in float32 is what the norms of a model give that prepare_model_for_kbit_training has been at."""
@@ -212,8 +229,23 @@ def _y_and_dx(layer, x, g):
 def test_batch_invariance_is_refused_where_the_layer_computes(kind, enabled):
     layer = wrapped(kind)
     layer.enabled = enabled
-    with use_batch_invariant(), pytest.raises(RuntimeError, match="computes its own product, whose rows depend on the"):
+    why = r"computes its own product, whose rows depend on the batch \(it is not known to multiply by a dequantized weight"
+    with use_batch_invariant(), pytest.raises(RuntimeError, match=why):
         layer(torch.randn(2, K))
+
+
+def test_a_switched_off_adapter_that_overflows_does_not_reach_an_invariant_batch():
+    layer, x = wrapped("4bit nf4"), torch.ones(2, K)
+    layer.enabled = False
+    with torch.no_grad():
+        layer.lora_A.fill_(1e38)
+    with use_batch_invariant():
+        assert layer(x).isfinite().all() and "dequantized" in str(layer.explain())
+    plain = FusedALLoRALinear(K, N)
+    plain.enabled = False
+    with use_batch_invariant(), torch.no_grad():
+        plain.lora_A.fill_(1e38)
+        assert plain(x).isfinite().all()
 
 
 @one_of_each
@@ -268,6 +300,11 @@ def train_bias(layer):
     layer.base_layer.bias.requires_grad_()
 
 
+def half_bias(layer):
+    """What torchao's layers return then depends on the kind."""
+    layer.base_layer.bias = nn.Parameter(layer.base_layer.bias.to(HALF), requires_grad=False)
+
+
 @pytest.mark.parametrize(
     "kind, change, dtype, rows, why",
     [
@@ -277,6 +314,7 @@ def train_bias(layer):
         ("4bit nf4", train_bias, FLOAT, 600, "its bias is trained"),
         ("4bit in bf16", None, FLOAT, 600, "it computes in torch.bfloat16 and x is torch.float32"),
         ("4bit stored as bf16", None, HALF, 600, "it computes in torch.float32 and x is torch.bfloat16"),
+        ("float8", half_bias, FLOAT, 600, "it is not known to multiply by a dequantized weight"),
         ("4bit nf4", None, FLOAT, 511, "511 rows are fewer than 512"),
         ("float8", None, FLOAT, 511, "511 rows are fewer than 512"),
         ("4bit nf4", None, torch.float64, 600, "the kernels take float32, float16 and bfloat16, not float64"),
@@ -290,6 +328,27 @@ def test_why_a_layer_computes_its_own_product(kind, change, dtype, rows, why, mo
     assert why in _why(layer, dtype, rows)
     if dtype == FLOAT and kind != "4bit in bf16":
         assert f"its own product ({_why(layer, dtype, rows)})" in layer.explain(rows).plan["y and dx"]
+
+
+def test_a_call_of_few_rows_does_not_ask_for_the_weight(monkeypatch):
+    monkeypatch.setattr(calls, "DEQUANTIZED_FROM_ROWS", 22)
+    layer, (x, g) = wrapped("4bit nf4"), batch()
+    with monkeypatch.context() as patch:
+        patch.setattr(dequantizing, "packed_weight", None)
+        plain_results(layer, x, g)
+    monkeypatch.setattr(calls, "DEQUANTIZED_FROM_ROWS", 21)
+    with taken_over(monkeypatch):
+        plain_results(layer, x, g)
+
+
+def test_a_dtype_that_keeps_the_kernels_from_the_product_is_warned_of_once():
+    calls._warn_of_dtype.cache_clear()
+    layer, x = wrapped("4bit in bf16"), torch.randn(7, K)
+    with pytest.warns(RuntimeWarning, match=r"it computes in torch.bfloat16 and x is torch.float32; .*compute_dtype"):
+        layer(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        layer(x)
 
 
 def test_autocast_to_another_dtype_leaves_the_product_to_the_layer():
@@ -320,20 +379,17 @@ def test_a_transformed_call_is_the_layers_own():
     torch.testing.assert_close(dx, plain_results(layer, x, torch.ones(3, 7, N))[1])
 
 
-def test_int8_by_groups_is_dequantized_and_by_rows_is_not():
-    granularity = pytest.importorskip("torchao.quantization").PerGroup(32)
-    layer = WrappedALLoRALinear(torchao(nn.Linear(K, N), "Int8WeightOnlyConfig", granularity=granularity), 3, 1.5)
-    assert type(layer.weight).__name__ == "Int8Tensor" and _why(layer) is None
-    nn.init.normal_(layer.lora_B)
-    check(layer, "row", FLOAT)
-
-
 @one_of_each
 def test_what_it_says_of_itself(kind):
     layer = wrapped(kind)
     plan = layer.explain(rows=600).plan
-    assert plan["weight"] == f"dequantized by {layer.base_kind}, once a pass"
+    assert plan["weight"] == f"dequantized by {layer.base_kind} once a pass, for an x in torch.float32"
     assert plan == {"weight": plan["weight"], **FusedALLoRALinear(K, N, layer.r).explain(rows=600).plan}
+    (told,) = explain(nn.Sequential(layer), rows=600).layers.values()
+    assert told.fused and dict(told.plan) == plan
+    layer.base_layer.register_forward_hook(lambda *_: None)
+    (told,) = explain(nn.Sequential(layer), rows=600).layers.values()
+    assert not told.fused and f"{layer.base_kind} computes y and dx (it has hooks" in told.reason
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------

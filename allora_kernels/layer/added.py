@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backend as _backend
-from . import batch_invariance
 from .functional import adapter_gradients, autocast_dtype, compute_dtype, no_autocast
 
 
@@ -135,17 +134,11 @@ def add_adapter(
         sink: what takes the step `adapter_grads` over to see more of it.
 
     Raises:
-        TypeError: x is no floating-point tensor, or the layer returns none.
-        ValueError: shapes that do not fit, or mixed devices.
-        RuntimeError: x requires grad and the layer's output does not, so its gradient would be lost; `use_batch_invariant` is
-            on. From the backward pass: the layer gave no gradient of its input.
+        TypeError: the layer returns no floating-point tensor.
+        ValueError: it returns another shape, or on another device.
+        RuntimeError: x requires grad and the layer's output does not, so its gradient would be lost. From the backward pass:
+            the layer gave no gradient of its input.
     """
-    check_input(x, lora_A, lora_B)
-    if batch_invariance.enabled():
-        raise RuntimeError(
-            f"use_batch_invariant is on, but {type(layer).__name__} computes its own product, whose rows depend on the batch: "
-            "call use_batch_invariant(False), or adapt a layer that is not quantized"
-        )
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     wants_dx = torch.is_grad_enabled() and x.requires_grad and not transformed
     handover = _Handover() if wants_dx else None
@@ -168,20 +161,6 @@ def add_adapter(
     rows = rows.reshape(-1, rows.shape[-1])
     y, _ = _Add.apply(y, rows, lora_A, lora_B, dtype, eta, norm, choice.name, sink, handover, own and not transformed)
     return y
-
-
-def check_input(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        found = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x must be a floating-point Tensor, got {found}")
-    (r, k), n = lora_A.shape, lora_B.shape[0]
-    if x.dim() < 1 or x.shape[-1] != k:
-        raise ValueError(f"x must be [..., K] with K = {k} as in lora_A {[r, k]}, got {list(x.shape)}")
-    if tuple(lora_B.shape) != (n, r):
-        raise ValueError(f"lora_B must be [N, R] with R = {r} as in lora_A {[r, k]}, got {list(lora_B.shape)}")
-    for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if t.device != x.device:
-            raise ValueError(f"{name} is on {t.device} but x is on {x.device}; move them to one device")
 
 
 def _check_output(y: Tensor, x: Tensor, lora_B: Tensor, layer: str) -> None:

@@ -17,7 +17,8 @@ from . import bases
 class PackedWeight(NamedTuple):
     """A frozen weight ``[N, K]`` in few bits: `dense()` is it in `dtype`, a new tensor at each call.
 
-    It holds the tensors that there were when it was made, so that a backward pass reads the same weight as its forward pass.
+    It holds the tensors that the layer had when it was made, so that a backward pass finds its forward pass's weight also where
+    the layer has another by then.
     """
 
     shape: tuple[int, int]
@@ -43,29 +44,34 @@ def packed_weight(module: nn.Module, dtype: torch.dtype) -> PackedWeight | None:
     if kind == "bitsandbytes Linear4bit":
         return _of_linear4bit(module, dtype)
     if kind is not None and kind.startswith("torchao "):
-        return _of_torchao(module.weight)
+        return _of_torchao(module.weight, module.bias)
     return None
 
 
 def _of_linear4bit(module: nn.Module, dtype: torch.dtype) -> PackedWeight | None:
     from bitsandbytes.functional import dequantize_4bit
 
-    weight = module.weight
-    state = getattr(weight, "quant_state", None) or module.quant_state
+    state = getattr(module.weight, "quant_state", None) or module.quant_state
     shape = (module.out_features, module.in_features)
-    if state is None or tuple(state.shape) != shape:
+    # Of a packed weight of one row, or one element, bitsandbytes gives the transpose.
+    if state is None or tuple(state.shape) != shape or module.weight.numel() == 1:
         return None
+    packed = module.weight.view(-1, 1)
     dtype = module.compute_dtype or dtype
     if state.dtype != dtype:
         state = copy.copy(state)
         state.dtype = dtype
-    return PackedWeight(shape, dtype, lambda: dequantize_4bit(weight, state), returns_dtype_of_x=True)
+    return PackedWeight(shape, dtype, lambda: dequantize_4bit(packed, state), returns_dtype_of_x=True)
 
 
-def _of_torchao(weight: Tensor) -> PackedWeight | None:
-    if type(weight).__name__ == "Int8Tensor":
+def _of_torchao(weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
+    if bias is not None and bias.dtype != weight.dtype:
+        # Each kind of weight has its own way with that, or none.
+        return None
+    int8 = type(weight).__name__ == "Int8Tensor"
+    if int8:
         # A scale for a whole row is left to what comes out, which rounds less than a dense weight would.
         by_row = weight.block_size[-1] == weight.shape[-1]
         if by_row or getattr(weight, "act_pre_scale", None) is not None:
             return None
-    return PackedWeight(tuple(weight.shape), weight.dtype, weight.dequantize)
+    return PackedWeight(tuple(weight.shape), weight.dtype, weight.dequantize, returns_dtype_of_x=int8)

@@ -15,6 +15,8 @@ class Explanation:
     reason: str
     fallback: bool
     plan: dict[str, str]
+    own_product: str | None = None
+    """Why a layer of another library computes y and dX itself, where it does."""
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend} ({self.reason})"]
@@ -47,7 +49,8 @@ def explain(
 def explain_dequantized(base: str, *call) -> Explanation:
     """`explain` of a call whose weight is dequantized by another library's `base`."""
     found = explain(*call)
-    return replace(found, plan={"weight": f"dequantized by {base}, once a pass", **found.plan})
+    dtype = call[-2]
+    return replace(found, plan={"weight": f"dequantized by {base} once a pass, for an x in {dtype}", **found.plan})
 
 
 def explain_disabled(base: str = "torch") -> Explanation:
@@ -81,4 +84,4 @@ def explain_wrapped(
         plan = dict.fromkeys(("down_project", "low_rank_add (y)", "adapter_grads", "low_rank_add (dx)"), "torch")
     plan = {step: f"{what}, {where}" if "low_rank_add" in step else what for step, what in plan.items()}
     product = f"{base}, its own product" + ("" if why == choice.reason else f" ({why})")
-    return Explanation(choice.name, choice.reason, choice.fallback, {"y and dx": product, **plan})
+    return Explanation(choice.name, choice.reason, choice.fallback, {"y and dx": product, **plan}, why)

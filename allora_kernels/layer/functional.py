@@ -111,7 +111,7 @@ class _ALLoRALinear(torch.autograd.Function):
         ctx.save_for_backward(
             weight if needs_x else None, lora_A, lora_B, x if needs_a else None, s if needs_a or needs_b else None
         )
-        ctx.settings = (dtype, eta, norm, backend, sink, packed)
+        ctx.settings = (dtype, eta, norm, backend, sink, packed if needs_x else None)
 
     @staticmethod
     @once_differentiable
@@ -129,16 +129,17 @@ class _ALLoRALinear(torch.autograd.Function):
         weight, lora_A, lora_B, x, s = ctx.saved_tensors
         dtype, eta, norm, backend, sink, packed = ctx.settings
         steps = _steps(backend)
-        if packed is not None and needs_x:
-            weight = packed.dense()
         if needs_x and needs_a and needs_b and sink is None and backend == "triton":
             # In one, so that what the adapter needs can run beside what dX needs.
+            weight = weight if packed is None else packed.dense()
             return steps.layer_grads(g, x, s, weight, lora_A, lora_B, eta, norm, lora_A.dtype, lora_B.dtype)
         step = steps.adapter_grads if sink is None else functools.partial(sink, backend)
         needs = (needs_x, needs_a, needs_b)
         ds, da, db = adapter_gradients(steps, step, g, x, s, lora_A, lora_B, dtype, eta, norm, needs)
-        dx = steps.fused_linear(g, weight.mT, None, ds, lora_A.mT) if needs_x else None
-        return dx, da, db
+        if not needs_x:
+            return None, da, db
+        weight = weight if packed is None else packed.dense()
+        return steps.fused_linear(g, weight.mT, None, ds, lora_A.mT), da, db
 
 
 def adapter_gradients(

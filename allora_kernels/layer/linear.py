@@ -123,11 +123,9 @@ class FusedALLoRALinear(ALLoRALayer, nn.Linear):
     def frozen_linear(self, input: Tensor) -> Tensor:
         """What the layer computes without an adapter."""
         if batch_invariance.enabled():
-            # The frozen layer's kernel is the adapted one's, with a zero factor.
-            zero = torch.zeros_like(self.lora_B, requires_grad=False)
-            return functional.apply(
-                input, self.frozen_weight, self.bias, self.lora_A.detach(), zero, self.eta, norm=None
-            )
+            # The frozen layer's kernel is the adapted one's, with factors of zero.
+            zeros = (torch.zeros_like(t, requires_grad=False) for t in (self.lora_A, self.lora_B))
+            return functional.apply(input, self.frozen_weight, self.bias, *zeros, self.eta, norm=None)
         if not self.fan_in_fan_out:
             return nn.functional.linear(input, self.weight, self.bias)
         rows = input.reshape(-1, self.in_features)

@@ -1,12 +1,15 @@
 """An adapter on a layer of another library, in one of two ways: the kernels take the product over, by the weight that the layer
 would dequantize, with the adapter in it; or the layer computes its own product and the kernels add the adapter to it."""
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor, nn
 
 from . import backend as _backend
 from . import bases, batch_invariance, dequantizing, functional
-from .added import add_adapter, check_input
+from .added import add_adapter
 from .dequantizing import PackedWeight
 from .explanation import Explanation, explain_dequantized, explain_wrapped
 from .sharding import is_sharded
@@ -24,36 +27,108 @@ def linear(
         sink: what takes the step `adapter_grads` over to see more of it.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `add_adapter` does.
+        TypeError: x is no floating-point tensor, or the layer returns none.
+        ValueError: shapes that do not fit, or mixed devices.
+        RuntimeError: `use_batch_invariant` is on and the layer computes its own product; and what `add_adapter` raises it for.
     """
-    check_input(x, lora_A, lora_B)
+    _check_input(x, lora_A, lora_B)
     functional.check_rule(lora_A.shape[0], eta, norm)
-    own = bases.gives_own_tensors(module)
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if own and not transformed and not is_sharded(x):
+    rows, reason = x.numel() // x.shape[-1], None
+    if not _enough(rows):
+        pass
+    elif torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_sharded(x):
+        reason = "the call is compiled, transformed or sharded"
+    else:
         bases.settle_compute_dtype(module, x)
         weight = dequantizing.packed_weight(module, x.dtype)
-        widest = functional.compute_dtype(x, lora_A, lora_B)
-        if _obstacle(module, weight, own, x.numel() // x.shape[-1], x.dtype, x.device, widest) is None:
-            return _dequantized(module, weight, x, lora_A, lora_B, widest, eta, norm, sink)
-    return add_adapter(module, x, lora_A, lora_B, eta, norm, own, sink)
+        reason = _obstacle(module, weight, x.device, functional.compute_dtype(x, lora_A, lora_B))
+        if reason is None and (reason := _other_dtype(weight, x.dtype, x.device)):
+            _warn_of_dtype(bases.name_of(module), reason)
+        if reason is None:
+            return _dequantized(module, weight, x, lora_A, lora_B, eta, norm, sink)
+    if batch_invariance.enabled():
+        raise RuntimeError(
+            f"use_batch_invariant is on, but {bases.name_of(module)} computes its own product, whose rows depend on the batch "
+            f"({reason}): call use_batch_invariant(False), or adapt a layer that the kernels multiply by"
+        )
+    return add_adapter(module, x, lora_A, lora_B, eta, norm, bases.gives_own_tensors(module), sink)
 
 
-def _dequantized(module, weight: PackedWeight, x, lora_A, lora_B, widest, eta, norm, sink) -> Tensor:
-    bias = None if module.bias is None else module.bias.to(weight.dtype)
-    dtype = functional.autocast_dtype(x.device.type, x.dtype) or widest
-    backend = functional.choose_backend(x, widest, None)
-    rows = x.to(weight.dtype).reshape(-1, x.shape[-1])
-    y, _ = functional.apply_function(rows, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, sink)
-    y = y.reshape(*x.shape[:-1], weight.shape[0])
+def _check_input(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x must be a floating-point Tensor, got {found}")
+    (r, k), n = lora_A.shape, lora_B.shape[0]
+    if x.dim() < 1 or x.shape[-1] != k:
+        raise ValueError(f"x must be [..., K] with K = {k} as in lora_A {[r, k]}, got {list(x.shape)}")
+    if tuple(lora_B.shape) != (n, r):
+        raise ValueError(f"lora_B must be [N, R] with R = {r} as in lora_A {[r, k]}, got {list(lora_B.shape)}")
+    for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if t.device != x.device:
+            raise ValueError(f"{name} is on {t.device} but x is on {x.device}; move them to one device")
+
+
+def _enough(rows: int) -> bool:
+    return rows >= DEQUANTIZED_FROM_ROWS or batch_invariance.enabled()
+
+
+def _dequantized(module, weight: PackedWeight, x, lora_A, lora_B, eta, norm, sink) -> Tensor:
+    N, K = weight.shape
+    if x.shape[-1] != K or lora_B.shape[0] != N:
+        raise ValueError(
+            f"x must be [..., {K}] and lora_B [{N}, R] for {bases.name_of(module)} [{N}, {K}], got {list(x.shape)} and "
+            f"{list(lora_B.shape)}"
+        )
+    dtype = functional.autocast_dtype(x.device.type, x.dtype) or functional.compute_dtype(x, lora_A, lora_B)
+    rows = x.to(weight.dtype).reshape(-1, K)
+    y, _ = functional.apply_function(
+        rows, weight, _bias(module, weight), lora_A, lora_B, dtype, eta, norm, "triton", sink
+    )
+    y = y.reshape(*x.shape[:-1], N)
     return y.to(x.dtype) if weight.returns_dtype_of_x else y
+
+
+def _bias(module: nn.Module, weight: PackedWeight) -> Tensor | None:
+    return None if module.bias is None else module.bias.to(weight.dtype)
+
+
+def _obstacle(module: nn.Module, weight: PackedWeight | None, device: torch.device, widest: torch.dtype) -> str | None:
+    """Why `module` computes its own product, whatever x's rows and dtype; None where the kernels can take it over. `widest` is
+    the widest dtype among x and the adapter's factors."""
+    if weight is None:
+        return "it is not known to multiply by a dequantized weight"
+    if not bases.gives_own_tensors(module):
+        return "it has hooks, or its weight is damaged"
+    if module.bias is not None and module.bias.requires_grad:
+        return "its bias is trained"
+    choice = _backend.choose(device, widest)
+    return None if choice.name == "triton" else choice.reason
+
+
+def _other_dtype(weight: PackedWeight, dtype: torch.dtype, device: torch.device) -> str | None:
+    """How the dtype that a layer computes in differs from an x of `dtype`, or from autocast's; None where it does not."""
+    cast_to = functional.autocast_dtype(device.type, dtype)
+    if weight.dtype == (cast_to or dtype):
+        return None
+    return f"it computes in {weight.dtype} and {f'autocast in {cast_to}' if cast_to else f'x is {dtype}'}"
+
+
+@functools.cache
+def _warn_of_dtype(name: str, reason: str) -> None:
+    """Once for each reason: it is the user's to change."""
+    warnings.warn(
+        f"allora_kernels: {name} computes its own product, to which the adapter is added, as {reason}; the kernels take the "
+        "product over where the two are one (bitsandbytes: bnb_4bit_compute_dtype)",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def frozen_product(module: nn.Module, x: Tensor) -> tuple[PackedWeight, Tensor | None]:
     """The weight and the bias of a `module` that `can_be_taken_over`, for an x of this dtype."""
     bases.settle_compute_dtype(module, x)
     weight = dequantizing.packed_weight(module, x.dtype)
-    return weight, None if module.bias is None else module.bias.to(weight.dtype)
+    return weight, _bias(module, weight)
 
 
 def can_be_taken_over(module: nn.Module) -> bool:
@@ -65,26 +140,10 @@ def obstacle(
     module: nn.Module, rows: int, dtype: torch.dtype, device: torch.device, adapter_dtype: torch.dtype
 ) -> str | None:
     """Why `module` computes its own product of `rows` rows of `dtype`, eagerly; None where the kernels take it over."""
-    weight, widest = dequantizing.packed_weight(module, dtype), torch.promote_types(dtype, adapter_dtype)
-    return _obstacle(module, weight, bases.gives_own_tensors(module), rows, dtype, device, widest)
-
-
-def _obstacle(module, weight: PackedWeight | None, own: bool, rows, dtype, device, widest) -> str | None:
-    if weight is None:
-        return "it is not known to multiply by a dequantized weight"
-    if not own:
-        return "it has hooks, or its weight is damaged"
-    cast_to = functional.autocast_dtype(device.type, dtype)
-    if weight.dtype != (cast_to or dtype):
-        return f"it computes in {weight.dtype} and {f'autocast in {cast_to}' if cast_to else f'x is {dtype}'}"
-    if module.bias is not None and module.bias.requires_grad:
-        return "its bias is trained"
-    choice = _backend.choose(device, widest)
-    if choice.name != "triton":
-        return choice.reason
-    if rows < DEQUANTIZED_FROM_ROWS and not batch_invariance.enabled():
-        return f"{rows} rows are fewer than {DEQUANTIZED_FROM_ROWS}"
-    return None
+    weight = dequantizing.packed_weight(module, dtype)
+    reason = _obstacle(module, weight, device, torch.promote_types(dtype, adapter_dtype))
+    reason = reason or _other_dtype(weight, dtype, device)
+    return reason or (None if _enough(rows) else f"{rows} rows are fewer than {DEQUANTIZED_FROM_ROWS}")
 
 
 def explain(

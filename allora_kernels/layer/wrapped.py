@@ -91,9 +91,9 @@ class WrappedALLoRALinear(ALLoRALayer):
     def frozen_linear(self, input: Tensor) -> Tensor:
         """What the layer computes without an adapter."""
         if batch_invariance.enabled():
-            # The frozen layer's kernel is the adapted one's, with a zero factor.
-            zero = torch.zeros_like(self.lora_B, requires_grad=False)
-            return quantized.linear(self.base_layer, input, self.lora_A.detach(), zero, self.eta, norm=None)
+            # The frozen layer's kernel is the adapted one's, with factors of zero.
+            zeros = (torch.zeros_like(t, requires_grad=False) for t in (self.lora_A, self.lora_B))
+            return quantized.linear(self.base_layer, input, *zeros, self.eta, norm=None)
         return self.base_layer(input)
 
     def merge(self) -> nn.Linear:
@@ -115,7 +115,7 @@ class WrappedALLoRALinear(ALLoRALayer):
     def explain(self, rows: int = 2048, device: torch.device | None = None) -> Explanation:
         """Which backend the adapter takes and why, and what runs each step for an input of `rows` rows in the dtype that
         `base_layer` computes in, as far as it says, on `device` (None: where the layer is)."""
-        if not self.enabled:
+        if not self.enabled and not batch_invariance.enabled():
             return explain_disabled(self.base_kind)
         return quantized.explain(
             self.base_layer, rows, self.r, self.norm, device or self.lora_A.device, self.lora_A.dtype

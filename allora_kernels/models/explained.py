@@ -104,8 +104,9 @@ def explain(model: nn.Module, rows: int = 2048, device: torch.device | str | Non
                 reason = f"{reason}; adapter {module.adapter_name!r} of {len(module.adapter_names)}"
             plan = tuple(found.plan.items()) if fused else ()
             shape = (*((module.experts,) if module.grouped else ()), module.out_features, module.in_features)
-            if isinstance(module, WrappedALLoRALinear):
-                reason = f"{module.base_kind} computes y and dx, the adapter is added by {found.backend}: {reason}"
+            if found.own_product is not None:
+                why = "" if found.own_product == found.reason else f" ({found.own_product})"
+                reason = f"{module.base_kind} computes y and dx{why}, the adapter is added by {found.backend}: {reason}"
                 fused = False
             layers[names[module]] = LayerExplanation(shape, module.r, fused, reason, plan)
         elif looks_linear(module):
