@@ -182,6 +182,34 @@ def adapter_grads(
     return ds, da, db
 
 
+# --- a frozen weight in 4 bits -------------------------------------------------------------------------------------
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    code: Tensor,
+    scales: Tensor,
+    scale_code: Tensor | None,
+    scale_scales: Tensor | None,
+    offset: Tensor | None,
+    block: int,
+    scale_block: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight [n, k] in `dtype` that bitsandbytes stores as numbers of 4 bits (QLoRA, arXiv 2305.14314, section 3).
+
+    `packed` (uint8) has two numbers a byte, the first in the upper half; each stands for an entry of `code` [16], times a scale
+    for each `block` of them. scales [n k / block] is fp32; or uint8, where each stands for an entry of scale_code [256] times
+    one of scale_scales for each `scale_block`, plus `offset` [].
+    """
+    numbers = torch.stack([packed >> 4, packed & 15], dim=-1).flatten()[: n * k]
+    if scale_code is not None:
+        scales = scale_code[scales.long()] * scale_scales.repeat_interleave(scale_block)[: len(scales)] + offset
+    return (code[numbers.long()] * scales.repeat_interleave(block)[: n * k]).view(n, k).to(dtype)
+
+
 # --- the whole layer, by autograd -----------------------------------------------------------------------------------
 
 

@@ -251,6 +251,14 @@ def launches(
                 g, x, s, b, c.get(norm), 2.0, norm, True, adapter_dtype, adapter_dtype
             ),
         )
+    packed, code = torch.empty(n * k // 2, dtype=torch.uint8), torch.empty(16)
+    numbers, scales = torch.empty(n * k // 64, dtype=torch.uint8), torch.empty(n * k // 64)
+    nested = (numbers, torch.empty(256), torch.empty(-(-len(numbers) // 256)), torch.empty(()))
+    for name, of_scales in (("nested", nested), ("plain", (scales, None, None, None))):
+        yield (
+            f"dequantize_4bit {name} {label}",
+            lambda of_scales=of_scales: csrc_triton.dequantize_4bit(packed, code, *of_scales, 64, 256, n, k, dtype),
+        )
     pair = pick_pair(n, k, r, dtype, arch, compute)
     if pair is not None:
         columns, rank = Rule(None, c["row"], "columns"), Rule(None, c["factor"], "rank")

@@ -100,7 +100,7 @@ def _peft(batch: Batch) -> Step:
 PROVIDERS = {
     "frozen": Spec("the Linear4bit without an adapter, as bitsandbytes computes it: the floor", _frozen, "frozen"),
     "ours": Spec(
-        "`WrappedALLoRALinear`: bitsandbytes dequantizes the weight, the kernels multiply",
+        "`WrappedALLoRALinear`: the weight dequantized once a pass, the kernels multiply",
         _ours,
         "allora",
         tolerance=2.0,

@@ -6,6 +6,7 @@ from . import batch_invariance, configs, plans
 from .adapted_linear import adapted_linear
 from .adapter_grad import adapter_grads
 from .combine import combine
+from .dequantize import dequantize_4bit
 from .down_project import down_project
 from .fused_linear import fused_linear
 from .fused_linear_persistent import describable
@@ -28,6 +29,7 @@ __all__ = [
     "adapted_linear",
     "adapter_grads",
     "combine",
+    "dequantize_4bit",
     "describable",
     "down_project",
     "fused_linear",

@@ -282,7 +282,7 @@ def test_the_layers_of_peft(monkeypatch):
     accelerate_lora(model)
     with taken_over(monkeypatch) as made:
         torch.testing.assert_close(results(), by_peft, rtol=1e-4, atol=1e-4)
-    assert len(made) == 2 and "dequantized by bitsandbytes Linear4bit" in str(layer.explain())
+    assert len(made) == 2 and "bitsandbytes Linear4bit, dequantized once a pass by a kernel" in str(layer.explain())
 
 
 # --- where the layer computes its own product -----------------------------------------------------------------------
@@ -383,7 +383,8 @@ def test_a_transformed_call_is_the_layers_own():
 def test_what_it_says_of_itself(kind):
     layer = wrapped(kind)
     plan = layer.explain(rows=600).plan
-    assert plan["weight"] == f"dequantized by {layer.base_kind} once a pass, for an x in torch.float32"
+    by = "a kernel" if kind == "4bit nf4" else "torchao"
+    assert plan["weight"] == f"{layer.base_kind}, dequantized once a pass by {by}, for an x in torch.float32"
     assert plan == {"weight": plan["weight"], **FusedALLoRALinear(K, N, layer.r).explain(rows=600).plan}
     (told,) = explain(nn.Sequential(layer), rows=600).layers.values()
     assert told.fused and dict(told.plan) == plan

@@ -5,12 +5,15 @@ weight that lives for one product. With the copy in hand that product can be thi
 """
 
 import copy
+import functools
+import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from . import backend as _backend
 from . import bases
 
 
@@ -24,6 +27,8 @@ class PackedWeight(NamedTuple):
     shape: tuple[int, int]
     dtype: torch.dtype
     dense: Callable[[], Tensor]
+    by: str
+    """What makes it dense, in words."""
     returns_dtype_of_x: bool = False
     """Whether the layer's y has x's dtype also where autocast has another."""
 
@@ -49,19 +54,47 @@ def packed_weight(module: nn.Module, dtype: torch.dtype) -> PackedWeight | None:
 
 
 def _of_linear4bit(module: nn.Module, dtype: torch.dtype) -> PackedWeight | None:
-    from bitsandbytes.functional import dequantize_4bit
-
     state = getattr(module.weight, "quant_state", None) or module.quant_state
     shape = (module.out_features, module.in_features)
     # Of a packed weight of one row, or one element, bitsandbytes gives the transpose.
     if state is None or tuple(state.shape) != shape or module.weight.numel() == 1:
         return None
-    packed = module.weight.view(-1, 1)
-    dtype = module.compute_dtype or dtype
+    packed, dtype = module.weight.view(-1, 1), module.compute_dtype or dtype
+    scales = _scales(state) if _backend.choose(packed.device, dtype).name == "triton" else None
+    if scales is None:
+        dense, by = functools.partial(_by_bitsandbytes, packed, state, dtype), "bitsandbytes"
+    else:
+        args = (packed.view(torch.uint8).view(-1), state.code, *scales, *shape, dtype)
+        dense, by = functools.partial(_by_kernel, args), "a kernel"
+    return PackedWeight(shape, dtype, dense, by, returns_dtype_of_x=True)
+
+
+def _by_kernel(args: tuple) -> Tensor:
+    from . import ops
+
+    return ops.dequantize_4bit(*args)
+
+
+def _by_bitsandbytes(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     if state.dtype != dtype:
         state = copy.copy(state)
         state.dtype = dtype
-    return PackedWeight(shape, dtype, lambda: dequantize_4bit(packed, state), returns_dtype_of_x=True)
+    # Loaded, as it made the layer; this package imports no other library.
+    return sys.modules["bitsandbytes"].functional.dequantize_4bit(packed, state)
+
+
+def _scales(state: Any) -> tuple | None:
+    """What `ops.dequantize_4bit` takes of bitsandbytes' QuantState between the code and the shape; None where it is of another
+    make than that knows."""
+    code, nested = state.code, state.state2
+    if code is None or code.dtype != torch.float32 or code.numel() != 16:
+        return None
+    if nested is None:
+        return (state.absmax, None, None, None, state.blocksize, 1) if state.absmax.dtype == torch.float32 else None
+    tensors = (nested.code, nested.absmax, state.offset)
+    if state.absmax.dtype != torch.uint8 or any(t.dtype != torch.float32 for t in tensors):
+        return None
+    return state.absmax, *tensors, state.blocksize, nested.blocksize
 
 
 def _of_torchao(weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
@@ -74,4 +107,4 @@ def _of_torchao(weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
         by_row = weight.block_size[-1] == weight.shape[-1]
         if by_row or getattr(weight, "act_pre_scale", None) is not None:
             return None
-    return PackedWeight(tuple(weight.shape), weight.dtype, weight.dequantize, returns_dtype_of_x=int8)
+    return PackedWeight(tuple(weight.shape), weight.dtype, weight.dequantize, "torchao", returns_dtype_of_x=int8)

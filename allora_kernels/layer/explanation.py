@@ -46,11 +46,11 @@ def explain(
     return Explanation(choice.name, choice.reason, choice.fallback, plan)
 
 
-def explain_dequantized(base: str, *call) -> Explanation:
-    """`explain` of a call whose weight is dequantized by another library's `base`."""
-    found = explain(*call)
-    dtype = call[-2]
-    return replace(found, plan={"weight": f"dequantized by {base} once a pass, for an x in {dtype}", **found.plan})
+def explain_dequantized(base: str, by: str, *call) -> Explanation:
+    """`explain` of a call on another library's `base`, whose weight is dequantized `by` something."""
+    found, dtype = explain(*call), call[-2]
+    weight = f"{base}, dequantized once a pass by {by}, for an x in {dtype}"
+    return replace(found, plan={"weight": weight, **found.plan})
 
 
 def explain_disabled(base: str = "torch") -> Explanation:

@@ -42,6 +42,15 @@ adapted_linear: Callable[..., tuple[Tensor, Tensor]] = define(
     vmap_rules.adapted_linear,
 )
 
+dequantize_4bit: Callable[..., Tensor] = define(
+    "dequantize_4bit(Tensor packed, Tensor code, Tensor scales, Tensor? scale_code, Tensor? scale_scales, Tensor? offset,"
+    " int block, int scale_block, int n, int k, ScalarType dtype) -> Tensor",
+    csrc_triton.dequantize_4bit,
+    lambda packed, code, scales, scale_code, scale_scales, offset, block, scale_block, n, k, dtype: packed.new_empty(
+        n, k, dtype=dtype
+    ),
+)
+
 down_project: Callable[..., Tensor] = define(
     "down_project(Tensor x, Tensor a, ScalarType dtype) -> Tensor",
     csrc_triton.down_project,

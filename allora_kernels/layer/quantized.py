@@ -154,5 +154,5 @@ def explain(
     call = (rows, module.out_features, module.in_features, r, norm, device, dtype, adapter_dtype)
     reason = obstacle(module, rows, dtype, device, adapter_dtype)
     if reason is None:
-        return explain_dequantized(kind, *call)
+        return explain_dequantized(kind, dequantizing.packed_weight(module, dtype).by, *call)
     return explain_wrapped(*call, kind, reason, bases.gives_own_tensors(module))

@@ -48,6 +48,25 @@ def test_down_project(arch, few_sms, dtypes, layout, shape, launches):
     launches.launches += shape[0] == 0  # without rows there is nothing to launch
 
 
+@over(
+    "arch",
+    dtype=[F32, F16, BF16],
+    nested=[True, False],
+    size=[(1, 1), (3, 53), (33, 96), (130, 272)],
+    block=[32, 64, 4096],
+)
+def test_dequantize(arch, dtype, nested, size, block):
+    n, k = size
+    blocks = -(-n * k // block)
+    packed = torch.randint(256, (-(-n * k // 2),), dtype=torch.uint8)
+    scales, *of_scales = torch.rand(blocks), None, None, None
+    if nested:
+        scales = torch.randint(256, (blocks,), dtype=torch.uint8)
+        of_scales = torch.randn(256), torch.rand(-(-blocks // 256)), torch.tensor(0.3)
+    args = (packed, torch.randn(16), scales, *of_scales, block, 256, n, k, dtype)
+    assert torch.equal(csrc_triton.dequantize_4bit(*args), reference.dequantize_4bit(*args))
+
+
 @over("arch", "few_sms", "dtypes", shape=[*AXES["shape"], (300, 136, 264, 8)])
 def test_every_plan_of_y_and_dx(arch, few_sms, dtypes, shape):
     inputs, compute = make_inputs(*shape, *dtypes), torch.promote_types(*dtypes)

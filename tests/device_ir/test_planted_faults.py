@@ -55,6 +55,11 @@ def combine_pair():
     module("combine").combine_pair(torch.randn(3, 2000), torch.randn(3, 1000), (F32, F32))
 
 
+def dequantize():
+    packed, scales = torch.randint(256, (2000,), dtype=torch.uint8), torch.rand(63)
+    module("dequantize").dequantize_4bit(packed, torch.randn(16), scales, None, None, None, 64, 1, 40, 100, F32)
+
+
 def low_rank_add():
     module("low_rank_add").low_rank_add(torch.randn(70, 50), torch.randn(70, 3), torch.randn(50, 3))
 
@@ -133,6 +138,11 @@ FAULTS = [
     race("_combine_pair_kernel", "combine", "out_ptr + group * NUMEL + offs", "out_ptr + group * NUMEL + offs % 512",
          combine_pair),
     write("_combine_pair_kernel", "combine", "axis=0), OUT_DTYPE), mask=mask)", "axis=0), OUT_DTYPE))", combine_pair),
+    race("_dequantize_4bit_kernel", "dequantize", "block[:, None] * (2 * HALF_BLOCK)",
+         "block[:, None] % BLOCKS * (2 * HALF_BLOCK)", dequantize),
+    write("_dequantize_4bit_kernel", "dequantize", "out, mask=offs_out < NUMEL", "out, mask=offs_out < NUMEL + 8", dequantize),
+    read("_dequantize_4bit_kernel", "dequantize", "packed_ptr + offs, mask=offs < NUM_BYTES,",
+         "packed_ptr + offs, mask=offs < NUM_BYTES + 8,", dequantize),
     race("_down_project_kernel", "down_project", "part.to(tl.int64) * M", "0 * M", down_project),
     write("_down_project_kernel", "down_project", "narrow(acc, OUT_DTYPE), mask=mask_m[:, None] & mask_r[None, :])",
           "narrow(acc, OUT_DTYPE), mask=mask_r[None, :])", down_project),
