@@ -1,7 +1,8 @@
-"""Quantized linear layers of other libraries that can carry an adapter: bitsandbytes' modules, and `nn.Linear` with one of
-torchao's weight-only tensors. Told by their names, so that neither library is imported here."""
+"""Quantized linear layers of other libraries that can carry an adapter: bitsandbytes' modules, transformers' FP8Linear, and
+`nn.Linear` with one of torchao's weight-only tensors. Told by their names, so that no library is imported here."""
 
 import math
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,18 @@ def _torchao_weight(module: nn.Module) -> Tensor | None:
     return weight if plain and weight is not None and _library(type(weight)) == "torchao" else None
 
 
+def _fp8_class(module: nn.Module) -> type | None:
+    """transformers' FP8Linear where `module` runs its forward pass on a weight of one byte each, or of two numbers a byte."""
+    for cls in type(module).__mro__:
+        if _library(cls) == "transformers" and cls.__name__ == "FP8Linear":
+            return cls if type(module).forward is cls.forward and module.weight.element_size() == 1 else None
+    return None
+
+
 def kind_of(module: nn.Module) -> str | None:
     """What computes the products of `module`, as ``"bitsandbytes Linear4bit"``; None unless it is one of the layers above."""
+    if _fp8_class(module) is not None:
+        return "transformers FP8Linear"
     if (cls := _bitsandbytes_class(module)) is not None:
         return f"bitsandbytes {cls.__name__}"
     if (weight := _torchao_weight(module)) is not None:
@@ -47,6 +58,12 @@ def name_of(module: nn.Module) -> str:
 
 def obstacle_of(module: nn.Module) -> str | None:
     """Why a layer that has a `kind_of` gives its input no gradient, or a wrong one; None where the gradient is right."""
+    if (cls := _fp8_class(module)) is not None:
+        if module.weight.dtype == torch.int8:
+            return "transformers FP8Linear with a weight in 4 bits, which has no backward pass"
+        if not hasattr(sys.modules[cls.__module__], "FP8LinearFunction"):
+            return "transformers FP8Linear of a version that gives it no backward pass: a newer one does, as 5.23"
+        return None
     weight = _torchao_weight(module)
     if weight is None:
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
@@ -125,9 +142,10 @@ def numel(parameter: Tensor) -> int:
 
 
 def weight_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of a floating-point weight, else float32."""
+    """The dtype of a weight in 16 bits or more, else float32."""
     weight = getattr(module, "weight", None)
-    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
+    wide = isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() > 1
+    return weight.dtype if wide else torch.float32
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:

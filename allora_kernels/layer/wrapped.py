@@ -14,13 +14,14 @@ from .functional import check_rule
 class WrappedALLoRALinear(ALLoRALayer):
     """A frozen linear layer of another library with a trainable ALLoRA adapter: ``y = base_layer(x) + (x Aᵀ) Bᵀ``.
 
-    `base_layer` computes its output and the gradient of its input in its own way, say from a quantized weight; this library's
-    kernels add the adapter to both in place. `lora_A [r, in_features]` (Kaiming-uniform, a=√5) and `lora_B [out_features, r]`
+    `base_layer` computes its output and the gradient of its input in its own way, say from a quantized weight, and this
+    library's kernels add the adapter to both in place. `lora_A [r, in_features]` (Kaiming-uniform, a=√5) and `lora_B [out_features, r]`
     (zero) are trained, so a new layer computes exactly what `base_layer` does.
 
-    Where `base_layer` is bitsandbytes' Linear4bit or Linear8bitLt, or an nn.Linear with a weight-only tensor of torchao, no
-    tensor of y's or x's size is made beside its own. What any other layer returns, or one with hooks, may be held elsewhere: it
-    is copied, once forward and once backward. `explain()` says which it is.
+    Where `base_layer` is bitsandbytes' Linear4bit or Linear8bitLt, transformers' FP8Linear, or an nn.Linear with a weight-only
+    tensor of torchao, no tensor of y's or x's size is made beside its own. What any other layer returns, or one with hooks, may
+    be held elsewhere: it is copied, once forward and once backward. Of those whose weight can be dequantized, the kernels take
+    the product over where they can. `explain()` says which it is.
 
     Args:
         base_layer: any module that maps ``[..., in_features]`` to ``[..., out_features]`` linearly and has these two

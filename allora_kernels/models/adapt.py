@@ -56,7 +56,7 @@ def apply_allora(
 
     Args:
         model: any `nn.Module`; layers of type `nn.Linear` and transformers' Conv1D are adapted. So are bitsandbytes' Linear4bit
-            and Linear8bitLt and torchao's weight-only nn.Linear, by a `WrappedALLoRALinear` each.
+            and Linear8bitLt, torchao's weight-only nn.Linear and transformers' FP8Linear, by a `WrappedALLoRALinear` each.
         r: rank, as in `FusedALLoRALinear`.
         eta: η, as there.
         norm: the rule, as there.

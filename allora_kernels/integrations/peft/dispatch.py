@@ -30,12 +30,14 @@ def peft_class(layer: FusedLoraLayer) -> type:
     return next(cls for cls in type(layer).__mro__ if cls.__module__.startswith("peft."))
 
 
-def _ruled_class(target: nn.Module) -> type[RuledLoraLayer]:
+def _ruled_class(target: nn.Module) -> type[RuledLoraLayer] | None:
     kind = bases.kind_of(target)
     if kind is None:
         return ALLoRALinear
     if kind.startswith("torchao "):
         return ALLoRATorchaoLinear
+    if not kind.startswith("bitsandbytes "):
+        return None
     from . import bnb
 
     return {"Linear4bit": bnb.ALLoRALinear4bit, "Linear8bitLt": bnb.ALLoRALinear8bitLt}[kind.split()[1]]
@@ -56,6 +58,8 @@ def make_layer(declared: Any, target: nn.Module, adapter_name: str, **kwargs: An
     if isinstance(target, BaseTunerLayer):
         raise ValueError(f"{called} has adapters of another kind: merge_and_unload() them first")
     reason = obstacle(target, {target: []}) if kwargs.get("parameter_name") is None else "a parameter and not a layer"
+    if reason is None and _ruled_class(target) is None:
+        reason = f"PEFT has no layer for {bases.kind_of(target)}; apply_allora does"
     if reason is not None:
         raise ValueError(
             f"{called} cannot be ALLoRA ({reason}), and PEFT would train it as plain LoRA: leave it out, with "
