@@ -15,8 +15,8 @@ class WrappedALLoRALinear(ALLoRALayer):
     """A frozen linear layer of another library with a trainable ALLoRA adapter: ``y = base_layer(x) + (x Aᵀ) Bᵀ``.
 
     `base_layer` computes its output and the gradient of its input in its own way, say from a quantized weight, and this
-    library's kernels add the adapter to both in place. `lora_A [r, in_features]` (Kaiming-uniform, a=√5) and `lora_B [out_features, r]`
-    (zero) are trained, so a new layer computes exactly what `base_layer` does.
+    library's kernels add the adapter to both in place. `lora_A [r, in_features]` (Kaiming-uniform, a=√5) and
+    `lora_B [out_features, r]` (zero) are trained, so a new layer computes exactly what `base_layer` does.
 
     Where `base_layer` is bitsandbytes' Linear4bit or Linear8bitLt, transformers' FP8Linear, or an nn.Linear with a weight-only
     tensor of torchao, no tensor of y's or x's size is made beside its own. What any other layer returns, or one with hooks, may
