@@ -125,13 +125,27 @@ def test_a_layer_with_hooks_is_refused():
         pass
 
 
-def test_an_x_of_another_dtype_than_the_layer_computes_in_is_an_error():
-    model = several("4bit in bf16", HALF)
-    with (
-        adapter_rows(model, NAMES),
-        pytest.raises(ValueError, match=r"x is torch.float32 but weight is torch.bfloat16"),
-    ):
+@pytest.mark.parametrize(
+    "kind, cast_to, why",
+    [
+        ("4bit in bf16", None, "it computes in torch.bfloat16 and x is torch.float32: .*bnb_4bit_compute_dtype"),
+        ("4bit stored as bf16", HALF, "it computes in torch.float32 and autocast in torch.bfloat16"),
+        ("float8", HALF, "it computes in torch.float32 and autocast in torch.bfloat16"),
+    ],
+)
+def test_another_dtype_than_the_layer_computes_in_is_an_error(kind, cast_to, why):
+    model = several(kind)
+    autocast = torch.autocast("cpu", cast_to, enabled=cast_to is not None)
+    with adapter_rows(model, NAMES), autocast, pytest.raises(ValueError, match=why):
         model(torch.randn(len(NAMES), TOKENS, K))
+
+
+def test_a_hook_that_comes_inside_the_block_is_an_error_and_not_passed_by():
+    model = several("4bit nf4")
+    with adapter_rows(model, NAMES):
+        model[2].base_layer.register_forward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match="Linear4bit has hooks"):
+            model(torch.randn(len(NAMES), TOKENS, K))
 
 
 def test_torch_compile_without_a_graph_break(monkeypatch):

@@ -120,7 +120,7 @@ def test_a_weight_that_was_quantized_from_another_dtype():
     layer = wrapped("4bit in bf16", dtype=HALF)
     state = layer.base_layer.weight.quant_state
     state.dtype = torch.float16
-    weight = dequantizing.packed_weight(layer.base_layer, HALF)
+    weight = dequantizing.packed_weight(layer.base_layer, HALF, True)
     assert weight.dtype == weight.dense().dtype == HALF and state.dtype == torch.float16
     check(layer, "row", HALF)
 

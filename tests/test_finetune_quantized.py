@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from allora_kernels import FusedALLoRALinear, load_adapter  # noqa: E402
 from allora_kernels.layer import quantized  # noqa: E402
 from allora_kernels.models.adapted import adapter_layers, saved_modules  # noqa: E402
 from allora_kernels.training import FinetuneConfig, base_model, finetune, finetune_together  # noqa: E402
+from allora_kernels.training.config import without_none  # noqa: E402
 from allora_kernels.training.dry_run import dry_run  # noqa: E402
 from allora_kernels.training.preparing import prepare  # noqa: E402
 
@@ -135,8 +137,30 @@ def test_by_the_kernels(settings, monkeypatch, tmp_path):
 
 
 def test_what_a_dry_run_says(settings):
-    text = str(dry_run(settings()))
-    assert "on bitsandbytes Linear4bit" in text and "nothing was written" in text
+    found, plain = dry_run(settings()), dry_run(settings(quantize=None))
+    assert "on bitsandbytes Linear4bit" in str(found) and "nothing was written" in str(found)
+    layers = adapter_layers(prepare(settings()).model).values()
+    of_scales = 0
+    for layer in layers:
+        state = layer.base_layer.weight.quant_state
+        of_scales += state.absmax.nbytes + state.state2.absmax.nbytes
+    numbers = sum(layer.in_features * layer.out_features for layer in layers)
+    assert found.weight_bytes == plain.weight_bytes - 4 * numbers + numbers // 2 + of_scales
+
+
+@pytest.mark.parametrize("device, expected", [("cpu", None), ("cuda:1", {"": 1})])
+def test_each_process_loads_on_the_device_that_the_trainer_takes(inputs, device, expected, monkeypatch):
+    monkeypatch.setattr(base_model, "PartialState", lambda: SimpleNamespace(device=torch.device(device)))
+    config = transformers.AutoConfig.from_pretrained(inputs[0]["causal-lm"])
+    kind = transformers.AutoModelForCausalLM
+    found = base_model._quantization("4bit", "causal-lm", kind, config, torch.bfloat16)
+    assert found.get("device_map") == expected
+
+
+def test_none_is_a_word_of_the_command_line_and_of_files(settings):
+    as_written = {"norm": "none", "quantize": "none", "r": 4}
+    assert without_none(as_written) == {"norm": None, "quantize": None, "r": 4}
+    assert without_none({"quantize": "4bit"}) == {"quantize": "4bit"}
 
 
 # --- what is refused, before anything is written --------------------------------------------------------------------

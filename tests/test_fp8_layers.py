@@ -127,7 +127,7 @@ def test_peft_has_no_layer_for_it():
     from allora_kernels.integrations.peft import accelerate_lora, get_allora_model
 
     config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["0"])
-    with pytest.raises(ValueError, match="PEFT has no layer for transformers FP8Linear; apply_allora does"):
+    with pytest.raises(ValueError, match="no class for PEFT's layer on transformers FP8Linear; apply_allora"):
         get_allora_model(nn.Sequential(linear()), config)
     model = peft.get_peft_model(nn.Sequential(linear()), config)
     (why,) = accelerate_lora(model).not_fused.values()

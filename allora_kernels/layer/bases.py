@@ -141,6 +141,13 @@ def numel(parameter: Tensor) -> int:
     return parameter.numel() if state is None else math.prod(state.shape)
 
 
+def nbytes(t: Tensor) -> int:
+    """The bytes of `t` and, of a weight that bitsandbytes packs in 4 bits, of its scales, which are no parameters."""
+    state = getattr(t, "quant_state", None)
+    states = [s for s in (state, getattr(state, "state2", None)) if s is not None]
+    return t.nbytes + sum(s.absmax.nbytes for s in states)
+
+
 def weight_dtype(module: nn.Module) -> torch.dtype:
     """The dtype of a weight in 16 bits or more, else float32."""
     weight = getattr(module, "weight", None)

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backend as _backend
 from . import bases
+
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""How many 4-bit weights can share a scale."""
 
 
 class PackedWeight(NamedTuple):
@@ -33,39 +35,43 @@ class PackedWeight(NamedTuple):
     """Whether the layer's y has x's dtype also where autocast has another."""
 
     def to(self, dtype: torch.dtype) -> "PackedWeight":
-        """The same weight, dense in `dtype`."""
-        if dtype == self.dtype:
-            return self
-        return self._replace(dtype=dtype, dense=lambda: self.dense().to(dtype))
+        """Itself: a weight in few bits is read in its own dtype alone."""
+        assert dtype == self.dtype, (dtype, self.dtype)
+        return self
 
     def stand_in(self, device: torch.device) -> Tensor:
         """A tensor of this shape and dtype that takes no memory, to check others against."""
         return torch.empty((), dtype=self.dtype, device=device).expand(self.shape)
 
 
-def packed_weight(module: nn.Module, dtype: torch.dtype) -> PackedWeight | None:
-    """The weight that `module` would multiply an x of `dtype` by; None where it is not known to multiply by a dense copy."""
+def packed_weight(module: nn.Module, dtype: torch.dtype, kernels: bool) -> PackedWeight | None:
+    """The weight that `module` would multiply an x of `dtype` by; None where it is not known to multiply by a dense copy.
+    `kernels`: whether kernels can make it dense."""
     kind = bases.kind_of(module)
     if kind == "bitsandbytes Linear4bit":
-        return _of_linear4bit(module, dtype)
+        return _of_linear4bit(module, dtype, kernels)
     if kind is not None and kind.startswith("torchao "):
         return _of_torchao(module.weight, module.bias)
     return None
 
 
-def _of_linear4bit(module: nn.Module, dtype: torch.dtype) -> PackedWeight | None:
-    state = getattr(module.weight, "quant_state", None) or module.quant_state
-    shape = (module.out_features, module.in_features)
-    # Of a packed weight of one row, or one element, bitsandbytes gives the transpose.
-    if state is None or tuple(state.shape) != shape or module.weight.numel() == 1:
+def _of_linear4bit(module: nn.Module, dtype: torch.dtype, kernels: bool) -> PackedWeight | None:
+    weight, shape = module.weight, (module.out_features, module.in_features)
+    state = getattr(weight, "quant_state", None) or module.quant_state
+    if state is None or tuple(state.shape) != shape:
         return None
-    packed, dtype = module.weight.view(-1, 1), module.compute_dtype or dtype
-    scales = _scales(state) if _backend.choose(packed.device, dtype).name == "triton" else None
-    if scales is None:
-        dense, by = functools.partial(_by_bitsandbytes, packed, state, dtype), "bitsandbytes"
-    else:
-        args = (packed.view(torch.uint8).view(-1), state.code, *scales, *shape, dtype)
+    with torch._C.DisableTorchFunctionSubclass():
+        packed = weight.contiguous().view(-1)
+    dtype = module.compute_dtype or dtype
+    scales = _scales(state) if kernels else None
+    if scales is not None:
+        args = (packed.view(torch.uint8), state.code, *scales, *shape, dtype)
         dense, by = functools.partial(_by_kernel, args), "a kernel"
+    elif packed.numel() == 1:
+        # Of a packed weight of one row bitsandbytes gives the transpose, and there is no other way to lay this one.
+        return None
+    else:
+        dense, by = functools.partial(_by_bitsandbytes, packed.view(-1, 1), state, dtype), "bitsandbytes"
     return PackedWeight(shape, dtype, dense, by, returns_dtype_of_x=True)
 
 
@@ -86,15 +92,13 @@ def _by_bitsandbytes(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
 def _scales(state: Any) -> tuple | None:
     """What `ops.dequantize_4bit` takes of bitsandbytes' QuantState between the code and the shape; None where it is of another
     make than that knows."""
-    code, nested = state.code, state.state2
-    if code is None or code.dtype != torch.float32 or code.numel() != 16:
+    code, scales, nested = state.code, state.absmax, state.state2
+    of_scales = () if nested is None else (nested.code, nested.absmax, state.offset)
+    known = state.blocksize in _BLOCKS and code is not None and code.numel() == 16 and scales.is_contiguous()
+    known = known and all(t.dtype == torch.float32 and t.is_contiguous() for t in (code, *of_scales))
+    if not known or scales.dtype != (torch.float32 if nested is None else torch.uint8):
         return None
-    if nested is None:
-        return (state.absmax, None, None, None, state.blocksize, 1) if state.absmax.dtype == torch.float32 else None
-    tensors = (nested.code, nested.absmax, state.offset)
-    if state.absmax.dtype != torch.uint8 or any(t.dtype != torch.float32 for t in tensors):
-        return None
-    return state.absmax, *tensors, state.blocksize, nested.blocksize
+    return scales, *(of_scales or (None, None, None)), state.blocksize, 1 if nested is None else nested.blocksize
 
 
 def _of_torchao(weight: Tensor, bias: Tensor | None) -> PackedWeight | None:

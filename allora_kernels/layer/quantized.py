@@ -33,15 +33,18 @@ def linear(
     """
     _check_input(x, lora_A, lora_B)
     functional.check_rule(lora_A.shape[0], eta, norm)
-    rows, reason = x.numel() // x.shape[-1], None
-    if not _enough(rows):
+    own = bases.gives_own_tensors(module)
+    if not own and (reason := bases.damage_of(module)):
+        raise RuntimeError(f"the frozen layer: {reason}")
+    reason = None
+    if not _enough(x.numel() // x.shape[-1]):
         pass
     elif torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_sharded(x):
         reason = "the call is compiled, transformed or sharded"
     else:
-        bases.settle_compute_dtype(module, x)
-        weight = dequantizing.packed_weight(module, x.dtype)
-        reason = _obstacle(module, weight, x.device, functional.compute_dtype(x, lora_A, lora_B))
+        choice = _backend.choose(x.device, functional.compute_dtype(x, lora_A, lora_B))
+        weight = _weight(module, x, choice)
+        reason = _obstacle(module, weight, own, choice)
         if reason is None and (reason := _other_dtype(weight, x.dtype, x.device)):
             _warn_of_dtype(bases.name_of(module), reason)
         if reason is None:
@@ -51,7 +54,7 @@ def linear(
             f"use_batch_invariant is on, but {bases.name_of(module)} computes its own product, whose rows depend on the batch "
             f"({reason}): call use_batch_invariant(False), or adapt a layer that the kernels multiply by"
         )
-    return add_adapter(module, x, lora_A, lora_B, eta, norm, bases.gives_own_tensors(module), sink)
+    return add_adapter(module, x, lora_A, lora_B, eta, norm, own, sink)
 
 
 def _check_input(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -92,16 +95,24 @@ def _bias(module: nn.Module, weight: PackedWeight) -> Tensor | None:
     return None if module.bias is None else module.bias.to(weight.dtype)
 
 
-def _obstacle(module: nn.Module, weight: PackedWeight | None, device: torch.device, widest: torch.dtype) -> str | None:
-    """Why `module` computes its own product, whatever x's rows and dtype; None where the kernels can take it over. `widest` is
-    the widest dtype among x and the adapter's factors."""
+def _weight(module: nn.Module, x: Tensor, choice: _backend.Choice) -> PackedWeight | None:
+    bases.settle_compute_dtype(module, x)
+    return dequantizing.packed_weight(module, x.dtype, choice.name == "triton")
+
+
+def _obstacle(module: nn.Module, weight: PackedWeight | None, own: bool, choice: _backend.Choice) -> str | None:
+    """Why `module` computes its own product, whatever x's rows and dtype; None where the kernels can take it over.
+
+    Args:
+        own: what `bases.gives_own_tensors` says of it.
+        choice: the backend for the widest dtype among x and the adapter's factors.
+    """
     if weight is None:
         return "it is not known to multiply by a dequantized weight"
-    if not bases.gives_own_tensors(module):
+    if not own:
         return "it has hooks, or its weight is damaged"
     if module.bias is not None and module.bias.requires_grad:
         return "its bias is trained"
-    choice = _backend.choose(device, widest)
     return None if choice.name == "triton" else choice.reason
 
 
@@ -125,23 +136,35 @@ def _warn_of_dtype(name: str, reason: str) -> None:
 
 
 def frozen_product(module: nn.Module, x: Tensor) -> tuple[PackedWeight, Tensor | None]:
-    """The weight and the bias of a `module` that `can_be_taken_over`, for an x of this dtype."""
-    bases.settle_compute_dtype(module, x)
-    weight = dequantizing.packed_weight(module, x.dtype)
+    """The weight and the bias that `module` would multiply x by and add.
+
+    Raises:
+        ValueError: it is not known to multiply by a dequantized weight, has hooks, or computes in another dtype than x's, or
+            autocast's.
+    """
+    weight = _weight(module, x, _backend.choose(x.device, x.dtype))
+    if not can_be_taken_over(module):
+        raise ValueError(f"{bases.name_of(module)} has hooks, or a weight that is not known to be dequantized")
+    if reason := _other_dtype(weight, x.dtype, x.device):
+        raise ValueError(
+            f"several adapters in a batch take the weight of {bases.name_of(module)} dequantized, and {reason}: load it to "
+            "compute in the model's dtype (bitsandbytes: bnb_4bit_compute_dtype), or run each adapter's samples on their own"
+        )
     return weight, _bias(module, weight)
 
 
 def can_be_taken_over(module: nn.Module) -> bool:
     """Whether what `module` computes is a product with a weight that it dequantizes, and nothing else waits for its calls."""
-    return bases.gives_own_tensors(module) and dequantizing.packed_weight(module, torch.float32) is not None
+    return bases.gives_own_tensors(module) and dequantizing.packed_weight(module, torch.float32, False) is not None
 
 
 def obstacle(
     module: nn.Module, rows: int, dtype: torch.dtype, device: torch.device, adapter_dtype: torch.dtype
 ) -> str | None:
     """Why `module` computes its own product of `rows` rows of `dtype`, eagerly; None where the kernels take it over."""
-    weight = dequantizing.packed_weight(module, dtype)
-    reason = _obstacle(module, weight, device, torch.promote_types(dtype, adapter_dtype))
+    choice = _backend.choose(device, torch.promote_types(dtype, adapter_dtype))
+    weight = dequantizing.packed_weight(module, dtype, choice.name == "triton")
+    reason = _obstacle(module, weight, bases.gives_own_tensors(module), choice)
     reason = reason or _other_dtype(weight, dtype, device)
     return reason or (None if _enough(rows) else f"{rows} rows are fewer than {DEQUANTIZED_FROM_ROWS}")
 
@@ -154,5 +177,5 @@ def explain(
     call = (rows, module.out_features, module.in_features, r, norm, device, dtype, adapter_dtype)
     reason = obstacle(module, rows, dtype, device, adapter_dtype)
     if reason is None:
-        return explain_dequantized(kind, dequantizing.packed_weight(module, dtype).by, *call)
+        return explain_dequantized(kind, dequantizing.packed_weight(module, dtype, True).by, *call)
     return explain_wrapped(*call, kind, reason, bases.gives_own_tensors(module))

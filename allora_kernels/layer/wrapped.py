@@ -69,8 +69,6 @@ class WrappedALLoRALinear(ALLoRALayer):
         return getattr(self.base_layer, "bias", None)
 
     def forward(self, input: Tensor) -> Tensor:
-        if reason := bases.damage_of(self.base_layer):
-            raise RuntimeError(f"base_layer: {reason}")
         enabled, name, rows = switching.state_of_call(self, self._state)
         if not enabled:
             return self.frozen_linear(input)
@@ -91,6 +89,8 @@ class WrappedALLoRALinear(ALLoRALayer):
 
     def frozen_linear(self, input: Tensor) -> Tensor:
         """What the layer computes without an adapter."""
+        if reason := bases.damage_of(self.base_layer):
+            raise RuntimeError(f"the frozen layer: {reason}")
         if batch_invariance.enabled():
             # The frozen layer's kernel is the adapted one's, with factors of zero.
             zeros = (torch.zeros_like(t, requires_grad=False) for t in (self.lora_A, self.lora_B))

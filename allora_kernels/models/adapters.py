@@ -140,10 +140,10 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
 
     Raises:
         ValueError: the model has no adapters, or none of a name; `names` is empty; the model is in nn.DataParallel or its
-            adapters are sharded; an adapted layer has a quantized weight that is not known to be dequantized (8 bits), or hooks
-            on it; a sample is None where modules are trained whole. From a forward pass: inputs have other samples than
-            `names`, or which rows of a layer's input are which sample's cannot be told; x has another dtype than a quantized
-            layer computes in.
+            adapters are sharded; an adapted layer has a quantized weight that is not known to be dequantized
+            (Linear8bitLt), or hooks on it; a sample is None where modules are trained whole. From a forward pass: inputs have
+            other samples than `names`, or which rows of a layer's input are which sample's cannot be told; x has another dtype
+            than a quantized layer computes in.
         TypeError: `names` is no list.
     """
     root, layers = _changeable(model, "adapter_rows", inside=True)

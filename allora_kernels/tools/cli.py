@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from ..layer.functional import check_rule
-from ..training.config import FinetuneConfig
+from ..training.config import FinetuneConfig, without_none
 from .doctor import default_device, diagnose
 from .runs_file import read_runs
 from .settings_file import read_settings
@@ -41,9 +41,7 @@ def finetune(*, dry_run: bool = False, runs: "dict[str, FinetuneConfig] | None" 
             raise ValueError(
                 f"--{field.name} is missing: give it, or '{field.name}: ...' in the file that --config names"
             )
-    if settings["norm"] == "none":
-        settings["norm"] = None
-    config = FinetuneConfig(**settings)
+    config = FinetuneConfig(**without_none(settings))
     console = _console()
     _quiet_transformers()
     if dry_run:

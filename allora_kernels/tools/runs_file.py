@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..training.config import FinetuneConfig
+from ..training.config import FinetuneConfig, without_none
 from .settings_file import check_settings, read_settings
 
 NOT_OF_A_RUN = ("output", "resume")
@@ -45,8 +45,7 @@ def read_runs(
         for setting in ("model", "data", "output"):
             if settings.get(setting) is None:
                 raise ValueError(f"{where} has no {setting}: give it there, for all runs in {path}, or as --{setting}")
-        if settings["norm"] == "none":
-            settings["norm"] = None
+        settings = without_none(settings)
         if isinstance(settings["output"], str) and settings["output"]:
             settings["output"] = str(Path(settings["output"], name))
         try:

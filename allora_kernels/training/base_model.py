@@ -1,13 +1,13 @@
 """The model under the adapters: loading it, and what it needs before training."""
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
+from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -71,7 +71,7 @@ def load_base(
             if any(a.endswith("ForMaskedLM") for a in config.architectures or ()):
                 raise ValueError("it is a masked language model, which sees the words it would have to predict")
         if quantize is not None:
-            where = where | _quantization(quantize, kind, config, dtype)
+            where = where | _quantization(quantize, task, kind, config, dtype)
         model, info = kind.from_pretrained(
             source, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **where
         )
@@ -84,7 +84,9 @@ def load_base(
     return Base(model, tokenizer, classes, heads)
 
 
-def _quantization(quantize: str, kind: type, config: transformers.PretrainedConfig, dtype: torch.dtype) -> dict:
+def _quantization(
+    quantize: str, task: str, kind: type, config: transformers.PretrainedConfig, dtype: torch.dtype
+) -> dict:
     """What `kind.from_pretrained` is to be called with, too."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("quantize needs bitsandbytes: pip install 'allora-kernels[quantized]'")
@@ -98,16 +100,17 @@ def _quantization(quantize: str, kind: type, config: transformers.PretrainedConf
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": dtype,
         }
-    if "SequenceClassification" in kind.__name__:
+    if task == "classification":
         # Heads are trained, and a pooler may turn out to be one.
         with torch.device("meta"):
             empty = kind.from_config(config)
         poolers = [name for name, _ in empty.named_modules() if name.endswith(".pooler")]
         settings["llm_int8_skip_modules"] = [*_own_parts(empty), *poolers]
     quantized = {"quantization_config": transformers.BitsAndBytesConfig(**settings)}
-    if torch.cuda.is_available():
-        # Left to itself, transformers loads it on the first GPU in every process.
-        quantized["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
+    device = PartialState().device
+    if device.type == "cuda":
+        # The one that the Trainer takes; left to itself, transformers loads it on the first GPU in every process.
+        quantized["device_map"] = {"": device.index or 0}
     return quantized
 
 

@@ -65,7 +65,7 @@ class FinetuneConfig:
     bf16: Annotated[bool | None, "Compute in bfloat16; by default where a GPU supports it."] = None
     quantize: Annotated[
         str | None,
-        "Store the frozen linear layers in 4bit (nf4) or 8bit, by bitsandbytes; not given: as the checkpoint is.",
+        "Store the frozen linear layers in 4bit (nf4) or 8bit, by bitsandbytes; none: as the checkpoint is.",
     ] = None
     gradient_checkpointing: Annotated[bool, "Recompute activations in the backward pass to save memory."] = False
     save_steps: Annotated[int, "Steps from one checkpoint to the next; the last two are kept."] = 200
@@ -111,6 +111,11 @@ class FinetuneConfig:
         mine = self.as_json()
         before = {field.name: field.default for field in fields(self)} | former
         return [name for name in mine if name not in _FREE_ON_RESUME and mine[name] != before[name]]
+
+
+def without_none(settings: dict) -> dict:
+    """Settings as a command line or a file has them, where ``none`` is a word."""
+    return settings | {name: None for name in ("norm", "quantize") if settings.get(name) == "none"}
 
 
 def _choice(name: str, value, choices) -> None:

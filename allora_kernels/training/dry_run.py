@@ -6,6 +6,7 @@ from itertools import chain
 
 import torch
 
+from ..layer.bases import nbytes
 from ..models.adapted import AdaptReport
 from ..models.explained import ModelExplanation, explain
 from .config import FinetuneConfig
@@ -68,7 +69,7 @@ def dry_run(config: FinetuneConfig) -> DryRun:
     lengths = [len(ids) for ids in prepared.train["input_ids"]]
     parameters = list(prepared.model.parameters())
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
-    frozen = sum(t.nbytes for t in chain(parameters, prepared.model.buffers()) if not t.requires_grad)
+    frozen = sum(map(nbytes, (t for t in chain(parameters, prepared.model.buffers()) if not t.requires_grad)))
     moments = {"adamw": 2, "sgd": 1 if config.momentum else 0}[config.optimizer]
     return DryRun(
         report=prepared.report,
@@ -141,6 +142,6 @@ def dry_run_together(configs: Mapping[str, FinetuneConfig]) -> DryRunTogether:
         report=next(iter(prepared.values())).report,
         explanation=explain(model, rows, device),
         runs=lines,
-        shared=sum(t.nbytes for t in chain(parameters, model.buffers()) if not t.requires_grad),
+        shared=sum(map(nbytes, (t for t in chain(parameters, model.buffers()) if not t.requires_grad))),
         trained=sum(p.nbytes for p in parameters if p.requires_grad),
     )

@@ -83,13 +83,26 @@ def test_a_state_of_another_make_is_left_to_bitsandbytes(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     layer = quantized("4bit fp4", 64, 96)
     state = layer.weight.quant_state
-    for absmax, by in ((state.absmax, "a kernel"), (state.absmax.double(), "bitsandbytes")):
-        state.absmax = absmax
-        weight = dequantizing.packed_weight(layer, torch.bfloat16)
-        assert weight.by == by and torch.equal(weight.dense(), theirs(layer.weight, state, torch.bfloat16))
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    state.absmax = state.absmax.float()
-    assert dequantizing.packed_weight(layer, torch.bfloat16).by == "bitsandbytes"
+    expected, absmax, code = theirs(layer.weight, state, torch.bfloat16), state.absmax, state.code
+
+    def made_by(kernels=True):
+        weight = dequantizing.packed_weight(layer, torch.bfloat16, kernels)
+        assert torch.equal(weight.dense(), expected)
+        return weight.by
+
+    assert made_by() == "a kernel" and made_by(kernels=False) == "bitsandbytes"
+    state.absmax = absmax.double()
+    assert made_by() == "bitsandbytes"
+    state.absmax = torch.stack([absmax, absmax], dim=-1)[:, 0]
+    assert dequantizing._scales(state) is None
+    state.absmax, state.code = absmax, torch.stack([code, code], dim=-1)[:, 0]
+    assert made_by() == "bitsandbytes"
+    state.code = code
+    packed = layer.weight.data
+    layer.weight.data = torch.stack([packed, packed], dim=-1)[..., 0]
+    assert not layer.weight.is_contiguous() and made_by() == "a kernel"
+    state.blocksize = 48
+    assert dequantizing._scales(state) is None
 
 
 @pytest.mark.gpu

@@ -59,7 +59,7 @@ def make_layer(declared: Any, target: nn.Module, adapter_name: str, **kwargs: An
         raise ValueError(f"{called} has adapters of another kind: merge_and_unload() them first")
     reason = obstacle(target, {target: []}) if kwargs.get("parameter_name") is None else "a parameter and not a layer"
     if reason is None and _ruled_class(target) is None:
-        reason = f"PEFT has no layer for {bases.kind_of(target)}; apply_allora does"
+        reason = f"no class for PEFT's layer on {bases.kind_of(target)}; apply_allora adapts it"
     if reason is not None:
         raise ValueError(
             f"{called} cannot be ALLoRA ({reason}), and PEFT would train it as plain LoRA: leave it out, with "
