@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import batch_invariance, configs
+from . import configs
 from .configs import cdiv
 from .groups import block_of, group_tile, most_tiles, rows_at
 from .launching import launch
@@ -91,9 +91,7 @@ def grouped_low_rank_product(
     y = torch.empty(M, N, device=s.device, dtype=dtype)
     if M == 0:
         return y
-    config = configs.pick_config(
-        "low_rank_add", batch_invariance.planned_rows(M), N, 0, R, dtype, configs.arch_of(y.device), s.dtype
-    )
+    config = configs.pick_config("low_rank_add", M, N, 0, R, dtype, configs.arch_of(y.device), s.dtype)
     tiles_m = most_tiles(M, E, config.BLOCK_M)
     launch(
         _grouped_low_rank_product_kernel,

@@ -115,6 +115,14 @@ def test_factors_of_another_layer_are_refused(rows_of_b, columns):
         calls.linear(base, x, torch.randn(3, columns), torch.randn(rows_of_b, 3), 2.0, "row")
 
 
+def test_a_weight_on_another_device_is_refused(monkeypatch):
+    layer, x = wrapped("4bit nf4"), torch.randn(2, K)
+    elsewhere = dequantizing.packed_weight(layer.base_layer, FLOAT, True)._replace(device=torch.device("meta"))
+    monkeypatch.setattr(dequantizing, "packed_weight", lambda *_: elsewhere)
+    with pytest.raises(ValueError, match="the weight is on meta but x is on cpu"):
+        layer(x)
+
+
 def test_a_weight_that_was_quantized_from_another_dtype():
     """The state's dtype is that of the weight before; the layer computes in its own."""
     layer = wrapped("4bit in bf16", dtype=HALF)

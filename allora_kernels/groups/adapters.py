@@ -244,7 +244,7 @@ def apply(
 ) -> Tensor:
     """`multi_adapter_linear` of x with the rows of each adapter where `rows_of` says, as `Layout.rows` does; and, where their
     gradients are recorded, the `shares` of all adapters: each takes the step `adapter_grads` over and has `samples.rows`."""
-    _check(x, weight if isinstance(weight, Tensor) else weight.stand_in(x.device), bias, adapters)
+    _check(x, weight if isinstance(weight, Tensor) else weight.stand_in(), bias, adapters)
     factors = [t for adapter in adapters for t in (adapter.lora_A, adapter.lora_B)]
     layout = Layout.of(adapters)
     as_one = x.new_empty(0, dtype=layout.dtype)

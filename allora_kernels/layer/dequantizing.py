@@ -28,6 +28,7 @@ class PackedWeight(NamedTuple):
 
     shape: tuple[int, int]
     dtype: torch.dtype
+    device: torch.device
     dense: Callable[[], Tensor]
     by: str
     """What makes it dense, in words."""
@@ -39,9 +40,9 @@ class PackedWeight(NamedTuple):
         assert dtype == self.dtype, (dtype, self.dtype)
         return self
 
-    def stand_in(self, device: torch.device) -> Tensor:
-        """A tensor of this shape and dtype that takes no memory, to check others against."""
-        return torch.empty((), dtype=self.dtype, device=device).expand(self.shape)
+    def stand_in(self) -> Tensor:
+        """A tensor of this shape, dtype and device that takes no memory, to check others against."""
+        return torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
 
 
 def packed_weight(module: nn.Module, dtype: torch.dtype, kernels: bool) -> PackedWeight | None:
@@ -72,7 +73,7 @@ def _of_linear4bit(module: nn.Module, dtype: torch.dtype, kernels: bool) -> Pack
         return None
     else:
         dense, by = functools.partial(_by_bitsandbytes, packed.view(-1, 1), state, dtype), "bitsandbytes"
-    return PackedWeight(shape, dtype, dense, by, returns_dtype_of_x=True)
+    return PackedWeight(shape, dtype, packed.device, dense, by, returns_dtype_of_x=True)
 
 
 def _by_kernel(args: tuple) -> Tensor:
@@ -111,4 +112,5 @@ def _of_torchao(weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
         by_row = weight.block_size[-1] == weight.shape[-1]
         if by_row or getattr(weight, "act_pre_scale", None) is not None:
             return None
-    return PackedWeight(tuple(weight.shape), weight.dtype, weight.dequantize, "torchao", returns_dtype_of_x=int8)
+    shape, dense = tuple(weight.shape), weight.dequantize
+    return PackedWeight(shape, weight.dtype, weight.device, dense, "torchao", returns_dtype_of_x=int8)

@@ -82,6 +82,8 @@ def _dequantized(module, weight: PackedWeight, x, lora_A, lora_B, eta, norm, sin
             f"x must be [..., {K}] and lora_B [{N}, R] for {bases.name_of(module)} [{N}, {K}], got {list(x.shape)} and "
             f"{list(lora_B.shape)}"
         )
+    if weight.device != x.device:
+        raise ValueError(f"the weight is on {weight.device} but x is on {x.device}; move them to one device")
     dtype = functional.autocast_dtype(x.device.type, x.dtype) or functional.compute_dtype(x, lora_A, lora_B)
     rows = x.to(weight.dtype).reshape(-1, K)
     y, _ = functional.apply_function(
