@@ -381,6 +381,17 @@ def test_a_compiled_call_is_the_layers_own(kind, monkeypatch):
         layer(x)
 
 
+def test_the_number_of_rows_compiles_nothing_again(monkeypatch):
+    monkeypatch.setattr(calls, "DEQUANTIZED_FROM_ROWS", 512)
+    layer = wrapped("float8")
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(layer, backend=lambda graph, _: graphs.append(graph) or graph, dynamic=True)
+    for rows in (7, 300, 600, 2000):
+        compiled(torch.randn(rows, K))
+    assert len(graphs) == 1
+
+
 def test_a_transformed_call_is_the_layers_own():
     layer, (x, _) = wrapped("float8"), batch()
     dx = torch.func.grad(lambda x: layer(x).sum())(x)

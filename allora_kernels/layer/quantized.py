@@ -37,11 +37,10 @@ def linear(
     if not own and (reason := bases.damage_of(module)):
         raise RuntimeError(f"the frozen layer: {reason}")
     reason = None
-    if not _enough(x.numel() // x.shape[-1]):
-        pass
-    elif torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_sharded(x):
+    # First, as a compiled call is not to be compiled again for another number of rows.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_sharded(x):
         reason = "the call is compiled, transformed or sharded"
-    else:
+    elif _enough(x.numel() // x.shape[-1]):
         choice = _backend.choose(x.device, functional.compute_dtype(x, lora_A, lora_B))
         weight = _weight(module, x, choice)
         reason = _obstacle(module, weight, own, choice)
