@@ -107,19 +107,26 @@ def _of_function(function: type[torch.autograd.Function], compile: bool = False)
     return build
 
 
+def peft_layer(linear: nn.Module, inputs: Inputs, use_dora: bool = False) -> nn.Module:
+    """PEFT's LoRA layer on `linear`, dropout 0 and scaling 1, with `inputs`' factors."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    r = inputs.lora_A.shape[0]
+    config = LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=["linear"], use_dora=use_dora)
+    model = nn.ModuleDict({"linear": linear})
+    # By which PEFT tells a model of bitsandbytes' layers.
+    model.is_loaded_in_4bit = type(linear).__name__ == "Linear4bit"
+    layer = inject_adapter_in_model(config, model)["linear"]
+    layer.lora_A["default"].weight = nn.Parameter(inputs.lora_A.clone())
+    layer.lora_B["default"].weight = nn.Parameter(inputs.lora_B.clone())
+    return layer
+
+
 def _peft(use_dora: bool = False) -> Callable[[Inputs], Provider]:
     def build(inputs: Inputs) -> Provider:
-        from peft import LoraConfig, inject_adapter_in_model
-
-        r = inputs.lora_A.shape[0]
-        config = LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=["linear"], use_dora=use_dora)
-        module = inject_adapter_in_model(config, nn.ModuleDict({"linear": frozen_linear(inputs)}))
-        layer = module["linear"]
-        lora_A, lora_B = layer.lora_A["default"], layer.lora_B["default"]
-        lora_A.weight = nn.Parameter(inputs.lora_A.clone())
-        lora_B.weight = nn.Parameter(inputs.lora_B.clone())
+        layer = peft_layer(frozen_linear(inputs), inputs, use_dora)
         magnitude = (layer.lora_magnitude_vector["default"].weight,) if use_dora else ()
-        return Provider(layer, (lora_A.weight, lora_B.weight, *magnitude))
+        return Provider(layer, (layer.lora_A["default"].weight, layer.lora_B["default"].weight, *magnitude))
 
     return build
 
@@ -152,7 +159,7 @@ def forward_backward(provider: Provider, x: Tensor, g: Tensor) -> tuple[Tensor, 
     return y, *torch.autograd.grad(y, (x, *provider.parameters), g)
 
 
-def _by_formula(formula: str, inputs: Inputs, magnitude: Tensor | None) -> tuple[Tensor, ...]:
+def by_formula(formula: str, inputs: Inputs, magnitude: Tensor | None) -> tuple[Tensor, ...]:
     """(y, dx, dA, dB) in plain torch, in the inputs' dtypes."""
     x, lora_A, lora_B = (t.detach().requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B))
     if formula == "frozen":
@@ -184,8 +191,8 @@ class Judge:
         key = (spec.formula, inputs.lora_A.dtype)
         if key not in self._expected:
             magnitude = provider.parameters[2].detach() if spec.formula == "dora" else None
-            eager = _by_formula(spec.formula, inputs, magnitude)
+            eager = by_formula(spec.formula, inputs, magnitude)
             wide = None if magnitude is None else magnitude.double()
-            exact = _by_formula(spec.formula, inputs.to(torch.float64), wide)
+            exact = by_formula(spec.formula, inputs.to(torch.float64), wide)
             self._expected[key] = expectation(("y", "dx", "dA", "dB")[: len(exact)], eager, exact)
         return self._expected[key]

@@ -4,18 +4,18 @@ A step gives y, dX, dA and dB; the frozen one y and dX. PEFT's runs plain LoRA (
 checked in fp64 first, with the weight that the layer's 4 bits stand for.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allora_kernels import WrappedALLoRALinear, reference
+from allora_kernels import WrappedALLoRALinear
 from allora_kernels.layer.added import add_adapter
 from allora_kernels.testing import Inputs
 
 from .grouped import Judge, Spec
-from .providers import ETA
+from .providers import ETA, by_formula, peft_layer
 from .steps import Step, taken
 
 
@@ -36,65 +36,38 @@ def quantize(inputs: Inputs) -> nn.Module:
     return layer.requires_grad_(False).to(inputs.x.device)
 
 
-def _frozen(batch: Batch) -> Step:
-    x = batch.inputs.x
+def _step(batch: Batch, forward: Callable[[Tensor], Tensor], *parameters: Tensor) -> Step:
+    x, g = batch.inputs.x, batch.inputs.g
 
     def step():
-        y = batch.layer(x)
-        y.backward(batch.inputs.g)
-        return y.detach(), *taken(x)
+        y = forward(x)
+        y.backward(g)
+        return y.detach(), *taken(x, *parameters)
 
     return step
 
 
-def _factors(batch: Batch) -> tuple[Tensor, Tensor]:
-    return tuple(t.detach().clone().requires_grad_() for t in (batch.inputs.lora_A, batch.inputs.lora_B))
+def _frozen(batch: Batch) -> Step:
+    return _step(batch, batch.layer)
 
 
 def _ours(batch: Batch) -> Step:
-    x, a, b = batch.inputs.x, batch.inputs.lora_A, batch.inputs.lora_B
+    a, b = batch.inputs.lora_A, batch.inputs.lora_B
     layer = WrappedALLoRALinear(batch.layer, a.shape[0], ETA, adapter_dtype=a.dtype)
     with torch.no_grad():
         layer.lora_A.copy_(a)
         layer.lora_B.copy_(b)
-
-    def step():
-        y = layer(x)
-        y.backward(batch.inputs.g)
-        return y.detach(), *taken(x, layer.lora_A, layer.lora_B)
-
-    return step
+    return _step(batch, layer, layer.lora_A, layer.lora_B)
 
 
 def _added(batch: Batch) -> Step:
-    x, (lora_A, lora_B) = batch.inputs.x, _factors(batch)
-
-    def step():
-        y = add_adapter(batch.layer, x, lora_A, lora_B, ETA, "row", own=True)
-        y.backward(batch.inputs.g)
-        return y.detach(), *taken(x, lora_A, lora_B)
-
-    return step
+    factors = [t.detach().clone().requires_grad_() for t in (batch.inputs.lora_A, batch.inputs.lora_B)]
+    return _step(batch, lambda x: add_adapter(batch.layer, x, *factors, ETA, "row", own=True), *factors)
 
 
 def _peft(batch: Batch) -> Step:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    x, a, b = batch.inputs.x, batch.inputs.lora_A, batch.inputs.lora_B
-    model = nn.ModuleDict({"linear": batch.layer})
-    model.is_loaded_in_4bit = True
-    r = a.shape[0]
-    config = LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=["linear"])
-    layer = inject_adapter_in_model(config, model)["linear"]
-    lora_A, lora_B = layer.lora_A["default"], layer.lora_B["default"]
-    lora_A.weight, lora_B.weight = nn.Parameter(a.clone()), nn.Parameter(b.clone())
-
-    def step():
-        y = layer(x)
-        y.backward(batch.inputs.g)
-        return y.detach(), *taken(x, lora_A.weight, lora_B.weight)
-
-    return step
+    layer = peft_layer(batch.layer, batch.inputs)
+    return _step(batch, layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
 
 
 PROVIDERS = {
@@ -119,15 +92,5 @@ def judge_of(batch: Batch) -> Judge:
     packed = batch.layer.weight
     weight = dequantize_4bit(packed, packed.quant_state).to(batch.inputs.x.dtype)
     inputs = batch.inputs._replace(weight=weight)
-    wide = inputs.to(torch.float64)
-    return Judge(["y", "dx", "dA", "dB"], lambda formula: tuple(_by_formula(i, formula) for i in (inputs, wide)))
-
-
-def _by_formula(inputs: Inputs, formula: str) -> tuple[Tensor, ...]:
-    x, lora_A, lora_B = (t.detach().requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B))
-    if formula == "frozen":
-        y = F.linear(x, inputs.weight, inputs.bias)
-        return y, *torch.autograd.grad(y, x, inputs.g)
-    norm = "row" if formula == "allora" else None
-    y = reference.allora_linear(x, inputs.weight, inputs.bias, lora_A, lora_B, eta=ETA, norm=norm)
-    return y, *torch.autograd.grad(y, (x, lora_A, lora_B), inputs.g)
+    both = (inputs, inputs.to(torch.float64))
+    return Judge(["y", "dx", "dA", "dB"], lambda formula: tuple(by_formula(formula, each, None) for each in both))

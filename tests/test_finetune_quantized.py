@@ -1,6 +1,5 @@
 """`finetune` over a base model in 4 or 8 bits: it learns, it resumes, and several runs share one."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not i
 
 from safetensors.torch import load_file  # noqa: E402
 from test_finetune import At, ctrl_c, outcome  # noqa: E402
-from tiny_training import make_model, sentences, write_csv  # noqa: E402
+from tiny_training import make_model, sentences, switch_dropout_off, write_csv  # noqa: E402
 
 from allora_kernels import FusedALLoRALinear, load_adapter  # noqa: E402
 from allora_kernels.layer import quantized  # noqa: E402
@@ -37,9 +36,7 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     models = {task: make_model(folder / task, family) for task, family in zip(TASKS, ("Bert", "Llama"))}
     # Dropout draws from one stream for all runs that share a model.
-    config = Path(models["classification"], "config.json")
-    without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
-    config.write_text(json.dumps(json.loads(config.read_text()) | without))
+    switch_dropout_off(models["classification"])
     return models, write_csv(folder / "data.csv", sentences())
 
 

@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
 from safetensors.torch import load_file  # noqa: E402
-from tiny_training import make_model, sentences, write_csv  # noqa: E402
+from tiny_training import make_model, sentences, switch_dropout_off, write_csv  # noqa: E402
 
 from allora_kernels import load_adapter  # noqa: E402
 from allora_kernels.models import async_saving  # noqa: E402
@@ -30,9 +30,7 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     models = {task: make_model(folder / task, family) for task, family in zip(TASKS, ("Bert", "Llama"))}
     # Dropout draws from one stream for all runs, and a single run has its own.
-    config = Path(models["classification"], "config.json")
-    without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
-    config.write_text(json.dumps(json.loads(config.read_text()) | without))
+    switch_dropout_off(models["classification"])
     rows = sentences(96)
     longer = [(f"{text} w0 w1 w2 w3 w4 w5 w6", label) for text, label in rows[:40]]
     files = {

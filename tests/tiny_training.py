@@ -1,5 +1,6 @@
 """A model, a tokenizer and data small enough to fine-tune in a second."""
 
+import json
 import random
 from pathlib import Path
 
@@ -38,6 +39,13 @@ def make_model(folder: Path, family: str) -> str:
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]", model_max_length=32
     ).save_pretrained(folder)
     return str(folder)
+
+
+def switch_dropout_off(folder: str) -> None:
+    """In the config of a saved Bert."""
+    config = Path(folder, "config.json")
+    without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+    config.write_text(json.dumps(json.loads(config.read_text()) | without))
 
 
 def sentences(count: int = 96) -> list[tuple[str, str]]:

@@ -144,7 +144,7 @@ def frozen_product(module: nn.Module, x: Tensor) -> tuple[PackedWeight, Tensor |
             autocast's.
     """
     weight = _weight(module, x, _backend.choose(x.device, x.dtype))
-    if not can_be_taken_over(module):
+    if weight is None or not bases.gives_own_tensors(module):
         raise ValueError(f"{bases.name_of(module)} has hooks, or a weight that is not known to be dequantized")
     if reason := _other_dtype(weight, x.dtype, x.device):
         raise ValueError(
