@@ -226,13 +226,13 @@ def launches(
     if beside is not None:
         yield f"down_project beside y {label}", in_a_chain(lambda: down_project_beside(x, a, compute, beside))
     call = plans.Call("adapted_linear", m, n, k, r, dtype, compute)
-    for plan in plans.options(call, arch, describable(x, w, b), untried=True):
+    for plan in plans.options(call, arch, describable(x, w, b)):
         if plan.way in plans.PERSISTENT:
             yield f"y {plan.way} beside S {label}", lambda plan=plan: launch_beside(x, w, bias, s, b, g, plan, "for S")
         if plan.way != "vendor":
             yield f"y {plan.way} {label}", lambda plan=plan: csrc_triton.adapted_linear(x, w, bias, a, b, compute, plan)
     call = plans.Call("fused_linear", m, k, n, r, dtype, compute)
-    for plan in plans.options(call, arch, describable(g, w.mT, a.mT), untried=True):
+    for plan in plans.options(call, arch, describable(g, w.mT, a.mT)):
         if plan.way != "vendor":
             yield f"dx {plan.way} {label}", lambda plan=plan: csrc_triton.fused_linear(g, w.mT, None, s, a.mT, plan)
             if plan.way in plans.PERSISTENT:

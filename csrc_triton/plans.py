@@ -56,9 +56,8 @@ class Plan(NamedTuple):
         return WAYS[self.way] + ("" if self.config is None else f" ({self.config})")
 
 
-def options(call: Call, arch: str, describable: int = EVERYTHING, untried: bool = False) -> list[Plan]:
-    """Every plan that can run the call on `arch`; `describable`: what of it tensor descriptors reach; `untried`: also by
-    ways that have never run on such a GPU, which are taken only where they were measured."""
+def options(call: Call, arch: str, describable: int = EVERYTHING) -> list[Plan]:
+    """Every plan that can run the call on `arch`; `describable`: what of it tensor descriptors reach."""
     _, _, N, K, R, dtype, low_rank_dtype = call
     tiles = configs.candidates("fused_linear", N, K, R, dtype, arch, low_rank_dtype)
     found = [Plan("tiles", config) for config in tiles]
@@ -72,8 +71,6 @@ def options(call: Call, arch: str, describable: int = EVERYTHING, untried: bool 
     fits = R <= 64 and (arch == "interpreter" or narrow)
     if call.op == "adapted_linear" and fits:
         found += [Plan("inside", dataclasses.replace(config, BLOCK_R=configs.block_r(R))) for config in tiles]
-    if not untried and arch != "interpreter":
-        found = [plan for plan in found if plan.way in _machine(arch).efficiency]
     return [*found, Plan("vendor", None)]
 
 
@@ -148,7 +145,7 @@ def _pick(call: Call, arch: str, describable: int, key: str | None) -> Plan:
     # What is measured of dX is dX alone.
     product = call._replace(op="fused_linear") if call.op == "layer_grads" else call
     measured = tuning.lookup(key, product) if key else None
-    if measured in options(call, arch, describable, untried=True):
+    if measured in found:
         return Plan(*measured)
     return found[0] if arch == "interpreter" else min(found, key=lambda plan: estimate(call, plan, arch))
 

@@ -157,7 +157,6 @@ def test_bench_measures_a_layer_here():
         (["--in-features", "0"], "--in-features must be at least 1, got 0"),
         (["--r", "500"], "r must be between 1 and 256, got 500"),
         (["--rows", "4", "--tune"], "backend='triton' cannot run here: cpu tensors"),
-        (["--untried"], "--untried goes with --tune"),
     ],
 )
 def test_bench_says_what_is_wrong(arguments, words, tmp_path, monkeypatch):

@@ -67,10 +67,8 @@ def report(
     adapter_dtype: torch.dtype,
     device: torch.device,
     tuned: bool,
-    untried: bool = False,
 ) -> None:
-    """Print the cost of each (M, N, K, R) on `console` (a rich Console), after tuning it where `tuned`; `untried` as in
-    `tune`.
+    """Print the cost of each (M, N, K, R) on `console` (a rich Console), after tuning it where `tuned`.
 
     Raises:
         ValueError: tuning where the kernels cannot run.
@@ -81,7 +79,7 @@ def report(
     console.print(f"{name}, torch {torch.__version__}, {_name(dtype)}, adapter {_name(adapter_dtype)}", highlight=False)
     if tuned:
         for shape in shapes:
-            for result in tune(shape, dtype, adapter_dtype, device, untried=untried):
+            for result in tune(shape, dtype, adapter_dtype, device):
                 console.print(f"{_label(shape)} {result.step}: {result.winner}", highlight=False, soft_wrap=True)
                 for plan, why in result.rejected.items():
                     console.print(f"  not usable: {plan}: {why}", highlight=False, soft_wrap=True)

@@ -137,7 +137,6 @@ def bench(
     dtype: Annotated[str, "Of the layer and its input: bfloat16, float16 or float32."] = "bfloat16",
     adapter_dtype: Annotated[str | None, "Of lora_A and lora_B; the layer's if not given."] = None,
     tune: Annotated[bool, "Measure every way of the products first, and keep the fastest for later runs."] = False,
-    untried: Annotated[bool, "With --tune: also ways that have never run on such a GPU."] = False,
 ) -> int:
     """Measure an adapted layer against the frozen one on this device; with --tune, choose its kernels by measurement."""
     from .bench import report
@@ -147,9 +146,7 @@ def bench(
         if size < 1:
             raise ValueError(f"--{name} must be at least 1, got {size}")
     dtypes = [_dtype(name) for name in (dtype, adapter_dtype or dtype)]
-    if untried and not tune:
-        raise ValueError("--untried goes with --tune: only what was measured is taken")
-    report(_console(), [(m, out_features, in_features, r) for m in rows], *dtypes, default_device(), tune, untried)
+    report(_console(), [(m, out_features, in_features, r) for m in rows], *dtypes, default_device(), tune)
     return 0
 
 

@@ -72,14 +72,14 @@ def products(inputs: Inputs) -> Iterator[Product]:
     )
 
 
-def plans_of(product: Product, untried: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
-    """(every plan that can be launched and is right, by its words; why the others are not); `untried` as in `plans.options`."""
+def plans_of(product: Product) -> tuple[dict[str, Any], dict[str, str]]:
+    """(every plan that can be launched and is right, by its words; why the others are not)."""
     import csrc_triton
     from csrc_triton import configs, plans
 
     operands = product.operands
     arch, describable = configs.arch_of(operands[0].device), csrc_triton.describable(*operands[:2], operands[4])
-    options = {str(plan): plan for plan in plans.options(product.call, arch, describable, untried)}
+    options = {str(plan): plan for plan in plans.options(product.call, arch, describable)}
     rejected = _reject(product, options)
     return {name: plan for name, plan in options.items() if name not in rejected}, rejected
 
@@ -90,10 +90,8 @@ def tune(
     adapter_dtype: torch.dtype,
     device: torch.device,
     rounds: int = 20,
-    untried: bool = False,
 ) -> Iterator[Tuned]:
-    """Measure and keep the plans of y and of dX for ``shape = (M, N, K, R)``; yields each when it is kept. `untried`: also ways
-    that have never run on such a GPU.
+    """Measure and keep the plans of y and of dX for ``shape = (M, N, K, R)``; yields each when it is kept.
 
     Every plan is checked against fp64 before it is timed, as the tests do.
 
@@ -104,7 +102,7 @@ def tune(
     from csrc_triton import plans, tuning
 
     for product in products(make_inputs(*shape, dtype, adapter_dtype, device=device)):
-        options, rejected = plans_of(product, untried)
+        options, rejected = plans_of(product)
         calls = {name: functools.partial(product.launch, plan) for name, plan in options.items()}
         times = timing.interleaved(calls, rounds=rounds, device=device)
         result = Tuned(product.step, {name: time.median_ms for name, time in times.items()}, rejected)

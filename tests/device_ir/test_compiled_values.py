@@ -77,7 +77,7 @@ def test_every_plan_of_y_and_dx(arch, few_sms, dtypes, shape):
     exact_y, exact_s = reference.adapted_linear(*doubles(*tensors), torch.float64)
     M, N, K, R = shape
     call = plans.Call("adapted_linear", *shape, x.dtype, compute)
-    for plan in plans.options(call, arch, describable(x, weight, b), untried=True):
+    for plan in plans.options(call, arch, describable(x, weight, b)):
         y, ours_s = csrc_triton.adapted_linear(*tensors, compute, plan)
         assert_close(y, eager_y, exact_y, f"y of {plan}")
         assert_close(ours_s, s, exact_s, f"s of {plan}")
@@ -85,7 +85,7 @@ def test_every_plan_of_y_and_dx(arch, few_sms, dtypes, shape):
     args = (g, weight.mT, None, ds, a.mT)
     eager, exact = reference.fused_linear(*args), reference.fused_linear(*doubles(*args))
     call = plans.Call("fused_linear", M, K, N, R, x.dtype, compute)
-    for plan in plans.options(call, arch, describable(g, weight.mT, a.mT), untried=True):
+    for plan in plans.options(call, arch, describable(g, weight.mT, a.mT)):
         assert_close(csrc_triton.fused_linear(*args, plan), eager, exact, f"dx of {plan}")
 
 
@@ -96,7 +96,7 @@ def test_persistent_with_more_and_fewer_tiles_than_programs(few_sms, dtypes, ran
     call = plans.Call("adapted_linear", rows, 520, 136, rank, dtypes[0], compute)
     exact = reference.adapted_linear(*doubles(*tensors), torch.float64)[0]
     eager = reference.adapted_linear(*tensors, compute)[0]
-    for plan in plans.options(call, "sm_90", untried=True):
+    for plan in plans.options(call, "sm_90"):
         if plan.way in plans.PERSISTENT:
             y, _ = csrc_triton.adapted_linear(*tensors, compute, plan)
             assert_close(y, eager, exact, f"y of {plan}")

@@ -21,7 +21,7 @@ F16, F32 = torch.float16, torch.float32
 def products(way, M=70, N=136, K=64, R=16):
     x, weight, bias, a, b, _ = make_inputs(M, N, K, R, F16)
     call = plans.Call("adapted_linear", M, N, K, R, F16, F16)
-    plan = next(plan for plan in plans.options(call, "sm_90", untried=True) if plan.way == way)
+    plan = next(plan for plan in plans.options(call, "sm_90") if plan.way == way)
     module("adapted_linear").adapted_linear(x, weight, bias, a, b, F16, plan)
 
 

@@ -37,7 +37,7 @@ def plan_for(way, op, shape, dtypes, device):
     same = dtypes[0] == dtypes[1]
     aligned = x_dtype.itemsize == 2 and shape[1] % 8 == 0 and shape[2] % 8 == 0
     describable = (plans.EVERYTHING if same else plans.WIDE) if aligned else plans.NOTHING
-    options = plans.options(call, configs.arch_of(torch.device(device)), describable, untried=True)
+    options = plans.options(call, configs.arch_of(torch.device(device)), describable)
     found = [plan for plan in options if plan.way == way]
     if not found or (way == "pipelined" and device == "cpu"):
         # Gluon has no interpreter, even where a GPU's configurations are interpreted.
@@ -185,7 +185,7 @@ def test_the_layer_takes_the_way_it_is_given(device, monkeypatch, way, norm):
     taken = []
 
     def pick(call, device, describable):
-        options = plans.options(call, configs.arch_of(device), describable, untried=device.type == "cuda")
+        options = plans.options(call, configs.arch_of(device), describable)
         found = {plan.way: plan for plan in options}
         taken.append(found.get(way, found["tiles"]).way)
         return found.get(way, found["tiles"])
