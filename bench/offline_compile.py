@@ -23,9 +23,9 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import csrc_triton
 from csrc_triton import configs, describable, plans
-from csrc_triton.chain import chained
+from csrc_triton.chain import chained, next_place
 from csrc_triton.down_project import down_project_beside
-from csrc_triton.fused_linear import launch_beside
+from csrc_triton.fused_linear import launch_persistently
 from csrc_triton.low_rank_add import low_rank_product
 from csrc_triton.outer_pair import outer_pair, pick_pair
 from csrc_triton.sweep import Rule
@@ -200,11 +200,13 @@ def _run(tool: str, *args: str) -> str:
     return subprocess.run([_NVIDIA_BIN / tool, *args], check=True, capture_output=True, text=True).stdout
 
 
-def in_a_chain(call):
-    """`call`, whose first launch lets the one after it begin."""
+def in_a_chain(call, place="first"):
+    """`call`, whose launch has this place in a chain."""
 
     def run():
-        with chained(True):
+        with chained(True, place):
+            if place != "first":
+                next_place()
             call()
 
     return run
@@ -228,7 +230,8 @@ def launches(
     call = plans.Call("adapted_linear", m, n, k, r, dtype, compute)
     for plan in plans.options(call, arch, describable(x, w, b)):
         if plan.way in plans.PERSISTENT:
-            yield f"y {plan.way} beside S {label}", lambda plan=plan: launch_beside(x, w, bias, s, b, g, plan, "for S")
+            gemm = functools.partial(launch_persistently, x, w, bias, s, b, g, plan, beside=True)
+            yield f"y {plan.way} beside S {label}", in_a_chain(gemm, "last")
         if plan.way != "vendor":
             yield f"y {plan.way} {label}", lambda plan=plan: csrc_triton.adapted_linear(x, w, bias, a, b, compute, plan)
     call = plans.Call("fused_linear", m, k, n, r, dtype, compute)
@@ -236,10 +239,8 @@ def launches(
         if plan.way != "vendor":
             yield f"dx {plan.way} {label}", lambda plan=plan: csrc_triton.fused_linear(g, w.mT, None, s, a.mT, plan)
             if plan.way in plans.PERSISTENT:
-                yield (
-                    f"dx {plan.way} beside dB and dA {label}",
-                    lambda plan=plan: launch_beside(g, w.mT, None, s, a.mT, x, plan, "at the end"),
-                )
+                gemm = functools.partial(launch_persistently, g, w.mT, None, s, a.mT, x, plan, beside=True)
+                yield f"dx {plan.way} beside dB and dA {label}", in_a_chain(gemm)
     yield f"low_rank_add {label}", lambda: csrc_triton.low_rank_add(g, s, b)
     yield f"low_rank_product {label}", lambda: low_rank_product(s, b, bias, dtype)
     for norm in ("row", "matrix", "factor"):
@@ -266,7 +267,9 @@ def launches(
         for norm, rules in (("row", (columns, Rule())), ("factor", (columns, rank)), ("token", (rows, rows))):
             yield (
                 f"outer_pair beside dx {norm} {label}",
-                in_a_chain(lambda rules=rules: outer_pair(g, s, rules[0], x, s, rules[1], pair, (adapter_dtype,) * 2)),
+                in_a_chain(
+                    lambda rules=rules: outer_pair(g, s, rules[0], x, s, rules[1], pair, (adapter_dtype,) * 2), "late"
+                ),
             )
     for norm in (None, "row", "matrix", "factor", "token"):
         yield (

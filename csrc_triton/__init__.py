@@ -3,7 +3,7 @@
 import torch
 
 from . import batch_invariance, configs, plans
-from .adapted_linear import adapted_linear
+from .adapted_linear import adapted_linear, adapted_linear_and_coefficient
 from .adapter_grad import adapter_grads
 from .combine import combine
 from .dequantize import dequantize_4bit
@@ -27,6 +27,7 @@ from .sweep_plan import plan_sweep, sums_over_columns
 __all__ = [
     "Segments",
     "adapted_linear",
+    "adapted_linear_and_coefficient",
     "adapter_grads",
     "combine",
     "dequantize_4bit",

@@ -1,4 +1,4 @@
-"""The forward pass: ``S = x Aᵀ`` and ``y = x Wᵀ + bias + S Bᵀ``, in one launch or in two."""
+"""The forward pass: ``S = x Aᵀ`` and ``y = x Wᵀ + bias + S Bᵀ``, in one launch or in two; for training with C, beside them."""
 
 import torch
 from torch import Tensor
@@ -6,8 +6,9 @@ from torch import Tensor
 from . import configs, plans
 from .chain import chained
 from .down_project import down_project, down_project_beside
-from .fused_linear import fused_linear, launch_beside, launch_tiles
+from .fused_linear import fused_linear, launch_persistently, launch_tiles
 from .fused_linear_persistent import describable
+from .row_norms import weight_coefficient
 
 
 def adapted_linear(
@@ -23,20 +24,44 @@ def adapted_linear(
 
     `plan` is chosen where none is given.
     """
+    y, s, _ = _adapted_linear(x, weight, bias, a, b, dtype, None, plan)
+    return y, s
+
+
+def adapted_linear_and_coefficient(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    dtype: torch.dtype,
+    eta: float,
+    plan: plans.Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`adapted_linear`, and C [N] (fp32) of the rule "row" for the backward pass, which finds room beside the GEMM here."""
+    return _adapted_linear(x, weight, bias, a, b, dtype, eta, plan)
+
+
+def _adapted_linear(x, weight, bias, a, b, dtype, eta, plan):
     (M, K), N, R = x.shape, weight.shape[0], a.shape[0]
     if M and plan is None:
         call = plans.Call("adapted_linear", M, N, K, R, x.dtype, dtype)
         plan = plans.pick(call, x.device, describable(x, weight, b))
-    if M and plan.way == "inside":
-        s = torch.empty(M, R, device=x.device, dtype=dtype)
-        return launch_tiles(x, weight, bias, a, s, b, plan.config), s
+    beside = None
     if M and plan.way in plans.PERSISTENT and configs.can_overlap(x.device):
         beside = configs.beside(K, R, x.dtype, configs.arch_of(x.device), dtype)
-        if beside is not None:
-            y = torch.empty(M, N, device=x.device, dtype=x.dtype)
-            with chained(True):
-                s = down_project_beside(x, a, dtype, beside)
-                launch_beside(x, weight, bias, s, b, y, plan, wait="for S")
-            return y, s
+    if beside is not None:
+        # Before C's scratch, which is given back within the chain.
+        y = torch.empty(M, N, device=x.device, dtype=x.dtype)
+        # S first: of its programs each multiprocessor gets one, where C's stood some would get two, and the GEMM find no room.
+        with chained(True, *(("last",) if eta is None else ("late", "open", "last"))):
+            s = down_project_beside(x, a, dtype, beside)
+            c = None if eta is None else weight_coefficient(a, b, eta, "row")
+            launch_persistently(x, weight, bias, s, b, y, plan, beside=True)
+        return y, s, c
+    c = None if eta is None else weight_coefficient(a, b, eta, "row")
+    if M and plan.way == "inside":
+        s = torch.empty(M, R, device=x.device, dtype=dtype)
+        return launch_tiles(x, weight, bias, a, s, b, plan.config), s, c
     s = down_project(x, a, dtype)
-    return fused_linear(x, weight, bias, s, b, plan), s
+    return fused_linear(x, weight, bias, s, b, plan), s, c

@@ -35,7 +35,7 @@ def _combine_tile(
     """BLOCK elements of ``out[group] = Σ_p w[p] · partial[p]`` over the p from `start` up to `stop`; partial [·, UNITS · UNIT].
 
     BLOCK_P parts are loaded at once and every BLOCK_P-th is added to the same sum, then those sums: in fp32, in an order that
-    the number of parts alone decides.
+    the number of parts and the compiled kernel decide.
     """
     # Whole units are what makes wide loads of any number of them.
     NUMEL = UNITS.to(tl.int64) * UNIT

@@ -89,7 +89,7 @@ def down_project_twice(x: Tensor, a: Tensor, scale: Tensor, dtype: torch.dtype) 
 
 
 def down_project_beside(x: Tensor, a: Tensor, dtype: torch.dtype, config: configs.Config) -> Tensor:
-    """`down_project` by small programs, beside which the next kernel of a chain has room; M >= 1."""
+    """`down_project` by small programs, beside which the other kernels of a chain have room; M >= 1."""
     s = torch.empty(x.shape[0], a.shape[0], device=x.device, dtype=dtype)
     _launch(x, a, None, s, 1, x.shape[1], dtype, config)
     return s

@@ -171,17 +171,24 @@ def launch_tiles(
     return y
 
 
-def launch_beside(
-    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, y: Tensor, plan: plans.Plan, wait: str = ""
+def launch_persistently(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    b: Tensor,
+    y: Tensor,
+    plan: plans.Plan,
+    beside: bool = False,
 ) -> None:
-    """Fill y by a plan of `plans.PERSISTENT`; with `wait` beside the stream's last kernel, as `launch_persistent` says."""
+    """Fill y by a plan of `plans.PERSISTENT`; `beside` as in `launch_persistent`."""
     if plan.way == "persistent":
-        launch_persistent(x, weight, bias, s, b, y, plan.config, wait)
+        launch_persistent(x, weight, bias, s, b, y, plan.config, beside)
         return
     # A Triton whose Gluon is not the one it was written for still runs all else.
     from .fused_linear_pipelined import launch_pipelined
 
-    launch_pipelined(x, weight, bias, s, b, y, plan.config, wait)
+    launch_pipelined(x, weight, bias, s, b, y, plan.config, beside)
 
 
 def fused_linear(
@@ -203,6 +210,6 @@ def fused_linear(
         return low_rank_product(s, b, bias, x.dtype).addmm_(x, weight.mT)
     if plan.way in plans.PERSISTENT:
         y = torch.empty(M, N, device=x.device, dtype=x.dtype)
-        launch_beside(x, weight, bias, s, b, y, plan)
+        launch_persistently(x, weight, bias, s, b, y, plan)
         return y
     return launch_tiles(x, weight, bias, None, s, b, plan.config)

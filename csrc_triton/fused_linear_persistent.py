@@ -7,6 +7,7 @@ from triton.language.extra.cuda import gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs, plans
+from .chain import join_chain
 from .configs import Config, cdiv
 from .launching import launch
 from .tiling import TRITON_DTYPE, add_low_rank, dot, dot_precision, grouped_tile, in_steps, narrow, offsets, step_of
@@ -32,12 +33,12 @@ def _fused_linear_persistent_kernel(
     stride_sr,
     stride_bn,
     stride_br,
+    CHAIN: tl.constexpr,
     DTYPE: tl.constexpr,
     LOW_RANK_DTYPE: tl.constexpr,
     LOW_RANK_PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     W_ROWS_OVER_K: tl.constexpr,
-    WAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -49,9 +50,10 @@ def _fused_linear_persistent_kernel(
 ):
     """``y = x Wᵀ + bias + S Bᵀ`` for x [M, K], W [N, K] (W_ROWS_OVER_K: stored [K, N]), S [M, R], B [N, R], y [M, N].
 
-    Program p writes the tiles p, p + NUM_PROGRAMS, ... of y; accumulates in fp32, rounds once. It may have been started before
-    the kernel in front of it has ended: WAIT "for S" waits for that where S is read, "at the end" where nothing of it is.
+    Program p writes the tiles p, p + NUM_PROGRAMS, ... of y; accumulates in fp32, rounds once. As the "last" of a chain it
+    waits where it reads S.
     """
+    join_chain(CHAIN)
     R, stride_sm, stride_bn = in_steps(R, S_STEP), in_steps(stride_sm, S_STEP), in_steps(stride_bn, B_STEP)
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     HALF_N: tl.constexpr = BLOCK_N // 2
@@ -67,7 +69,7 @@ def _fused_linear_persistent_kernel(
             w = w_desc.load([k, start_n]) if W_ROWS_OVER_K else w_desc.load([start_n, k]).T  # [BLOCK_K, BLOCK_N]
             acc = dot(x, w, acc, DTYPE, "ieee")
 
-        if WAIT == "for S":
+        if CHAIN == "last":
             gdc_wait()
         offs_m = offsets(start_m, BLOCK_M)
         offs_n = offsets(start_n, BLOCK_N)
@@ -91,9 +93,6 @@ def _fused_linear_persistent_kernel(
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF_N)), (0, 2, 1)))
         y_desc.store([start_m, start_n], narrow(left, DTYPE))
         y_desc.store([start_m, start_n + HALF_N], narrow(right, DTYPE))
-    if WAIT == "at the end":
-        # What comes after this kernel waits for its end alone.
-        gdc_wait()
 
 
 def describable(x: Tensor, weight: Tensor, b: Tensor | None = None, s: Tensor | None = None) -> int:
@@ -119,13 +118,19 @@ def aligned_either_way(t: Tensor) -> bool:
 
 
 def launch_persistent(
-    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, y: Tensor, config: Config, wait: str = ""
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    b: Tensor,
+    y: Tensor,
+    config: Config,
+    beside: bool = False,
 ) -> None:
     """Fill y, for operands that are `describable`.
 
-    With `wait` this runs beside the first kernel of a chain, and nothing may be launched between the two. Before that kernel y
-    was allocated (its memory may be what another kernel used until then), and all was written that is read here: all but s
-    where `wait` is "for S", all where it is "at the end".
+    `beside` leaves room for a small kernel: in a chain, whose "first" or "last" this is. In front of a chain whose last it
+    is y was allocated, and all but s written.
     """
     (M, K), N, R = x.shape, weight.shape[0], s.shape[1]
     w_rows_over_k = not aligned_rows(weight)
@@ -152,7 +157,6 @@ def launch_persistent(
         LOW_RANK_PRECISION=dot_precision(s.dtype, x.dtype, x.dtype),
         HAS_BIAS=bias is not None,
         W_ROWS_OVER_K=w_rows_over_k,
-        WAIT=wait,
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
@@ -163,6 +167,5 @@ def launch_persistent(
         NUM_PROGRAMS=programs,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        launch_pdl=wait != "",
-        **(configs.leave_registers(config) if wait else {}),
+        **(configs.leave_registers(config) if beside else {}),
     )

@@ -38,6 +38,13 @@ def _wait_for_kernel_in_front():
 
 
 @gluon.jit
+def _let_next_kernel_begin():
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def _tile_start(tile, num_m, num_n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr):
     # What comes after the last tile starts where that does.
     pid_m, pid_n = grouped_tile(min(tile, num_m * num_n - 1), num_m, num_n, GROUP_M)
@@ -78,7 +85,7 @@ def _load_step(
     sizes,
     W_ROWS_OVER_K: gl.constexpr,
     B_ROWS_OVER_R: gl.constexpr,
-    WAIT: gl.constexpr,
+    CHAIN: gl.constexpr,
     BLOCK_N: gl.constexpr,
     GROUP_M: gl.constexpr,
     NUM_PROGRAMS: gl.constexpr,
@@ -93,7 +100,7 @@ def _load_step(
     if step < k_steps:
         _load(count, ring, wide, start_m, start_n, step * BLOCK_K, needed, W_ROWS_OVER_K)
     else:
-        if WAIT == "for S":
+        if CHAIN == "last":
             _wait_for_kernel_in_front()
         _load(count, ring, low_rank, start_m, start_n, (step - k_steps) * BLOCK_R, needed, B_ROWS_OVER_R)
     step += 1
@@ -133,10 +140,10 @@ def _fused_linear_pipelined_kernel(
     y_desc,
     bias_ptr,
     stride_bias,
+    CHAIN: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     W_ROWS_OVER_K: gl.constexpr,
     B_ROWS_OVER_R: gl.constexpr,
-    WAIT: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -149,9 +156,11 @@ def _fused_linear_pipelined_kernel(
     """``y = x Wᵀ + bias + S Bᵀ`` for x [M, K], W [N, K] (W_ROWS_OVER_K: stored [K, N]), S [M, R], B [N, R] (B_ROWS_OVER_R:
     stored [R, N]), y [M, N], all 16-bit.
 
-    Program p writes the tiles p, p + NUM_PROGRAMS, ... of y; accumulates in fp32, rounds once. WAIT as in
+    Program p writes the tiles p, p + NUM_PROGRAMS, ... of y; accumulates in fp32, rounds once. CHAIN as in
     `_fused_linear_persistent_kernel`.
     """
+    if CHAIN == "first":
+        _let_next_kernel_begin()
     QUARTER_N: gl.constexpr = BLOCK_N // 4
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_N, 16])
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
@@ -174,7 +183,7 @@ def _fused_linear_pipelined_kernel(
     at = (0, first, 0, start_m, start_n)
     for _ in gl.static_range(STAGES - 1):
         at = _load_step(
-            at, ring, wide, low_rank, sizes, W_ROWS_OVER_K, B_ROWS_OVER_R, WAIT, BLOCK_N, GROUP_M, NUM_PROGRAMS
+            at, ring, wide, low_rank, sizes, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS
         )
     count = 0
     for tile in range(first, num_m * num_n, NUM_PROGRAMS):
@@ -182,13 +191,13 @@ def _fused_linear_pipelined_kernel(
         for step in range(0, k_steps):
             acc = _multiply_step(acc, step > 0, count, ring, wide, W_ROWS_OVER_K)
             at = _load_step(
-                at, ring, wide, low_rank, sizes, W_ROWS_OVER_K, B_ROWS_OVER_R, WAIT, BLOCK_N, GROUP_M, NUM_PROGRAMS
+                at, ring, wide, low_rank, sizes, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS
             )
             count += 1
         for _step in range(k_steps, steps):
             acc = _multiply_step(acc, True, count, ring, low_rank, B_ROWS_OVER_R)
             at = _load_step(
-                at, ring, wide, low_rank, sizes, W_ROWS_OVER_K, B_ROWS_OVER_R, WAIT, BLOCK_N, GROUP_M, NUM_PROGRAMS
+                at, ring, wide, low_rank, sizes, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS
             )
             count += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -212,13 +221,17 @@ def _fused_linear_pipelined_kernel(
             fence_async_shared()
             _store_tile(y_desc, [start_m, start], y_buf)
     tma.store_wait(pendings=0)
-    if WAIT == "at the end":
-        # What comes after this kernel waits for its end alone.
-        _wait_for_kernel_in_front()
 
 
 def launch_pipelined(
-    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, y: Tensor, config: Config, wait: str = ""
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    b: Tensor,
+    y: Tensor,
+    config: Config,
+    beside: bool = False,
 ) -> None:
     """`launch_persistent`, for operands of which EVERYTHING is `describable`."""
     M, N = y.shape
@@ -238,7 +251,6 @@ def launch_pipelined(
         HAS_BIAS=bias is not None,
         W_ROWS_OVER_K=w_rows_over_k,
         B_ROWS_OVER_R=b_rows_over_r,
-        WAIT=wait,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
@@ -247,8 +259,7 @@ def launch_pipelined(
         GROUP_M=config.GROUP_M,
         NUM_PROGRAMS=programs,
         num_warps=config.num_warps,
-        launch_pdl=wait != "",
-        **(configs.leave_registers(config) if wait else {}),
+        **(configs.leave_registers(config) if beside else {}),
     )
 
 

@@ -41,7 +41,7 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """
     if "CHAIN" in kernel.arg_names:
         place = next_place()
-        options = {"CHAIN": place, **options, **({"launch_pdl": True} if place == "link" else {})}
+        options = {"CHAIN": place, **options, **({} if place in ("", "first") else {"launch_pdl": True})}
     device = getattr(args[0], "base", args[0]).device
     compiled = None
     if not _is_compiled(kernel, device):

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import batch_invariance, configs, plans
 from .adapter_grad import adapter_grads, project, rules
 from .chain import chained
-from .fused_linear import fused_linear, launch_beside
+from .fused_linear import fused_linear, launch_persistently
 from .fused_linear_persistent import describable
 from .outer_pair import add_up_pair, outer_pair, pick_pair
 from .row_norms import weight_coefficient
@@ -37,17 +37,20 @@ def layer_grads(
     norm: str | None,
     dtype_a: torch.dtype,
     dtype_b: torch.dtype,
+    c: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dX = g W + dS A [M, K]`` with ``dS = g B``, ``dA = (g~ B)ᵀ x [R, K]`` and ``dB = g~ᵀ S [N, R]`` with ``g~ = C ⊙ g``.
 
-    g [M, N], x [M, K], s [M, R], weight [N, K], a [R, K] and b [N, R] of any strides; C by `norm` and `eta`.
+    g [M, N], x [M, K], s [M, R], weight [N, K], a [R, K] and b [N, R] of any strides; C by `norm` and `eta`; c where
+    `weight_coefficient` has been called already.
     """
     (M, N), K, R = g.shape, x.shape[1], s.shape[1]
     pair = pick_apart(N, K, R, norm, g.dtype, configs.arch_of(g.device), s.dtype)
     apart = M > 0 and pair is not None
     can_overlap = configs.can_overlap(g.device)
     with chained(apart and can_overlap):
-        c = weight_coefficient(a, b, eta, norm) if norm in ("row", "matrix", "factor") else None
+        if c is None and norm in ("row", "matrix", "factor"):
+            c = weight_coefficient(a, b, eta, norm)
         if apart:
             ds, u = project(g, b, c, norm, s.dtype, need_da=True)
     if not apart:
@@ -64,8 +67,9 @@ def layer_grads(
         return dx, *add_up_pair(*sums, (dtype_a, dtype_b))
 
     dx = torch.empty(M, K, device=g.device, dtype=g.dtype)
-    # Another chain, because what the GEMM reads has to be there when its first kernel begins.
-    with chained(True):
+    # Another chain, because what both read has to be there when its first kernel begins. The GEMM is that: it takes its place
+    # on every multiprocessor, and the small programs what room is left, however many they are.
+    with chained(True, "late"):
+        launch_persistently(g, weight.mT, None, ds, a.mT, dx, plan, beside=True)
         sums = outer_pair(g, s, rule_g, x, u, rule_x, pair, (dtype_a, dtype_b))
-        launch_beside(g, weight.mT, None, ds, a.mT, dx, plan, wait="at the end")
     return dx, *add_up_pair(*sums, (dtype_a, dtype_b))

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .chain import join_chain
+from .chain import join_chain, leave_chain
 from .combine import combine_pair
 from .configs import cdiv
 from .launching import launch
@@ -189,6 +189,7 @@ def _outer_pair_kernel(
             BLOCK_L,
             BLOCK_R,
         )
+    leave_chain(CHAIN)
 
 
 def pick_pair(N: int, K: int, R: int, dtype: torch.dtype, arch: str, compute: torch.dtype) -> configs.Config | None:

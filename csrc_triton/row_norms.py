@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .chain import join_chain
+from .chain import join_chain, leave_chain
 from .configs import cdiv
 from .groups import group_strides
 from .launching import launch
@@ -72,6 +72,7 @@ def _gram_kernel(
         acc = added_apart(dot(rows, columns, tl.zeros_like(acc), DTYPE, PRECISION), acc)
     partial_ptrs = partial_ptr + tl.program_id(2).to(tl.int64) * R * R + offs_i[:, None] * R + offs_j[None, :]
     tl.store(partial_ptrs, acc, mask=mask_i[:, None] & mask_j[None, :])
+    leave_chain(CHAIN)
 
 
 def gram_parts(factor: Tensor) -> Tensor:
@@ -110,7 +111,8 @@ def gram_parts(factor: Tensor) -> Tensor:
 def _add_parts(ptr, offs, mask, PARTS, stride_part):
     """The sum, in order, of what lies at `offs` in each of PARTS parts."""
     total = tl.zeros(offs.shape, tl.float32)
-    for _ in range(PARTS):
+    # Four loads at a time: one after another each would wait for the one before it.
+    for _ in tl.range(0, PARTS, loop_unroll_factor=4):
         total += tl.load(ptr + offs, mask=mask, other=0.0)
         ptr += stride_part
     return total
@@ -193,9 +195,10 @@ def quadratic_coefficient(v: Tensor, q: Tensor, eta: float, inv_etas_squared: Te
         BLOCK_L=_BLOCK_L,
         # Wider tiles of three parts spill.
         BLOCK_R=configs.block_r(R, 32),
-        num_warps=8,
+        num_warps=4,
         num_stages=1,
-        **configs.all_registers(configs.arch_of(v.device)),
+        # 16-bit rows need few, and leave the others to the GEMM beside which they may run.
+        **(configs.all_registers(configs.arch_of(v.device)) if v.dtype == torch.float32 else {}),
     )
     return c
 
@@ -340,6 +343,7 @@ def weight_coefficient(a: Tensor, b: Tensor, eta: float, norm: str, inv_etas_squ
             HAS_ETAS=inv_etas_squared is not None,
             BLOCK=1024,
             num_warps=4,
+            **configs.all_registers(configs.arch_of(a.device)),
         )
         return c
     assert norm == "factor", norm

@@ -145,7 +145,8 @@ for arch in ("sm_80", "sm_90", "sm_100"):
 
 @pytest.mark.slow
 def test_each_kernel_of_a_chain_waits_before_it_touches_memory():
-    """And the one beside which the GEMM for dX runs begins when all before it has ended, as the GEMM needs it."""
+    """And the GEMM for dX begins when all before it has ended, as what runs beside it needs that, too, and the second stage
+    when both have."""
     script = """
 import re, torch, triton, csrc_triton
 from bench.offline_compile import TARGETS, catch_launches, specialize
@@ -161,29 +162,73 @@ for norm, in_front in (("row", 2), ("matrix", 3), ("factor", 1), (None, 0)):
     for caught in catch_launches(lambda: csrc_triton.layer_grads(g, x, s, w, a, b, 2.0, norm, half, half), "sm_90"):
         source, options = specialize(*caught, "sm_90")
         ptx = triton.compile(source, target=TARGETS["sm_90"], options=options).asm["ptx"]
-        place, first_touch = caught[2].get("CHAIN"), re.search(touches, ptx).start()
+        touched = [match.start() for match in re.finditer(touches, ptx)]
         waits, lets = ptx.find("griddepcontrol.wait"), ptx.find("griddepcontrol.launch_dependents")
+        place = caught[2]["CHAIN"]
         places.append(place)
+        assert bool(caught[2].get("launch_pdl")) == (place not in ("", "first")), caught[0]
         if place == "link":
-            assert caught[2]["launch_pdl"] and 0 < waits < lets < first_touch, caught[0]
+            assert 0 < waits < lets < touched[0], caught[0]
         elif place == "":
             # The second stage of dA and dB.
-            assert not caught[2].get("launch_pdl") and waits < 0 and lets < 0, caught[0]
+            assert waits < 0 and lets < 0, caught[0]
         elif place == "first":
-            assert not caught[2].get("launch_pdl") and waits < 0 < lets < first_touch, caught[0]
+            assert waits < 0 < lets < touched[0], caught[0]
         else:
-            # The GEMM: it waits at its end for the kernel beside which it runs.
-            assert caught[2]["WAIT"] == "at the end" and lets < 0 < first_touch < waits, caught[0]
+            # The sums beside the GEMM: with their last program's end that has ended, too.
+            assert place == "late" and 0 < lets < touched[0] and touched[-1] < waits, caught[0]
     c_and_ds = ["first"] + ["link"] * (in_front + 1)
-    assert places == [*c_and_ds, "first", None, ""], (norm, places)
+    assert places == [*c_and_ds, "first", "late", ""], (norm, places)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
-def test_nothing_comes_between_the_gemm_and_the_kernel_beside_it():
-    """Not even an allocation: torch may fill it, and its memory may be what a kernel was using when the other began."""
+def test_c_and_s_have_room_beside_the_gemm_and_end_one_after_another():
+    """All let the next begin at once; C's first kernel ends after S, and its second waits for that, so that the GEMM, which
+    waits for the second, waits for all."""
+    script = """
+import re, torch, triton, csrc_triton
+from bench.occupancy import fit_together
+from bench.offline_compile import TARGETS, catch_launches, compile_launch, specialize
+half = torch.bfloat16
+x, w = torch.empty(2048, 4096, dtype=half), torch.empty(4096, 4096, dtype=half)
+touches = r"ld[.]global|st[.]global|cp[.]async|atom[.]|red[.]"
+for rank in (8, 16, 32, 64):
+    a, b = torch.empty(rank, 4096, dtype=half), torch.empty(4096, rank, dtype=half)
+    blocks = {}
+    for caught in catch_launches(
+        lambda: csrc_triton.adapted_linear_and_coefficient(x, w, None, a, b, half, 2.0), "sm_90"
+    ):
+        source, options = specialize(*caught, "sm_90")
+        result = compile_launch(source, options, "sm_90", "bfloat16", "")
+        place = caught[2]["CHAIN"]
+        assert not result.spills and place not in blocks
+        blocks[place] = (result.num_warps, result.registers, result.shared)
+        ptx = triton.compile(source, target=TARGETS["sm_90"], options=options).asm["ptx"]
+        waits, lets = (ptx.find(f"griddepcontrol.{name}") for name in ("wait", "launch_dependents"))
+        touched = [match.start() for match in re.finditer(touches, ptx)]
+        assert bool(caught[2].get("launch_pdl")) == (place != "first"), place
+        if place == "first":
+            assert waits < 0 < lets < touched[0]
+        elif place == "late":
+            assert 0 < lets < touched[0] and touched[-1] < waits
+        elif place == "open":
+            assert 0 < lets < waits < touched[0]
+        else:
+            assert lets < 0 < waits, place
+    assert list(blocks) == ["first", "late", "open", "last"], blocks
+    for small in ("late", "open"):
+        assert fit_together("sm_90", *(blocks[place] for place in ("first", small, "last"))), (rank, small, blocks)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_what_the_kernels_of_a_chain_write_is_allocated_in_front_of_what_is_given_back():
+    """Torch may give memory that is given back to what begins before the kernel that was using it has ended."""
     script = """
 import torch, csrc_triton
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -195,22 +240,28 @@ half, done = torch.bfloat16, []
 class Noted(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if not func.is_view:
-            done.append(str(func))
+            done.append("new" if "empty" in str(func) else str(func))
         return func(*args, **(kwargs or {}))
 
 g, x, w = (torch.empty(size, dtype=half) for size in ((2048, 4096), (2048, 4096), (4096, 4096)))
 s, a, b = (torch.empty(size, dtype=half) for size in ((2048, 16), (16, 4096), (4096, 16)))
-watch.watcher = lambda kernel, *_: done.append(kernel.__name__)
+watch.watcher = lambda kernel, *_: done.append(kernel.__name__.removesuffix("_kernel"))
+S, GEMM, pair = "_down_project", "_fused_linear_pipelined", "_outer_pair"
 calls = {
-    "_down_project_kernel": lambda: csrc_triton.adapted_linear(x, w, None, a, b, half),
-    "_outer_pair_kernel": lambda: csrc_triton.layer_grads(g, x, s, w, a, b, 2.0, "row", half, half),
+    # y, S; y, S, C's scratch, C. No scratch is given back before the last allocation.
+    lambda: csrc_triton.adapted_linear(x, w, None, a, b, half): ["new", "new", S, GEMM],
+    lambda: csrc_triton.adapted_linear_and_coefficient(x, w, None, a, b, half, 2.0): [
+        *("new", "new", S, "new", "_gram", "new", "_quadratic_coefficient", GEMM)
+    ],
+    # dX; dB and dA.
+    lambda: csrc_triton.layer_grads(g, x, s, w, a, b, 2.0, "row", half, half): ["new", GEMM, "new", "new", pair],
 }
-for beside, call in calls.items():
+for call, expected in calls.items():
     done.clear()
     with Noted():
         catch_launches(call, "sm_90")
-    gemm = done.index("_fused_linear_pipelined_kernel")
-    assert done[gemm - 1] == beside and any("empty" in name for name in done[: gemm - 1]), done
+    start = done.index(GEMM) - 1 if pair in expected else 0
+    assert done[start : start + len(expected)] == expected, done
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

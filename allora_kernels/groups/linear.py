@@ -137,5 +137,4 @@ def apply(x, weight, bias, lora_A, lora_B, offsets, eta, norm, backend=None, sin
     x, weight, bias, dtype = functional.in_one_dtype(x, weight, bias, lora_A, lora_B)
     name = functional.choose_backend(x, widest, backend)
     steps = GroupedSteps(name, _ends(offsets, x.shape[0]))
-    y, _ = functional.apply_function(x, weight, bias, lora_A, lora_B, dtype, eta, norm, steps, sink)
-    return y
+    return functional.apply_function(x, weight, bias, lora_A, lora_B, dtype, eta, norm, steps, sink)

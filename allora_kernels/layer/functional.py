@@ -86,9 +86,9 @@ def check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor
 
 
 class _ALLoRALinear(torch.autograd.Function):
-    """``y = x Wᵀ + bias + S Bᵀ``. Saves x, S and the parameters themselves; S is an output only so that it can be
-    saved. Each step is called by name on the chosen backend's module, so this is the one place that orders them.
-    `weight` is a Tensor, or a `PackedWeight` that is made dense once for each pass.
+    """``y = x Wᵀ + bias + S Bᵀ``. Saves x, S, the parameters themselves and, where it was found on the way, C; what is not y
+    is an output only so that it can be saved. Each step is called by name on the chosen backend's module, so this is the one
+    place that orders them. `weight` is a Tensor, or a `PackedWeight` that is made dense once for each pass.
 
     Differentiable once: a rescaled gradient is the gradient of no function, so it has no derivative to give.
     """
@@ -96,46 +96,48 @@ class _ALLoRALinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, sink):
-        dense = weight if isinstance(weight, Tensor) else weight.dense()
-        return _steps(backend).adapted_linear(x, dense, bias, lora_A, lora_B, dtype)
+    def forward(x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, sink, c_too):
+        dense, steps = weight if isinstance(weight, Tensor) else weight.dense(), _steps(backend)
+        if c_too:
+            return steps.adapted_linear_and_coefficient(x, dense, bias, lora_A, lora_B, dtype, eta)
+        return steps.adapted_linear(x, dense, bias, lora_A, lora_B, dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, lora_A, lora_B, dtype, eta, norm, backend, sink = inputs
-        _, s = output
+        x, weight, _, lora_A, lora_B, dtype, eta, norm, backend, sink, c_too = inputs
+        s, c = output[1], output[2] if c_too else None
         needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
-        ctx.mark_non_differentiable(s)
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         weight, packed = (weight, None) if isinstance(weight, Tensor) else (None, weight)
         ctx.save_for_backward(
-            weight if needs_x else None, lora_A, lora_B, x if needs_a else None, s if needs_a or needs_b else None
+            weight if needs_x else None, lora_A, lora_B, x if needs_a else None, s if needs_a or needs_b else None, c
         )
         ctx.settings = (dtype, eta, norm, backend, sink, packed if needs_x else None)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g, _):
+    def backward(ctx, g, *_):
         if g is None:
-            return (None,) * 10
+            return (None,) * 11
         # The steps choose their dtypes themselves; a backward pass inside autocast must not change them.
         with no_autocast(g.device.type):
             dx, da, db = _ALLoRALinear._gradients(ctx, g)
-        return dx, None, None, da, db, None, None, None, None, None
+        return dx, None, None, da, db, *(None,) * 6
 
     @staticmethod
     def _gradients(ctx, g):
         needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
-        weight, lora_A, lora_B, x, s = ctx.saved_tensors
+        weight, lora_A, lora_B, x, s, c = ctx.saved_tensors
         dtype, eta, norm, backend, sink, packed = ctx.settings
         steps = _steps(backend)
         if needs_x and needs_a and needs_b and sink is None and backend == "triton":
             # In one, so that what the adapter needs can run beside what dX needs.
             weight = weight if packed is None else packed.dense()
-            return steps.layer_grads(g, x, s, weight, lora_A, lora_B, eta, norm, lora_A.dtype, lora_B.dtype)
+            return steps.layer_grads(g, x, s, weight, lora_A, lora_B, eta, norm, lora_A.dtype, lora_B.dtype, c)
         step = steps.adapter_grads if sink is None else functools.partial(sink, backend)
         needs = (needs_x, needs_a, needs_b)
-        ds, da, db = adapter_gradients(steps, step, g, x, s, lora_A, lora_B, dtype, eta, norm, needs)
+        ds, da, db = adapter_gradients(steps, step, g, x, s, lora_A, lora_B, dtype, eta, norm, needs, c)
         if not needs_x:
             return None, da, db
         weight = weight if packed is None else packed.dense()
@@ -143,13 +145,15 @@ class _ALLoRALinear(torch.autograd.Function):
 
 
 def adapter_gradients(
-    steps, adapter_grads, g, x, s, lora_A, lora_B, dtype, eta, norm, needs
+    steps, adapter_grads, g, x, s, lora_A, lora_B, dtype, eta, norm, needs, c=None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dS, dA, dB) as far as `needs` says, else None, by a backend's `steps` and its `adapter_grads` or what stands for it."""
+    """(dS, dA, dB) as far as `needs` says, else None, by a backend's `steps` and its `adapter_grads` or what stands for it; c
+    where there is one already."""
     need_ds, needs_a, needs_b = needs
     if needs_a or needs_b:
-        # Anew in each backward pass: torch has writes to a parameter that leave no trace for a cache to see.
-        c = steps.weight_coefficient(lora_A, lora_B, eta, norm) if norm in WEIGHT_NORMS else None
+        # Anew in each step: torch has writes to a parameter that leave no trace for a cache to see.
+        if c is None and norm in WEIGHT_NORMS:
+            c = steps.weight_coefficient(lora_A, lora_B, eta, norm)
         dtypes = lora_A.dtype if needs_a else None, lora_B.dtype if needs_b else None
         found = adapter_grads(g, x, s, lora_B, c, eta, norm, need_ds, *dtypes)
         return tuple(t if needed else None for t, needed in zip(found, needs))
@@ -161,12 +165,17 @@ def _steps(backend: Any) -> Any:
     return _backend.steps(backend) if isinstance(backend, str) else backend
 
 
-def apply_function(*args) -> tuple[Tensor, Tensor]:
-    """(y, S): `_ALLoRALinear` of the arguments of its forward pass."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return _ALLoRALinear.apply(*args)
+def apply_function(x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, sink) -> Tensor:
+    """y: `_ALLoRALinear` of these arguments."""
+    args = (x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, sink)
+    transformed = torch._C._are_functorch_transforms_active()
+    # One step in the forward pass, where the GEMM hides it; a transform is better served by steps that it can batch.
+    trained = torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad)
+    c_too = trained and norm == "row" and backend == "triton" and not transformed
+    if torch.compiler.is_compiling() or transformed:
+        return _ALLoRALinear.apply(*args, c_too)[0]
     # Outside of transforms `Function.apply` does nothing more than this, after 30 us of binding default arguments.
-    return super(torch.autograd.Function, _ALLoRALinear).apply(*args)
+    return super(torch.autograd.Function, _ALLoRALinear).apply(*args, c_too)[0]
 
 
 def no_autocast(kind: str) -> contextlib.AbstractContextManager:
@@ -245,7 +254,7 @@ def apply(x, weight, bias, lora_A, lora_B, eta, norm, backend=None, sink=None, s
         x, weight, bias, lora_A, lora_B = sharding.local(x, weight, bias, lora_A, lora_B)
         steps = sharding.steps(name)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y, _ = apply_function(rows, weight, bias, lora_A, lora_B, dtype, eta, norm, steps, sink)
+    y = apply_function(rows, weight, bias, lora_A, lora_B, dtype, eta, norm, steps, sink)
     y = y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
     return y if sharding is None else sharding.whole(y)
 

@@ -42,6 +42,16 @@ adapted_linear: Callable[..., tuple[Tensor, Tensor]] = define(
     vmap_rules.adapted_linear,
 )
 
+adapted_linear_and_coefficient: Callable[..., tuple[Tensor, Tensor, Tensor]] = define(
+    "adapted_linear_and_coefficient(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, ScalarType dtype, float eta)"
+    " -> (Tensor, Tensor, Tensor)",
+    csrc_triton.adapted_linear_and_coefficient,
+    lambda x, weight, bias, a, b, dtype, eta: (
+        *_adapted_linear_fake(x, weight, bias, a, b, dtype),
+        x.new_empty(b.shape[0], dtype=torch.float32),
+    ),
+)
+
 dequantize_4bit: Callable[..., Tensor] = define(
     "dequantize_4bit(Tensor packed, Tensor code, Tensor scales, Tensor? scale_code, Tensor? scale_scales, Tensor? offset,"
     " int block, int scale_block, int n, int k, ScalarType dtype) -> Tensor",
@@ -99,13 +109,13 @@ adapter_grads: Callable[..., tuple[Tensor, Tensor, Tensor]] = define(
 )
 
 
-def _layer_grads_fake(g, x, s, weight, a, b, eta, norm, dtype_a, dtype_b):
+def _layer_grads_fake(g, x, s, weight, a, b, eta, norm, dtype_a, dtype_b, c=None):
     return g.new_empty(x.shape), s.new_empty(a.shape, dtype=dtype_a), s.new_empty(b.shape, dtype=dtype_b)
 
 
 layer_grads: Callable[..., tuple[Tensor, Tensor, Tensor]] = define(
     "layer_grads(Tensor g, Tensor x, Tensor s, Tensor weight, Tensor a, Tensor b, float eta, str? norm,"
-    " ScalarType dtype_a, ScalarType dtype_b) -> (Tensor, Tensor, Tensor)",
+    " ScalarType dtype_a, ScalarType dtype_b, Tensor? c=None) -> (Tensor, Tensor, Tensor)",
     csrc_triton.layer_grads,
     _layer_grads_fake,
     vmap_rules.layer_grads,

@@ -85,9 +85,7 @@ def _dequantized(module, weight: PackedWeight, x, lora_A, lora_B, eta, norm, sin
         raise ValueError(f"the weight is on {weight.device} but x is on {x.device}; move them to one device")
     dtype = functional.autocast_dtype(x.device.type, x.dtype) or functional.compute_dtype(x, lora_A, lora_B)
     rows = x.to(weight.dtype).reshape(-1, K)
-    y, _ = functional.apply_function(
-        rows, weight, _bias(module, weight), lora_A, lora_B, dtype, eta, norm, "triton", sink
-    )
+    y = functional.apply_function(rows, weight, _bias(module, weight), lora_A, lora_B, dtype, eta, norm, "triton", sink)
     y = y.reshape(*x.shape[:-1], N)
     return y.to(x.dtype) if weight.returns_dtype_of_x else y
 

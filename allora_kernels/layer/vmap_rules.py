@@ -65,11 +65,12 @@ def adapter_grads(info, in_dims, g, x, s, b, c, eta, norm, need_ds, dtype_a, dty
     return (ds, da, db), (0, 0, 0)
 
 
-def layer_grads(info, in_dims, g, x, s, weight, a, b, eta, norm, dtype_a, dtype_b):
-    args = (g, x, s, weight, a, b, eta, norm, dtype_a, dtype_b)
+def layer_grads(info, in_dims, g, x, s, weight, a, b, eta, norm, dtype_a, dtype_b, c=None):
+    args = (g, x, s, weight, a, b, eta, norm, dtype_a, dtype_b, c)
     if None in in_dims[:3] or in_dims[3:6] != (None, None, None):
-        return _one_by_one(torch.ops.allora.layer_grads, info, in_dims, args)
-    c = csrc_triton.weight_coefficient(a, b, eta, norm) if norm in WEIGHT_NORMS else None
+        return _one_by_one(torch.ops.allora.layer_grads, info, (*in_dims, None)[:11], args)
+    if c is None and norm in WEIGHT_NORMS:
+        c = csrc_triton.weight_coefficient(a, b, eta, norm)
     sums = (*in_dims[:3], *(None,) * 7)
     (ds, da, db), _ = adapter_grads(info, sums, g, x, s, b, c, eta, norm, True, dtype_a, dtype_b)
     dx, _ = fused_linear(info, (in_dims[0], None, None, 0, None), g, weight.mT, None, ds, a.mT)

@@ -10,19 +10,23 @@ from ttsem.sanitize import Unjudged
 from allora_kernels import reference
 from allora_kernels.testing import assert_close, make_inputs
 from csrc_triton import configs
+from csrc_triton.chain import chained, next_place
 
 
 def double(*tensors):
     return tuple(None if t is None else t.double() for t in tensors)
 
 
-def check(args, config, wait=""):
+def check(args, config, place=""):
     x, weight, _, s, _ = args
     y = torch.full((len(x), len(weight)), torch.nan, dtype=x.dtype)
     with as_late_as_allowed() as ran:
-        if wait == "for S":
+        if place == "last":
             ran.after_kernel_in_front = range(s.data_ptr(), s.data_ptr() + s.nbytes)
-        module("fused_linear_pipelined").launch_pipelined(*args, y, config, wait)
+        with chained(place != "", "last"):
+            if place == "last":
+                next_place()
+            module("fused_linear_pipelined").launch_pipelined(*args, y, config, place != "")
     assert_close(y, reference.fused_linear(*args), reference.fused_linear(*double(*args)), "y")
     return ran.counts
 
@@ -30,8 +34,8 @@ def check(args, config, wait=""):
 @pytest.mark.parametrize("few_sms", [False, True])
 @pytest.mark.parametrize("shape", [(300, 520, 136, 16), (1, 8, 8, 8), (130, 264, 512, 72), (400, 1032, 64, 24)])
 @pytest.mark.parametrize("product", ["y", "dx"])
-@pytest.mark.parametrize("wait", ["", "for S", "at the end"])
-def test_whatever_copies_and_products_take(shape, product, wait, few_sms):
+@pytest.mark.parametrize("place", ["", "first", "last"])
+def test_whatever_copies_and_products_take(shape, product, place, few_sms):
     dtype = F16 if few_sms else BF16
     x, weight, bias, a, b, g = make_inputs(*shape, dtype)
     if product == "y":
@@ -40,7 +44,7 @@ def test_whatever_copies_and_products_take(shape, product, wait, few_sms):
         args = (g, weight.mT, None, reference.down_project(g, b.mT, dtype), a.mT)
     M, N, K, R = len(x), args[1].shape[0], args[0].shape[1], shape[3]
     for config in configs.candidates("fused_linear_pipelined", N, K, R, dtype, "sm_90"):
-        counts = check(args, config, wait)
+        counts = check(args, config, place)
         tiles = -(-M // config.BLOCK_M) * -(-N // config.BLOCK_N)
         steps = -(-K // config.BLOCK_K) + -(-R // config.BLOCK_R)
         assert counts["stores"] == 4 * tiles and counts["products"] == tiles * steps
@@ -90,7 +94,7 @@ FAULTS = {
     "the program ends before its stores": ("    tma.store_wait(pendings=0)\n", "", "program ends before its stores"),
     "a store may not see what is written": ("            fence_async_shared()\n", "", "may not see yet"),
     "a copy may not see its barrier": ("sees them.\n    fence_async_shared()\n", "sees them.\n", "may not see yet"),
-    "S is not waited for": ('WAIT == "for S"', 'WAIT == "never"', "kernel in front may not have written"),
+    "S is not waited for": ('CHAIN == "last"', 'CHAIN == "never"', "kernel in front may not have written"),
 }
 
 
@@ -103,4 +107,4 @@ def test_each_wait_is_needed(fault, tmp_path, monkeypatch):
     monkeypatch.setattr(configs, "num_sms", lambda device: 3)
     plant("fused_linear_pipelined", *change, tmp_path, monkeypatch)
     with pytest.raises((Unjudged, AssertionError), match=message):
-        check(args, config, "for S")
+        check(args, config, "last")

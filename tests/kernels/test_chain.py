@@ -22,6 +22,14 @@ def test_the_first_and_its_links():
     assert next_place() == ""
 
 
+def test_a_chain_of_given_places_has_no_others():
+    with chained(True, "open", "late"):
+        assert [next_place() for _ in range(3)] == ["first", "open", "late"]
+        with pytest.raises(StopIteration):
+            next_place()
+    assert next_place() == ""
+
+
 def test_a_chain_ends_with_an_error_and_is_one_threads():
     with pytest.raises(ZeroDivisionError), chained(True):
         found = []
@@ -36,6 +44,7 @@ def test_a_chain_ends_with_an_error_and_is_one_threads():
 
 def test_launches_outside_of_a_chain_have_no_place(monkeypatch):
     seen = []
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(launching.watch, "watcher", lambda *launch: seen.append(launch[3]))
     combine(torch.ones(3, 40), torch.float32)
     combine_pair(torch.ones(3, 40), torch.ones(3, 8), (torch.float32,) * 2)

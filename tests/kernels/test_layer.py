@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from allora_kernels import FusedALLoRALinear, allora_linear, reference
 from allora_kernels.testing import assert_close, make_inputs
@@ -41,6 +42,37 @@ def test_plain_loras_scaling(device, dtypes):
     ]
     for name, *values in zip(("y", "dx", "da", "db"), *results):
         assert_close(*values, name)
+
+
+class Called(TorchDispatchMode):
+    """The ops of this library that are called within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "allora":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@norms
+@pytest.mark.parametrize("trained", [("lora_A", "lora_B"), ("lora_B",), ()])
+def test_c_is_found_on_the_way_forward_where_the_adapter_is_trained(device, norm, trained):
+    layer = FusedALLoRALinear(35, 21, r=5, norm=norm, device=device)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name in trained)
+    x = torch.randn(7, 35, device=device, requires_grad=True)
+    with Called() as called:
+        y = layer(x)
+    assert called.names == ["adapted_linear_and_coefficient" if trained and norm == "row" else "adapted_linear"]
+    with Called() as called:
+        y.sum().backward()
+    assert called.names.count("weight_coefficient") == (trained == ("lora_B",) and norm in ("matrix", "factor"))
+    with torch.no_grad(), Called() as called:
+        layer(x)
+    assert called.names == ["adapted_linear"]
 
 
 def test_it_is_chosen_where_it_can_run(device):

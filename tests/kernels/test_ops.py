@@ -51,6 +51,14 @@ def test_opcheck_of_the_whole_backward(inputs, s, norm):
     torch.library.opcheck(ops.layer_grads, (*args, inputs.lora_A.dtype, inputs.lora_B.dtype))
 
 
+def test_opcheck_of_the_forward_with_c_and_the_backward_that_takes_it(inputs, s):
+    x, weight, bias, lora_A, lora_B, g = inputs
+    torch.library.opcheck(ops.adapted_linear_and_coefficient, (x, weight, bias, lora_A, lora_B, s.dtype, 2.0))
+    c = reference.weight_coefficient(lora_A, lora_B, 2.0, "row")
+    args = (g, x, s, weight, lora_A, lora_B, 2.0, "row", lora_A.dtype, lora_B.dtype, c)
+    torch.library.opcheck(ops.layer_grads, args)
+
+
 def test_dynamo_does_not_trace_a_launcher():
     """What a frame that is given up calls is traced again, frame by frame, but not what the dispatcher calls there."""
     op = ops.define("scaled_in_a_test(Tensor x) -> Tensor", lambda x: x * 7, torch.empty_like)

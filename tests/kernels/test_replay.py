@@ -143,7 +143,8 @@ def test_training_by_replay_has_the_same_bits(device, norm, monkeypatch):
         return call
 
     if device == "cpu":
-        for name in ("adapted_linear", "layer_grads"):
+        forward = "adapted_linear_and_coefficient" if norm == "row" else "adapted_linear"
+        for name in (forward, "layer_grads"):
             monkeypatch.setattr(ops, name, replaying(getattr(csrc_triton, name)))
     for ours, theirs in zip(train(), plain, strict=True):
         assert torch.equal(ours, theirs)
@@ -158,6 +159,7 @@ def test_forward(device, dtypes, layout):
         return x, weight, bias, a, b, s.dtype
 
     check(csrc_triton.adapted_linear, make)
+    check(csrc_triton.adapted_linear_and_coefficient, lambda seed: (*make(seed), ETA))
 
 
 @norms

@@ -62,6 +62,19 @@ def test_y_and_s(device, way, shape, dtypes):
         assert_close(*values, name)
 
 
+@cases("inside", "tiles", *plans.PERSISTENT)
+@dtypes
+def test_c_beside_y_is_c(device, way, shape, dtypes):
+    plan = plan_for(way, "adapted_linear", shape, dtypes, device)
+    *tensors, _ = make_inputs(*shape, *dtypes, device=device)
+    dtype = torch.promote_types(*dtypes)
+    with poisoned_outputs():
+        *products, c = csrc_triton.adapted_linear_and_coefficient(*map(in_red_zone, tensors), dtype, 2.0, plan)
+    for ours, alone in zip(products, csrc_triton.adapted_linear(*tensors, dtype, plan), strict=True):
+        assert torch.equal(ours, alone)
+    assert torch.equal(c, csrc_triton.weight_coefficient(*tensors[3:], 2.0, "row"))
+
+
 @cases("vendor", *plans.PERSISTENT)
 @dtypes
 def test_dx_by_strides(device, way, shape, dtypes):
