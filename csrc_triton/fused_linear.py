@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import plans
+from . import configs, parts, plans
+from .chain import chained
 from .configs import Config, cdiv
 from .fused_linear_persistent import describable, launch_persistent
 from .launching import launch
@@ -174,14 +175,21 @@ def launch_tiles(
 def launch_beside(
     x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, y: Tensor, plan: plans.Plan, wait: str = ""
 ) -> None:
-    """Fill y by a plan of `plans.PERSISTENT`; with `wait` beside the stream's last kernel, as `launch_persistent` says."""
+    """Fill y by a plan of `plans.PERSISTENT`; with `wait` beside the stream's last kernel, as `launch_persistent` says, unless
+    it is of factors in parts: beside what writes these, which waits for all in front of it."""
     if plan.way == "persistent":
         launch_persistent(x, weight, bias, s, b, y, plan.config, wait)
         return
     # A Triton whose Gluon is not the one it was written for still runs all else.
     from .fused_linear_pipelined import launch_pipelined
 
-    launch_pipelined(x, weight, bias, s, b, y, plan.config, wait)
+    if not parts.possible(x.dtype, s.dtype):
+        launch_pipelined(x, weight, bias, s, b, y, plan.config, wait)
+        return
+    overlap = configs.can_overlap(x.device)
+    with chained(overlap):
+        s3, b3 = parts.in_parts(s, b)
+        launch_pipelined(x, weight, bias, s3, b3, y, plan.config, "for S" if overlap else "")
 
 
 def fused_linear(

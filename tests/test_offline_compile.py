@@ -49,6 +49,20 @@ def pairs_side_by_side(results):
     return found
 
 
+def written_in_parts(results):
+    """How many GEMMs take fp32 factors in parts, after a check that what writes these has room beside them and loads wide."""
+    gemms = [
+        result for result in results if result["kernel"] == "fused_linear_pipelined" and "/float32" in result["case"]
+    ]
+    for small in (result for result in results if result["kernel"] == "in_parts"):
+        loads, *_ = small["widths"]
+        assert {bits for bits, _ in loads} == {128}, small
+        for gemm in gemms:
+            blocks = [(result["num_warps"], result["registers"], result["shared"]) for result in (gemm, small)]
+            assert fit_together("sm_90", *blocks), (gemm, small)
+    return len(gemms)
+
+
 def test_a_tile_of_an_fp32_sum_is_summed_alone():
     """Taken for the start of its dot, the sum so far would be cut off by the matrix units: no interpreter shows that."""
     script = """
@@ -110,8 +124,10 @@ def test_compiles_without_spills_in_the_chips_shared_memory(arch, dtype):
     ],
 )
 def test_other_adapters_and_odd_sizes_fit_hopper(options):
-    beside = "large" in options and "float32" not in options
-    assert bool(pairs_side_by_side(compile_for("sm_90", *options.split()))) == beside
+    results = compile_for("sm_90", *options.split())
+    aligned, mixed = "large" in options, "float32" in options
+    assert bool(pairs_side_by_side(results)) == (aligned and not mixed)
+    assert bool(written_in_parts(results)) == mixed
 
 
 @pytest.mark.slow
@@ -119,6 +135,12 @@ def test_what_runs_beside_the_gemm_has_room_there():
     options = ["--dtype", "bfloat16", "--rank", "8", "--shape", "large", "--case", "beside"]
     kernels = {"down_project", "outer_pair", "fused_linear_persistent", "fused_linear_pipelined"}
     assert pairs_side_by_side(compile_for("sm_90", *options, kernels=kernels))
+
+
+@pytest.mark.slow
+def test_what_writes_factors_in_parts_has_room_beside_the_gemm_that_takes_them():
+    options = ["--dtype", "bfloat16/float32", "--rank", "8", "20", "64", "--shape", "large", "--case", " pipelined"]
+    assert written_in_parts(compile_for("sm_90", *options, kernels={"in_parts", "fused_linear_pipelined"}))
 
 
 @pytest.mark.slow
@@ -204,13 +226,16 @@ watch.watcher = lambda kernel, *_: done.append(kernel.__name__)
 calls = {
     "_down_project_kernel": lambda: csrc_triton.adapted_linear(x, w, None, a, b, half),
     "_outer_pair_kernel": lambda: csrc_triton.layer_grads(g, x, s, w, a, b, 2.0, "row", half, half),
+    "_in_parts_kernel": lambda: csrc_triton.fused_linear(x, w, None, s.float(), b.float()),
 }
 for beside, call in calls.items():
     done.clear()
     with Noted():
-        catch_launches(call, "sm_90")
+        caught = catch_launches(call, "sm_90")
     gemm = done.index("_fused_linear_pipelined_kernel")
     assert done[gemm - 1] == beside and any("empty" in name for name in done[: gemm - 1]), done
+    small, gemm = (next(c[2] for c in caught if c[0].__name__ == name) for name in (beside, done[gemm]))
+    assert small["CHAIN"] == "first" and gemm["launch_pdl"] and gemm["WAIT"], (small, gemm)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
