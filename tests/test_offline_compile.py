@@ -239,3 +239,25 @@ for beside, call in calls.items():
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_gemm_waits_for_factors_in_parts_whatever_it_was_to_wait_for():
+    script = """
+import torch
+from bench.offline_compile import catch_launches
+from csrc_triton import plans
+from csrc_triton.fused_linear import launch_beside
+
+half = torch.bfloat16
+x, w, y = (torch.empty(size, dtype=half) for size in ((2048, 4096), (1024, 4096), (2048, 1024)))
+s, b = torch.empty(2048, 16), torch.empty(1024, 16)
+call = plans.Call("fused_linear", 2048, 1024, 4096, 16, half, torch.float32)
+plan = next(plan for plan in plans.options(call, "sm_90", plans.WIDE) if plan.way == "pipelined")
+for wait in ("", "for S", "at the end"):
+    parts, gemm = catch_launches(lambda: launch_beside(x, w, None, s, b, y, plan, wait), "sm_90")
+    # The first of a chain begins when all before it has ended.
+    assert parts[2]["CHAIN"] == "first" and not parts[2].get("launch_pdl"), parts
+    assert gemm[2]["WAIT"] == "for S" and gemm[2]["launch_pdl"], gemm
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
