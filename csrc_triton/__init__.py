@@ -79,7 +79,8 @@ def plan_steps(
         return plans.estimate(call, plans.pick(call, device, plans.NOTHING), arch) / plans.estimate(call, best, arch)
 
     def describe(plan):
-        return str(plan) if plan.config is None else f"Triton on {arch}: {plan}"
+        note = ", S and B written as bf16 parts in front of it" if plans.takes_parts(plan.way, dtype, compute) else ""
+        return str(plan) if plan.config is None else f"Triton on {arch}: {plan}{note}"
 
     pair = pick_apart(N, K, r, norm, dtype, arch, compute)
     forward, backward = way("adapted_linear", N, K), way("fused_linear" if pair is None else "layer_grads", K, N)

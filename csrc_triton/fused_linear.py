@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import plans
+from . import configs, parts, plans
+from .chain import chained
 from .configs import Config, cdiv
 from .fused_linear_persistent import describable, launch_persistent
 from .launching import launch
@@ -181,14 +182,21 @@ def launch_persistently(
     plan: plans.Plan,
     beside: bool = False,
 ) -> None:
-    """Fill y by a plan of `plans.PERSISTENT`; `beside` as in `launch_persistent`."""
+    """Fill y by a plan of `plans.PERSISTENT`; `beside` as in `launch_persistent`, unless it is of factors in parts: in a
+    chain of its own with what writes these."""
     if plan.way == "persistent":
         launch_persistent(x, weight, bias, s, b, y, plan.config, beside)
         return
     # A Triton whose Gluon is not the one it was written for still runs all else.
     from .fused_linear_pipelined import launch_pipelined
 
-    launch_pipelined(x, weight, bias, s, b, y, plan.config, beside)
+    if not parts.possible(x.dtype, s.dtype):
+        launch_pipelined(x, weight, bias, s, b, y, plan.config, beside)
+        return
+    overlap = configs.can_overlap(x.device)
+    with chained(overlap, "last"):
+        s3, b3 = parts.in_parts(s, b)
+        launch_pipelined(x, weight, bias, s3, b3, y, plan.config, beside=overlap)
 
 
 def fused_linear(

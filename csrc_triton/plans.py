@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import batch_invariance, configs, replay, tuning
+from . import batch_invariance, configs, parts, replay, tuning
 from .configs import Config
 
 WAYS = {
@@ -24,11 +24,19 @@ NOTHING, WIDE, EVERYTHING = range(3)
 """What of a call's operands tensor descriptors reach: x, W and y are the wide ones, S and B the rest."""
 
 PERSISTENT = {"persistent": WIDE, "pipelined": EVERYTHING}
-"""The ways whose GEMM leaves room on each multiprocessor for a small kernel beside it, and what descriptors have to reach."""
+"""The ways whose GEMM leaves room on each multiprocessor for a small kernel beside it, and what descriptors have to reach: of
+factors that go in parts, which are our own, the rest alone."""
 
 GATHERED = 0.8
 """The speed of tiles whose rows are gathered over that of tiles whose rows lie in a run: what an H200 left for the two products
 of a step with four adapters (1.05 ms, commit 3c5bc942d2) once its other passes are taken off as they are counted."""
+
+SPLIT = 5
+"""What tiles that split fp32 factors take longer, in columns of x and W for each of the rank: on an H200 361 µs with 16-bit
+factors became 369 (M=8192 4096x4096, R=16)."""
+
+_COST_BESIDE = 1 / 3
+"""How much slower the GEMM is for what runs beside it, of what that takes alone."""
 
 # That small kernel.
 _BESIDE = {"adapted_linear": "down_project_beside", "layer_grads": "outer_pair"}
@@ -62,8 +70,11 @@ def options(call: Call, arch: str, describable: int = EVERYTHING) -> list[Plan]:
     tiles = configs.candidates("fused_linear", N, K, R, dtype, arch, low_rank_dtype)
     found = [Plan("tiles", config) for config in tiles]
     for way, needs in PERSISTENT.items():
+        rank, factors_dtype = R, low_rank_dtype
+        if takes_parts(way, dtype, low_rank_dtype):
+            needs, rank, factors_dtype = WIDE, parts.width(R), dtype
         if describable >= needs:
-            described = configs.candidates(f"fused_linear_{way}", N, K, R, dtype, arch, low_rank_dtype)
+            described = configs.candidates(f"fused_linear_{way}", N, K, rank, dtype, arch, factors_dtype)
             found += [Plan(way, config) for config in described]
     # The rank's accumulator stays in registers beside the tile's, where the addresses of narrow loads leave no room, and
     # split factors would triple its dots.
@@ -72,6 +83,11 @@ def options(call: Call, arch: str, describable: int = EVERYTHING) -> list[Plan]:
     if call.op == "adapted_linear" and fits:
         found += [Plan("inside", dataclasses.replace(config, BLOCK_R=configs.block_r(R))) for config in tiles]
     return [*found, Plan("vendor", None)]
+
+
+def takes_parts(way: str, dtype: torch.dtype, low_rank_dtype: torch.dtype) -> bool:
+    """Whether x of `dtype` and factors of `low_rank_dtype` go this way with the factors written as parts (`parts.in_parts`)."""
+    return way == "pipelined" and parts.possible(dtype, low_rank_dtype)
 
 
 def estimate(call: Call, plan: Plan, arch: str) -> float:
@@ -96,8 +112,14 @@ def estimate(call: Call, plan: Plan, arch: str) -> float:
     gemm /= machine.efficiency_fp32 if wide else machine.efficiency[plan.way]
     beside = _BESIDE.get(call.op) if plan.way in PERSISTENT else None
     if beside and configs.whole_rank(beside, N, K, call.R, dtype, arch, call.low_rank_dtype) is not None:
-        # They run beside the GEMM, which is slower by a third of them. Of a larger rank none has room there.
-        passes /= 3
+        # They run beside the GEMM. Of a larger rank none has room there.
+        passes *= _COST_BESIDE
+    if takes_parts(plan.way, dtype, call.low_rank_dtype):
+        # fp32 is read, three times 16 bits are written; beside the GEMM, too.
+        passes += _COST_BESIDE * (machine.launch + (M + N) * call.R * 10 / machine.bandwidth)
+        gemm *= 1 + parts.width(call.R) / K
+    elif call.low_rank_dtype.itemsize > dtype.itemsize:
+        gemm *= 1 + SPLIT * call.R / K
     if plan.way == "inside":
         return machine.launch + gemm * (1 + config.BLOCK_R / config.BLOCK_N)
     return passes + machine.launch + gemm

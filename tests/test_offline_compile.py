@@ -49,6 +49,20 @@ def pairs_side_by_side(results):
     return found
 
 
+def written_in_parts(results):
+    """How many GEMMs take fp32 factors in parts, after a check that what writes these has room beside them and loads wide."""
+    gemms = [
+        result for result in results if result["kernel"] == "fused_linear_pipelined" and "/float32" in result["case"]
+    ]
+    for small in (result for result in results if result["kernel"] == "in_parts"):
+        loads, *_ = small["widths"]
+        assert {bits for bits, _ in loads} == {128}, small
+        for gemm in gemms:
+            blocks = [(result["num_warps"], result["registers"], result["shared"]) for result in (gemm, small)]
+            assert fit_together("sm_90", *blocks), (gemm, small)
+    return len(gemms)
+
+
 def test_a_tile_of_an_fp32_sum_is_summed_alone():
     """Taken for the start of its dot, the sum so far would be cut off by the matrix units: no interpreter shows that."""
     script = """
@@ -110,8 +124,10 @@ def test_compiles_without_spills_in_the_chips_shared_memory(arch, dtype):
     ],
 )
 def test_other_adapters_and_odd_sizes_fit_hopper(options):
-    beside = "large" in options and "float32" not in options
-    assert bool(pairs_side_by_side(compile_for("sm_90", *options.split()))) == beside
+    results = compile_for("sm_90", *options.split())
+    aligned, mixed = "large" in options, "float32" in options
+    assert bool(pairs_side_by_side(results)) == (aligned and not mixed)
+    assert bool(written_in_parts(results)) == mixed
 
 
 @pytest.mark.slow
@@ -119,6 +135,12 @@ def test_what_runs_beside_the_gemm_has_room_there():
     options = ["--dtype", "bfloat16", "--rank", "8", "--shape", "large", "--case", "beside"]
     kernels = {"down_project", "outer_pair", "fused_linear_persistent", "fused_linear_pipelined"}
     assert pairs_side_by_side(compile_for("sm_90", *options, kernels=kernels))
+
+
+@pytest.mark.slow
+def test_what_writes_factors_in_parts_has_room_beside_the_gemm_that_takes_them():
+    options = ["--dtype", "bfloat16/float32", "--rank", "8", "20", "64", "--shape", "large", "--case", " pipelined"]
+    assert written_in_parts(compile_for("sm_90", *options, kernels={"in_parts", "fused_linear_pipelined"}))
 
 
 @pytest.mark.slow
@@ -245,6 +267,7 @@ class Noted(TorchDispatchMode):
 
 g, x, w = (torch.empty(size, dtype=half) for size in ((2048, 4096), (2048, 4096), (4096, 4096)))
 s, a, b = (torch.empty(size, dtype=half) for size in ((2048, 16), (16, 4096), (4096, 16)))
+wide_s, wide_b = s.float(), b.float()
 watch.watcher = lambda kernel, *_: done.append(kernel.__name__.removesuffix("_kernel"))
 S, GEMM, pair = "_down_project", "_fused_linear_pipelined", "_outer_pair"
 calls = {
@@ -255,6 +278,8 @@ calls = {
     ],
     # dX; dB and dA.
     lambda: csrc_triton.layer_grads(g, x, s, w, a, b, 2.0, "row", half, half): ["new", GEMM, "new", "new", pair],
+    # y; the factors' parts.
+    lambda: csrc_triton.fused_linear(x, w, None, wide_s, wide_b): ["new", "new", "new", "_in_parts", GEMM],
 }
 for call, expected in calls.items():
     done.clear()
@@ -262,6 +287,30 @@ for call, expected in calls.items():
         catch_launches(call, "sm_90")
     start = done.index(GEMM) - 1 if pair in expected else 0
     assert done[start : start + len(expected)] == expected, done
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_gemm_of_factors_in_parts_is_the_last_of_a_chain_with_them():
+    script = """
+import torch
+from bench.offline_compile import catch_launches
+from csrc_triton import plans
+from csrc_triton.chain import chained
+from csrc_triton.fused_linear import launch_persistently
+
+half = torch.bfloat16
+x, w, y = (torch.empty(size, dtype=half) for size in ((2048, 4096), (1024, 4096), (2048, 1024)))
+s, b = torch.empty(2048, 16), torch.empty(1024, 16)
+call = plans.Call("fused_linear", 2048, 1024, 4096, 16, half, torch.float32)
+plan = next(plan for plan in plans.options(call, "sm_90", plans.WIDE) if plan.way == "pipelined")
+for beside in (False, True):
+    with chained(beside, "late"):
+        parts, gemm = catch_launches(lambda: launch_persistently(x, w, None, s, b, y, plan, beside), "sm_90")
+    # The first of a chain begins when all before it has ended.
+    assert parts[2]["CHAIN"] == "first" and not parts[2].get("launch_pdl"), parts
+    assert gemm[2]["CHAIN"] == "last" and gemm[2]["launch_pdl"] and gemm[2]["maxnreg"] == 208, gemm
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -11,7 +11,8 @@ configs = pytest.importorskip("csrc_triton.configs")
 tuning = pytest.importorskip("csrc_triton.tuning")
 
 ARCHS = ["sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "unheard_of", "interpreter"]
-DTYPES = [(torch.float32,) * 2, (torch.float16,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
+MIXED = (torch.bfloat16, torch.float32)
+DTYPES = [(torch.float32,) * 2, (torch.float16,) * 2, (torch.bfloat16,) * 2, MIXED]
 KEY = "Some GPU, torch 1, triton 2"
 
 
@@ -84,8 +85,47 @@ def test_each_way_is_the_best_somewhere_on_hopper():
 def test_the_pipelined_gemm_is_for_16_bit_factors_in_whole_wide_loads():
     assert plans._pick(call(), "sm_90", plans.EVERYTHING, None).way == "pipelined"
     assert "pipelined" not in {plan.way for plan in plans.options(call(), "sm_90", plans.WIDE)}
-    for other in ({"r": 12}, {"dtypes": (torch.bfloat16, torch.float32)}, {"dtypes": (torch.float32,) * 2}):
+    for other in ({"r": 12}, {"dtypes": (torch.float16, torch.float32)}, {"dtypes": (torch.float32,) * 2}):
         assert "pipelined" not in {plan.way for plan in plans.options(call(**other), "sm_90")}
+
+
+@pytest.mark.parametrize("r", [1, 8, 12, 16, 64, 200])
+def test_fp32_factors_under_bf16_go_pipelined_in_parts_that_descriptors_reach(r):
+    mixed = call("fused_linear", r=r, dtypes=MIXED)
+    found = [plan for plan in plans.options(mixed, "sm_90", plans.WIDE) if plan.way == "pipelined"]
+    of_parts = call("fused_linear", r=-(-3 * r // 8) * 8)
+    assert found == [plan for plan in plans.options(of_parts, "sm_90") if plan.way == "pipelined"]
+    assert {plan.config.BLOCK_R for plan in found} == {configs.block_r(3 * r)}
+    assert "pipelined" not in {plan.way for plan in plans.options(mixed, "sm_90", plans.NOTHING)}
+    assert "pipelined" not in {plan.way for plan in plans.options(mixed, "sm_100", plans.EVERYTHING)}
+    # A launch of their own, and more columns.
+    assert plans.estimate(mixed, found[0], "sm_90") > plans.estimate(of_parts, found[0], "sm_90")
+
+
+def test_fp32_factors_under_bf16_go_pipelined_where_the_gemm_is_large():
+    for op, m, r in itertools.product(("adapted_linear", "fused_linear"), (2048, 8192), (8, 16)):
+        assert plans._pick(call(op, m=m, r=r, dtypes=MIXED), "sm_90", plans.WIDE, None).way == "pipelined"
+    for m in (64, 512):
+        assert plans._pick(call(m=m, dtypes=MIXED), "sm_90", plans.WIDE, None).way != "pipelined"
+
+
+def test_the_plan_of_a_layer_says_that_its_factors_go_in_parts(monkeypatch):
+    csrc_triton = pytest.importorskip("csrc_triton")
+    monkeypatch.setattr(configs, "arch_of", lambda device: "sm_90")
+    for dtypes, in_parts in ((MIXED, True), ((torch.bfloat16,) * 2, False)):
+        steps = csrc_triton.plan_steps(2048, 4096, 4096, 16, "row", *dtypes, torch.device("cpu"))
+        for step in ("adapted_linear (y)", "fused_linear (dx)"):
+            assert plans.WAYS["pipelined"] in steps[step] and ("bf16 parts" in steps[step]) == in_parts
+
+
+def test_to_split_fp32_factors_in_the_gemm_takes_longer():
+    for way in ("tiles", "persistent"):
+        costs = []
+        for dtypes in ((torch.bfloat16,) * 2, MIXED):
+            same = call("fused_linear", m=8192, dtypes=dtypes)
+            plan = next(plan for plan in plans.options(same, "sm_90") if plan.way == way)
+            costs.append(plans.estimate(same, plan, "sm_90"))
+        assert 1.01 < costs[1] / costs[0] < 1.03
 
 
 def test_the_sums_that_run_beside_the_gemm_alone_can_decide():

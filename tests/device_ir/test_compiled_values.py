@@ -14,6 +14,7 @@ from allora_kernels.per_sample.samples import Samples
 from allora_kernels.testing import assert_close, make_inputs
 from csrc_triton import adapter_grad, configs, describable, plans, sample_grad, sweep_plan
 from csrc_triton.combine import combine_pair
+from csrc_triton.parts import in_parts
 
 ETA = 1.3
 
@@ -100,6 +101,30 @@ def test_persistent_with_more_and_fewer_tiles_than_programs(few_sms, dtypes, ran
         if plan.way in plans.PERSISTENT:
             y, _ = csrc_triton.adapted_linear(*tensors, compute, plan)
             assert_close(y, eager, exact, f"y of {plan}")
+
+
+@over("arch", "layout", shape=[(37, 53, 3), (70, 64, 16), (1, 9, 8), (33, 65, 136)])
+def test_in_parts(arch, layout, shape):
+    M, N, R = shape
+    factors = torch.randn(M, R), torch.randn(N, R)
+    for t, found, middle in zip(factors, in_parts(*(laid_out(t, layout) for t in factors)), (2, 1)):
+        high = t.to(BF16)
+        thirds = [high, high, high, high.new_zeros(len(t), found.shape[1] - 3 * R)]
+        thirds[middle] = (t - high.float()).to(BF16)
+        assert torch.equal(found, torch.cat(thirds, dim=1))
+
+
+@over("layout", rank=[3, 16, 72], wide_layout=["rows", "columns"])
+def test_pipelined_with_fp32_factors_of_any_strides(layout, wide_layout, rank):
+    x, weight, bias, a, b, _ = make_inputs(300, 264, 136, rank, BF16, F32)
+    s = reference.down_project(x, a, F32)
+    args = (x, laid_out(weight, wide_layout), bias, laid_out(s, layout), laid_out(b, layout))
+    call = plans.Call("fused_linear", 300, 264, 136, rank, BF16, F32)
+    found = [p for p in plans.options(call, "sm_90", describable(*args[:2], b, s)) if p.way == "pipelined"]
+    assert found
+    for plan in found:
+        y = csrc_triton.fused_linear(*args, plan)
+        assert_close(y, reference.fused_linear(*args), reference.fused_linear(*doubles(*args)), f"y of {plan}")
 
 
 @over("arch", "dtypes", "layout", plan=["tiles", "inside"])

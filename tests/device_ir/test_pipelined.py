@@ -1,15 +1,17 @@
 """The GEMM in Gluon, which begins and awaits its copies and products itself: in order, whatever they take."""
 
+import contextlib
+
 import pytest
 import torch
 from asynchrony import as_late_as_allowed
-from matrix import BF16, F16
+from matrix import BF16, F16, F32
 from planting import module, plant
 from ttsem.sanitize import Unjudged
 
 from allora_kernels import reference
 from allora_kernels.testing import assert_close, make_inputs
-from csrc_triton import configs
+from csrc_triton import configs, plans
 from csrc_triton.chain import chained, next_place
 
 
@@ -49,6 +51,29 @@ def test_whatever_copies_and_products_take(shape, product, place, few_sms):
         steps = -(-K // config.BLOCK_K) + -(-R // config.BLOCK_R)
         assert counts["stores"] == 4 * tiles and counts["products"] == tiles * steps
         assert counts["copies"] == 2 * counts["products"] and counts["programs"] == min(tiles, 3 if few_sms else 132)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("factor", [0, 1])
+def test_fp32_factors_are_waited_for_while_they_are_written_in_parts(factor, waits, monkeypatch):
+    x, weight, bias, a, b, _ = make_inputs(300, 520, 136, 12, BF16, F32)
+    args = (x, weight, bias, reference.down_project(x, a, F32), b)
+    call = plans.Call("fused_linear", 300, 520, 136, 12, BF16, F32)
+    plan = next(plan for plan in plans.options(call, "sm_90", plans.WIDE) if plan.way == "pipelined")
+    launch_pipelined = module("fused_linear_pipelined").launch_pipelined
+
+    def launch(*args):
+        *args, wait = args
+        written = args[3 + factor]
+        ran.after_kernel_in_front = range(written.data_ptr(), written.data_ptr() + written.nbytes)
+        launch_pipelined(*args, wait if waits else "")
+
+    monkeypatch.setattr(configs, "can_overlap", lambda device: True)
+    monkeypatch.setattr(module("fused_linear_pipelined"), "launch_pipelined", launch)
+    reported = contextlib.nullcontext() if waits else pytest.raises(Unjudged, match="may not have written")
+    with as_late_as_allowed() as ran, reported:
+        y = module("fused_linear").fused_linear(*args, plan)
+        assert_close(y, reference.fused_linear(*args), reference.fused_linear(*double(*args)), "y")
 
 
 # What is changed, and what is then reported.

@@ -36,6 +36,10 @@ def down_project():
     module("down_project").down_project(torch.randn(5, 2500), torch.randn(3, 2500), F32)
 
 
+def in_parts():
+    module("parts").in_parts(torch.randn(70, 3), torch.randn(50, 3))
+
+
 def outer_pair(M=300):
     g, s, x, u = (torch.randn(size, dtype=F16) for size in ((M, 144), (M, 16), (M, 272), (M, 16)))
     config = module("outer_pair").pick_pair(144, 272, 16, F16, "sm_90", F16)
@@ -170,6 +174,14 @@ FAULTS = [
          "_store_tile(y_desc, [0, start]", lambda: products("pipelined", M=300, N=520)),
     read("_fused_linear_pipelined_kernel", "fused_linear_pipelined", "mask=offs_n < N, other=0.0", "mask=offs_n < N + 8",
          lambda: products("pipelined")),
+    race("_in_parts_kernel", "parts", "out_ptr + offs_l[:, None] * WIDTH + offs_r",
+         "out_ptr + (offs_l - pid_l * BLOCK_L)[:, None] * WIDTH + offs_r", in_parts),
+    write("_in_parts_kernel", "parts", "else high, mask=mask_l[:, None] & mask_r[None, :])",
+          "else high, mask=mask_r[None, :])", in_parts),
+    write("_in_parts_kernel", "parts", "mask_end = mask_l[:, None] & (offs_end < WIDTH)[None, :]",
+          "mask_end = (offs_end < WIDTH)[None, :]", in_parts),
+    read("_in_parts_kernel", "parts", "t_ptrs, mask=mask_l[:, None] & mask_r[None, :]", "t_ptrs, mask=mask_l[:, None]",
+         in_parts),
     race("_grouped_down_project_kernel", "grouped_down_project", "s_ptr + offs_m[:, None] * R",
          "s_ptr + (offs_m - start)[:, None] * R", grouped),
     write("_grouped_down_project_kernel", "grouped_down_project",

@@ -17,9 +17,11 @@ def _configurations(request, monkeypatch):
     if arch is not None:
         if torch.cuda.is_available():
             raise pytest.UsageError("--configurations-of is for machines without a GPU: here its own are tested")
-        from csrc_triton import configs
+        from csrc_triton import configs, plans
 
         monkeypatch.setattr(configs, "arch_of", lambda device: arch)
+        # Gluon has no interpreter.
+        monkeypatch.delitem(plans.PERSISTENT, "pipelined")
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ from allora_kernels.testing import make_inputs
 from csrc_triton import batch_invariance, configs, plans, replay
 from csrc_triton.combine import combine
 from csrc_triton.launching import watch
+from csrc_triton.parts import in_parts, width
 from csrc_triton.recording import record
 
 norms = pytest.mark.parametrize("norm", reference.NORMS)
@@ -245,6 +246,39 @@ def test_descriptors(device, transposed, way):
 
     check(lambda *args: csrc_triton.fused_linear(*args, found[0]), make)
     check(parts, make)
+
+
+@layouts
+def test_fp32_factors_in_parts(device, layout):
+    """As the GEMM that takes them, in scratch memory; by tiles, where the way that takes them has no interpreter."""
+    call = plans.Call("fused_linear", 70, 21, 35, width(5), torch.bfloat16, torch.bfloat16)
+    tiles = plans.options(call, configs.arch_of(torch.device(device)), plans.NOTHING)[0]
+
+    def make(seed):
+        x, weight, bias, _, b, _, s = inputs(device, seed, (torch.bfloat16, torch.float32), (70, 21, 35, 5), layout)
+        return x, weight, bias, s, b
+
+    def launcher(x, weight, bias, s, b):
+        return csrc_triton.fused_linear(x, weight, bias, *in_parts(s, b), tiles)
+
+    check(launcher, make)
+    check(lambda *args: in_parts(*args[3:]), make)
+
+
+@pytest.mark.parametrize("rank", [16, 5])
+def test_fp32_factors_that_descriptors_reach_in_parts(device, rank):
+    call = plans.Call("fused_linear", 70, 64, 128, rank, torch.bfloat16, torch.float32)
+    found = plans.options(call, configs.arch_of(torch.device(device)), plans.WIDE)
+    found = [plan for plan in found if plan.way == "pipelined"]
+    if not found or device == "cpu":
+        pytest.skip("nothing here goes pipelined")
+
+    def make(seed):
+        sizes = (70, 64, 128, rank)
+        x, weight, bias, _, b, _, s = inputs(device, seed, (torch.bfloat16, torch.float32), sizes)
+        return x, weight, bias, s, b
+
+    check(lambda *args: csrc_triton.fused_linear(*args, found[0]), make)
 
 
 def test_groups(device):

@@ -90,12 +90,15 @@ def test_dx_by_strides(device, way, shape, dtypes):
 
 @ways
 @layouts
-def test_takes_any_strides(device, way, layout):
-    shape, dtype = (70, 56, 136, 16), torch.float16
-    plan = plan_for(way, "adapted_linear", shape, (dtype, dtype), device)
-    x, weight, bias, lora_A, lora_B, _ = make_inputs(*shape, dtype, device=device)
+@pytest.mark.parametrize("dtypes", [(torch.float16,) * 2, (torch.bfloat16, torch.float32)])
+def test_takes_any_strides(device, way, layout, dtypes):
+    shape, dtype = (70, 56, 136, 16), torch.promote_types(*dtypes)
+    plan = plan_for(way, "adapted_linear", shape, dtypes, device)
+    x, weight, bias, lora_A, lora_B, _ = make_inputs(*shape, *dtypes, device=device)
     tensors = (layout(x), layout(weight), bias.repeat_interleave(2)[::2], layout(lora_A), layout(lora_B))
-    if way in plans.PERSISTENT and csrc_triton.describable(*tensors[:2], tensors[4]) < plans.PERSISTENT[way]:
+    call = plans.Call("adapted_linear", *shape, dtypes[0], dtype)
+    reached = csrc_triton.describable(*tensors[:2], tensors[4])
+    if plan not in plans.options(call, configs.arch_of(torch.device(device)), reached):
         pytest.skip("descriptors do not reach these strides")
     results = csrc_triton.adapted_linear(*tensors, dtype, plan)
     exact = reference.adapted_linear(*double(*tensors), torch.float64)
