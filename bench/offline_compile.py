@@ -200,12 +200,12 @@ def _run(tool: str, *args: str) -> str:
     return subprocess.run([_NVIDIA_BIN / tool, *args], check=True, capture_output=True, text=True).stdout
 
 
-def in_a_chain(call, place="first"):
-    """`call`, whose launch has this place in a chain."""
+def in_a_chain(call, *places):
+    """`call`, whose launches have these places in a chain; without any the first."""
 
     def run():
-        with chained(True, place):
-            if place != "first":
+        with chained(True, *places):
+            if places:
                 next_place()
             call()
 
@@ -229,18 +229,21 @@ def launches(
         yield f"down_project beside y {label}", in_a_chain(lambda: down_project_beside(x, a, compute, beside))
     call = plans.Call("adapted_linear", m, n, k, r, dtype, compute)
     for plan in plans.options(call, arch, describable(x, w, b)):
+        open_for_parts = ("open",) * plans.takes_parts(plan.way, dtype, compute)
         if plan.way in plans.PERSISTENT:
             gemm = functools.partial(launch_persistently, x, w, bias, s, b, g, plan, beside=True)
-            yield f"y {plan.way} beside S {label}", in_a_chain(gemm, "last")
+            yield f"y {plan.way} beside S {label}", in_a_chain(gemm, *open_for_parts, "midway")
         if plan.way != "vendor":
             yield f"y {plan.way} {label}", lambda plan=plan: csrc_triton.adapted_linear(x, w, bias, a, b, compute, plan)
     call = plans.Call("fused_linear", m, k, n, r, dtype, compute)
     for plan in plans.options(call, arch, describable(g, w.mT, a.mT)):
+        open_for_parts = ("open",) * plans.takes_parts(plan.way, dtype, compute)
         if plan.way != "vendor":
             yield f"dx {plan.way} {label}", lambda plan=plan: csrc_triton.fused_linear(g, w.mT, None, s, a.mT, plan)
             if plan.way in plans.PERSISTENT:
                 gemm = functools.partial(launch_persistently, g, w.mT, None, s, a.mT, x, plan, beside=True)
-                yield f"dx {plan.way} beside dB and dA {label}", in_a_chain(gemm)
+                places = (*open_for_parts, "midway") if open_for_parts else ()
+                yield f"dx {plan.way} beside dB and dA {label}", in_a_chain(gemm, *places)
     yield f"low_rank_add {label}", lambda: csrc_triton.low_rank_add(g, s, b)
     yield f"low_rank_product {label}", lambda: low_rank_product(s, b, bias, dtype)
     for norm in ("row", "matrix", "factor"):

@@ -53,10 +53,15 @@ def _adapted_linear(x, weight, bias, a, b, dtype, eta, plan):
     if beside is not None:
         # Before C's scratch, which is given back within the chain.
         y = torch.empty(M, N, device=x.device, dtype=x.dtype)
+        # C of fp32 factors takes more registers than there are beside the GEMM.
+        c_beside = eta is not None and b.itemsize == 2 and a.itemsize == 2
+        c = None if eta is None or c_beside else weight_coefficient(a, b, eta, "row")
+        places = ("late", "open") * c_beside + ("open",) * plans.takes_parts(plan.way, x.dtype, dtype) + ("midway",)
         # S first: of its programs each multiprocessor gets one, where C's stood some would get two, and the GEMM find no room.
-        with chained(True, *(("last",) if eta is None else ("late", "open", "last"))):
+        with chained(True, *places):
             s = down_project_beside(x, a, dtype, beside)
-            c = None if eta is None else weight_coefficient(a, b, eta, "row")
+            if c_beside:
+                c = weight_coefficient(a, b, eta, "row")
             launch_persistently(x, weight, bias, s, b, y, plan, beside=True)
         return y, s, c
     c = None if eta is None else weight_coefficient(a, b, eta, "row")

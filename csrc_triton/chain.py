@@ -3,15 +3,15 @@
 The first lets the next begin at once. Each after it has one of these places (programmatic dependent launch; CUDA C++
 programming guide):
 
-    link  waits, before it reads or writes anything, until the one in front has ended and its writes are seen; then it lets the
-          next begin. So all see what they would see one after another, whatever memory they share. What is saved is the time
-          from one kernel's end to the start of the next.
-    open  lets the next begin, then waits as a link does.
-    late  lets the next begin, and runs beside the one in front, of which it reads nothing; it ends when that has ended, too.
-    last  runs beside the one in front, and waits for it where it first reads what that has written.
+    link    waits, before it reads or writes anything, until the one in front has ended and its writes are seen; then it lets
+            the next begin. So all see what they would see one after another, whatever memory they share. What is saved is the
+            time from one kernel's end to the start of the next.
+    open    lets the next begin, then waits as a link does.
+    midway  lets the next begin, and waits where it first reads what the one in front has written.
+    late    lets the next begin, and runs beside the one in front, of which it reads nothing; it ends when that has, too.
 
-So with the end of a chain's last kernel all of it has ended. What an "open", "late" or "last" kernel writes has to be memory
-that nothing else in its chain has used and given back: that may still be in use.
+So with the end of a chain's last kernel all of it has ended. What a kernel that is no link writes has to be memory that nothing
+else in its chain has used and given back: that may still be in use.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def join_chain(CHAIN: tl.constexpr):
     """What a kernel does first of all; CHAIN as from `next_place`."""
     if CHAIN == "link":
         gdc_wait()
-    if CHAIN != "" and CHAIN != "last":
+    if CHAIN != "":
         gdc_launch_dependents()
     if CHAIN == "open":
         gdc_wait()

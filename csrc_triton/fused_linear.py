@@ -182,21 +182,17 @@ def launch_persistently(
     plan: plans.Plan,
     beside: bool = False,
 ) -> None:
-    """Fill y by a plan of `plans.PERSISTENT`; `beside` as in `launch_persistent`, unless it is of factors in parts: in a
-    chain of its own with what writes these."""
+    """Fill y by a plan of `plans.PERSISTENT`; `beside` as in `launch_persistent`, but that factors that go in parts are written
+    by one more kernel of the chain in front of the GEMM, which then is "midway"."""
     if plan.way == "persistent":
         launch_persistent(x, weight, bias, s, b, y, plan.config, beside)
         return
     # A Triton whose Gluon is not the one it was written for still runs all else.
     from .fused_linear_pipelined import launch_pipelined
 
-    if not parts.possible(x.dtype, s.dtype):
-        launch_pipelined(x, weight, bias, s, b, y, plan.config, beside)
-        return
-    overlap = configs.can_overlap(x.device)
-    with chained(overlap, "last"):
-        s3, b3 = parts.in_parts(s, b)
-        launch_pipelined(x, weight, bias, s3, b3, y, plan.config, beside=overlap)
+    if parts.possible(x.dtype, s.dtype):
+        s, b = parts.in_parts(s, b)
+    launch_pipelined(x, weight, bias, s, b, y, plan.config, beside)
 
 
 def fused_linear(
@@ -218,6 +214,8 @@ def fused_linear(
         return low_rank_product(s, b, bias, x.dtype).addmm_(x, weight.mT)
     if plan.way in plans.PERSISTENT:
         y = torch.empty(M, N, device=x.device, dtype=x.dtype)
-        launch_persistently(x, weight, bias, s, b, y, plan)
+        overlap = plans.takes_parts(plan.way, x.dtype, s.dtype) and configs.can_overlap(x.device)
+        with chained(overlap, "midway"):
+            launch_persistently(x, weight, bias, s, b, y, plan, beside=overlap)
         return y
     return launch_tiles(x, weight, bias, None, s, b, plan.config)

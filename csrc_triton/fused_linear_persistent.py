@@ -50,8 +50,8 @@ def _fused_linear_persistent_kernel(
 ):
     """``y = x Wᵀ + bias + S Bᵀ`` for x [M, K], W [N, K] (W_ROWS_OVER_K: stored [K, N]), S [M, R], B [N, R], y [M, N].
 
-    Program p writes the tiles p, p + NUM_PROGRAMS, ... of y; accumulates in fp32, rounds once. As the "last" of a chain it
-    waits where it reads S.
+    Program p writes the tiles p, p + NUM_PROGRAMS, ... of y; accumulates in fp32, rounds once. In a chain it lets the
+    next kernel begin, and "midway" waits where it reads S.
     """
     join_chain(CHAIN)
     R, stride_sm, stride_bn = in_steps(R, S_STEP), in_steps(stride_sm, S_STEP), in_steps(stride_bn, B_STEP)
@@ -69,7 +69,7 @@ def _fused_linear_persistent_kernel(
             w = w_desc.load([k, start_n]) if W_ROWS_OVER_K else w_desc.load([start_n, k]).T  # [BLOCK_K, BLOCK_N]
             acc = dot(x, w, acc, DTYPE, "ieee")
 
-        if CHAIN == "last":
+        if CHAIN == "midway":
             gdc_wait()
         offs_m = offsets(start_m, BLOCK_M)
         offs_n = offsets(start_n, BLOCK_N)
@@ -129,8 +129,8 @@ def launch_persistent(
 ) -> None:
     """Fill y, for operands that are `describable`.
 
-    `beside` leaves room for a small kernel: in a chain, whose "first" or "last" this is. In front of a chain whose last it
-    is y was allocated, and all but s written.
+    `beside` leaves room for small kernels: in a chain, in which this is the "first" or "midway". In front of the chain y was
+    allocated and all was written but s, unless this is its first.
     """
     (M, K), N, R = x.shape, weight.shape[0], s.shape[1]
     w_rows_over_k = not aligned_rows(weight)

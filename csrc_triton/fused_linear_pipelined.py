@@ -100,7 +100,7 @@ def _load_step(
     if step < k_steps:
         _load(count, ring, wide, start_m, start_n, step * BLOCK_K, needed, W_ROWS_OVER_K)
     else:
-        if CHAIN == "last":
+        if CHAIN == "midway":
             _wait_for_kernel_in_front()
         _load(count, ring, low_rank, start_m, start_n, (step - k_steps) * BLOCK_R, needed, B_ROWS_OVER_R)
     step += 1
@@ -159,7 +159,7 @@ def _fused_linear_pipelined_kernel(
     Program p writes the tiles p, p + NUM_PROGRAMS, ... of y; accumulates in fp32, rounds once. CHAIN as in
     `_fused_linear_persistent_kernel`.
     """
-    if CHAIN == "first":
+    if CHAIN != "":
         _let_next_kernel_begin()
     QUARTER_N: gl.constexpr = BLOCK_N // 4
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_N, 16])

@@ -239,10 +239,10 @@ for rank in (8, 16, 32, 64):
         elif place == "open":
             assert 0 < lets < waits < touched[0]
         else:
-            assert lets < 0 < waits, place
-    assert list(blocks) == ["first", "late", "open", "last"], blocks
+            assert 0 < lets < waits, place
+    assert list(blocks) == ["first", "late", "open", "midway"], blocks
     for small in ("late", "open"):
-        assert fit_together("sm_90", *(blocks[place] for place in ("first", small, "last"))), (rank, small, blocks)
+        assert fit_together("sm_90", *(blocks[place] for place in ("first", small, "midway"))), (rank, small, blocks)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -292,25 +292,22 @@ for call, expected in calls.items():
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_the_gemm_of_factors_in_parts_is_the_last_of_a_chain_with_them():
+def test_the_gemm_of_factors_in_parts_waits_for_them():
     script = """
 import torch
 from bench.offline_compile import catch_launches
 from csrc_triton import plans
-from csrc_triton.chain import chained
-from csrc_triton.fused_linear import launch_persistently
+from csrc_triton.fused_linear import fused_linear
 
 half = torch.bfloat16
-x, w, y = (torch.empty(size, dtype=half) for size in ((2048, 4096), (1024, 4096), (2048, 1024)))
+x, w = (torch.empty(size, dtype=half) for size in ((2048, 4096), (1024, 4096)))
 s, b = torch.empty(2048, 16), torch.empty(1024, 16)
 call = plans.Call("fused_linear", 2048, 1024, 4096, 16, half, torch.float32)
 plan = next(plan for plan in plans.options(call, "sm_90", plans.WIDE) if plan.way == "pipelined")
-for beside in (False, True):
-    with chained(beside, "late"):
-        parts, gemm = catch_launches(lambda: launch_persistently(x, w, None, s, b, y, plan, beside), "sm_90")
-    # The first of a chain begins when all before it has ended.
-    assert parts[2]["CHAIN"] == "first" and not parts[2].get("launch_pdl"), parts
-    assert gemm[2]["CHAIN"] == "last" and gemm[2]["launch_pdl"] and gemm[2]["maxnreg"] == 208, gemm
+parts, gemm = catch_launches(lambda: fused_linear(x, w, None, s, b, plan), "sm_90")
+# The first of a chain begins when all before it has ended.
+assert parts[2]["CHAIN"] == "first" and not parts[2].get("launch_pdl"), parts
+assert gemm[2]["CHAIN"] == "midway" and gemm[2]["launch_pdl"] and gemm[2]["maxnreg"] == 208, gemm
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

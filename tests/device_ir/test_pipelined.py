@@ -23,10 +23,10 @@ def check(args, config, place=""):
     x, weight, _, s, _ = args
     y = torch.full((len(x), len(weight)), torch.nan, dtype=x.dtype)
     with as_late_as_allowed() as ran:
-        if place == "last":
+        if place == "midway":
             ran.after_kernel_in_front = range(s.data_ptr(), s.data_ptr() + s.nbytes)
-        with chained(place != "", "last"):
-            if place == "last":
+        with chained(place != "", "midway"):
+            if place == "midway":
                 next_place()
             module("fused_linear_pipelined").launch_pipelined(*args, y, config, place != "")
     assert_close(y, reference.fused_linear(*args), reference.fused_linear(*double(*args)), "y")
@@ -36,7 +36,7 @@ def check(args, config, place=""):
 @pytest.mark.parametrize("few_sms", [False, True])
 @pytest.mark.parametrize("shape", [(300, 520, 136, 16), (1, 8, 8, 8), (130, 264, 512, 72), (400, 1032, 64, 24)])
 @pytest.mark.parametrize("product", ["y", "dx"])
-@pytest.mark.parametrize("place", ["", "first", "last"])
+@pytest.mark.parametrize("place", ["", "first", "midway"])
 def test_whatever_copies_and_products_take(shape, product, place, few_sms):
     dtype = F16 if few_sms else BF16
     x, weight, bias, a, b, g = make_inputs(*shape, dtype)
@@ -63,10 +63,10 @@ def test_fp32_factors_are_waited_for_while_they_are_written_in_parts(factor, wai
     launch_pipelined = module("fused_linear_pipelined").launch_pipelined
 
     def launch(*args):
-        *args, wait = args
         written = args[3 + factor]
         ran.after_kernel_in_front = range(written.data_ptr(), written.data_ptr() + written.nbytes)
-        launch_pipelined(*args, wait if waits else "")
+        with contextlib.nullcontext() if waits else chained(False):
+            launch_pipelined(*args)
 
     monkeypatch.setattr(configs, "can_overlap", lambda device: True)
     monkeypatch.setattr(module("fused_linear_pipelined"), "launch_pipelined", launch)
@@ -119,7 +119,7 @@ FAULTS = {
     "the program ends before its stores": ("    tma.store_wait(pendings=0)\n", "", "program ends before its stores"),
     "a store may not see what is written": ("            fence_async_shared()\n", "", "may not see yet"),
     "a copy may not see its barrier": ("sees them.\n    fence_async_shared()\n", "sees them.\n", "may not see yet"),
-    "S is not waited for": ('CHAIN == "last"', 'CHAIN == "never"', "kernel in front may not have written"),
+    "S is not waited for": ('CHAIN == "midway"', 'CHAIN == "never"', "kernel in front may not have written"),
 }
 
 
@@ -132,4 +132,4 @@ def test_each_wait_is_needed(fault, tmp_path, monkeypatch):
     monkeypatch.setattr(configs, "num_sms", lambda device: 3)
     plant("fused_linear_pipelined", *change, tmp_path, monkeypatch)
     with pytest.raises((Unjudged, AssertionError), match=message):
-        check(args, config, "last")
+        check(args, config, "midway")
