@@ -3,7 +3,7 @@
 import torch
 
 from . import batch_invariance, configs, plans
-from .adapted_linear import adapted_linear, adapted_linear_and_coefficient
+from .adapted_linear import adapted_linear, adapted_linear_and_coefficient, hides_c
 from .adapter_grad import adapter_grads
 from .combine import combine
 from .dequantize import dequantize_4bit
@@ -40,6 +40,7 @@ __all__ = [
     "grouped_low_rank_product",
     "grouped_sample_grads",
     "grouped_sample_squared_norms",
+    "hides_c",
     "layer_grads",
     "low_rank_add",
     "plan_added_steps",

@@ -10,6 +10,16 @@ from .fused_linear import fused_linear, launch_persistently, launch_tiles
 from .fused_linear_persistent import describable
 from .row_norms import weight_coefficient
 
+C_BESIDE_FROM = 2**24
+"""Elements of y above which the GEMM takes long enough to hide C: on an H200 it does at 2^25 (M=8192, N=4096), and at 2^23 the
+first tile waits longer for it than it takes alone."""
+
+
+def hides_c(M: int, N: int, R: int, *dtypes: torch.dtype) -> bool:
+    """Whether `adapted_linear_and_coefficient` costs less than `adapted_linear` and C in the backward pass, for x, weight and
+    factors of these dtypes."""
+    return M * N > C_BESIDE_FROM and R <= 32 and all(dtype.itemsize == 2 for dtype in dtypes)
+
 
 def adapted_linear(
     x: Tensor,
@@ -38,7 +48,7 @@ def adapted_linear_and_coefficient(
     eta: float,
     plan: plans.Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`adapted_linear`, and C [N] (fp32) of the rule "row" for the backward pass, which finds room beside the GEMM here."""
+    """`adapted_linear`, and C [N] (fp32) of the rule "row" for the backward pass: beside the GEMM, if S is."""
     return _adapted_linear(x, weight, bias, a, b, dtype, eta, plan)
 
 
@@ -53,15 +63,10 @@ def _adapted_linear(x, weight, bias, a, b, dtype, eta, plan):
     if beside is not None:
         # Before C's scratch, which is given back within the chain.
         y = torch.empty(M, N, device=x.device, dtype=x.dtype)
-        # C of fp32 factors takes more registers than there are beside the GEMM.
-        c_beside = eta is not None and b.itemsize == 2 and a.itemsize == 2
-        c = None if eta is None or c_beside else weight_coefficient(a, b, eta, "row")
-        places = ("late", "open") * c_beside + ("open",) * plans.takes_parts(plan.way, x.dtype, dtype) + ("midway",)
-        # S first: of its programs each multiprocessor gets one, where C's stood some would get two, and the GEMM find no room.
-        with chained(True, *places):
+        # S first: of its programs each multiprocessor gets one; where C's stood some would get two, and the GEMM find no room.
+        with chained(True, *(("midway",) if eta is None else ("late", "open", "midway"))):
             s = down_project_beside(x, a, dtype, beside)
-            if c_beside:
-                c = weight_coefficient(a, b, eta, "row")
+            c = None if eta is None else weight_coefficient(a, b, eta, "row")
             launch_persistently(x, weight, bias, s, b, y, plan, beside=True)
         return y, s, c
     c = None if eta is None else weight_coefficient(a, b, eta, "row")

@@ -80,11 +80,13 @@ def gram_parts(factor: Tensor) -> Tensor:
     *groups, R, L = factor.shape
     groups = math.prod(groups)
     tiles = cdiv(R, _BLOCK_R)
-    parts = configs.num_splits(groups * tiles * tiles, L, 4 * _BLOCK_L, configs.arch_of(factor.device), waves=1)
-    split_l = cdiv(cdiv(L, min(parts, _MAX_PARTS)), _BLOCK_L) * _BLOCK_L
+    whole = factor.dtype == torch.float32
+    # Three parts of each operand fill the registers.
+    block_l = _BLOCK_L // 2 if whole else _BLOCK_L
+    parts = configs.num_splits(groups * tiles * tiles, L, 4 * block_l, configs.arch_of(factor.device), waves=1)
+    split_l = cdiv(cdiv(L, min(parts, _MAX_PARTS)), block_l) * block_l
     parts = cdiv(L, split_l)
     partial = torch.empty(*factor.shape[:-2], parts, R, R, device=factor.device, dtype=torch.float32)
-    whole = factor.dtype == torch.float32
     launch(
         _gram_kernel,
         (tiles, tiles, groups * parts),
@@ -98,8 +100,7 @@ def gram_parts(factor: Tensor) -> Tensor:
         DTYPE=TRITON_DTYPE[factor.dtype],
         PRECISION="split3" if whole else "ieee",
         BLOCK_R=_BLOCK_R,
-        # Three parts of each operand fill the registers.
-        BLOCK_L=_BLOCK_L // 2 if whole else _BLOCK_L,
+        BLOCK_L=block_l,
         num_warps=4,
         num_stages=2,
         **configs.all_registers(configs.arch_of(factor.device)),

@@ -168,12 +168,14 @@ def _steps(backend: Any) -> Any:
 def apply_function(x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, sink) -> Tensor:
     """y: `_ALLoRALinear` of these arguments."""
     args = (x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, sink)
-    transformed = torch._C._are_functorch_transforms_active()
-    # One step in the forward pass, where the GEMM hides it; a transform is better served by steps that it can batch.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        # Whether C is hidden goes by the number of rows, which would be compiled in.
+        return _ALLoRALinear.apply(*args, False)[0]
     trained = torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad)
-    c_too = trained and norm == "row" and backend == "triton" and not transformed
-    if torch.compiler.is_compiling() or transformed:
-        return _ALLoRALinear.apply(*args, c_too)[0]
+    c_too = trained and norm == "row" and backend == "triton"
+    if c_too:
+        N, R = lora_B.shape
+        c_too = _steps(backend).hides_c(x.shape[0], N, R, x.dtype, lora_A.dtype, lora_B.dtype)
     # Outside of transforms `Function.apply` does nothing more than this, after 30 us of binding default arguments.
     return super(torch.autograd.Function, _ALLoRALinear).apply(*args, c_too)[0]
 

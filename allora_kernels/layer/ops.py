@@ -52,6 +52,8 @@ adapted_linear_and_coefficient: Callable[..., tuple[Tensor, Tensor, Tensor]] = d
     ),
 )
 
+hides_c = csrc_triton.hides_c
+
 dequantize_4bit: Callable[..., Tensor] = define(
     "dequantize_4bit(Tensor packed, Tensor code, Tensor scales, Tensor? scale_code, Tensor? scale_scales, Tensor? offset,"
     " int block, int scale_block, int n, int k, ScalarType dtype) -> Tensor",

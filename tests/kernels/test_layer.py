@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from allora_kernels import FusedALLoRALinear, allora_linear, reference
 from allora_kernels.testing import assert_close, make_inputs
 
+ops = pytest.importorskip("allora_kernels.layer.ops")
 norms = pytest.mark.parametrize("norm", reference.NORMS)
 
 
@@ -59,20 +60,42 @@ class Called(TorchDispatchMode):
 
 @norms
 @pytest.mark.parametrize("trained", [("lora_A", "lora_B"), ("lora_B",), ()])
-def test_c_is_found_on_the_way_forward_where_the_adapter_is_trained(device, norm, trained):
+@pytest.mark.parametrize("hidden", [True, False])
+def test_c_is_found_on_the_way_forward_where_that_hides_it(device, norm, trained, hidden, monkeypatch):
+    monkeypatch.setattr(ops, "hides_c", lambda *sizes: hidden)
     layer = FusedALLoRALinear(35, 21, r=5, norm=norm, device=device)
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(name in trained)
     x = torch.randn(7, 35, device=device, requires_grad=True)
+    on_the_way = bool(trained) and norm == "row" and hidden
     with Called() as called:
         y = layer(x)
-    assert called.names == ["adapted_linear_and_coefficient" if trained and norm == "row" else "adapted_linear"]
+    assert called.names == ["adapted_linear_and_coefficient" if on_the_way else "adapted_linear"]
     with Called() as called:
         y.sum().backward()
-    assert called.names.count("weight_coefficient") == (trained == ("lora_B",) and norm in ("matrix", "factor"))
+    # Where all gradients are asked for, it is a part of their op.
+    alone = trained == ("lora_B",) and norm in reference.WEIGHT_NORMS and not on_the_way
+    assert called.names.count("weight_coefficient") == alone
     with torch.no_grad(), Called() as called:
         layer(x)
     assert called.names == ["adapted_linear"]
+
+
+@pytest.mark.parametrize("trained", [("lora_A", "lora_B"), ("lora_B",)])
+def test_the_gradients_with_c_from_the_way_forward(device, trained, monkeypatch):
+    monkeypatch.setattr(ops, "hides_c", lambda *sizes: True)
+    inputs = make_inputs(60, 53, 41, 5, torch.bfloat16, device=device)
+
+    def gradients(inputs, **kwargs):
+        x, weight, bias, lora_A, lora_B, g = inputs
+        leaves = {"x": x, "lora_A": lora_A, "lora_B": lora_B}
+        leaves = {name: t.detach().requires_grad_(name == "x" or name in trained) for name, t in leaves.items()}
+        y = allora_linear(leaves["x"], weight, bias, leaves["lora_A"], leaves["lora_B"], eta=1.5, **kwargs)
+        return torch.autograd.grad(y, [t for t in leaves.values() if t.requires_grad], g)
+
+    exact = gradients(inputs.to(torch.float64), backend="eager")
+    for values in zip(gradients(inputs, backend="triton"), gradients(inputs, backend="eager"), exact, strict=True):
+        assert_close(*values, "gradient")
 
 
 def test_it_is_chosen_where_it_can_run(device):

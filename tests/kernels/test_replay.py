@@ -144,8 +144,7 @@ def test_training_by_replay_has_the_same_bits(device, norm, monkeypatch):
         return call
 
     if device == "cpu":
-        forward = "adapted_linear_and_coefficient" if norm == "row" else "adapted_linear"
-        for name in (forward, "layer_grads"):
+        for name in ("adapted_linear", "layer_grads"):
             monkeypatch.setattr(ops, name, replaying(getattr(csrc_triton, name)))
     for ours, theirs in zip(train(), plain, strict=True):
         assert torch.equal(ours, theirs)
