@@ -181,18 +181,22 @@ def launch_persistently(
     y: Tensor,
     plan: plans.Plan,
     beside: bool = False,
-) -> None:
+) -> tuple[Tensor, Tensor]:
     """Fill y by a plan of `plans.PERSISTENT`; `beside` as in `launch_persistent`, but that factors that go in parts are written
-    by one more kernel of the chain in front of the GEMM, which then is "midway"."""
+    by one more kernel of the chain in front of the GEMM, which then is "midway".
+
+    Returns the factors that the GEMM reads, for a chain that goes on to hold: what runs beside it must not get their memory.
+    """
     if plan.way == "persistent":
         launch_persistent(x, weight, bias, s, b, y, plan.config, beside)
-        return
+        return s, b
     # A Triton whose Gluon is not the one it was written for still runs all else.
     from .fused_linear_pipelined import launch_pipelined
 
     if parts.possible(x.dtype, s.dtype):
         s, b = parts.in_parts(s, b)
     launch_pipelined(x, weight, bias, s, b, y, plan.config, beside)
+    return s, b
 
 
 def fused_linear(

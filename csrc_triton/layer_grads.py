@@ -70,6 +70,7 @@ def layer_grads(
     # Another chain, because what both read has to be there when its first kernel begins. The GEMM is that: it takes its place
     # on every multiprocessor, and the small programs what room is left, however many they are.
     with chained(True, *("midway",) * plans.takes_parts(plan.way, g.dtype, s.dtype), "late"):
-        launch_persistently(g, weight.mT, None, ds, a.mT, dx, plan, beside=True)
+        held = launch_persistently(g, weight.mT, None, ds, a.mT, dx, plan, beside=True)
         sums = outer_pair(g, s, rule_g, x, u, rule_x, pair, (dtype_a, dtype_b))
+        del held
     return dx, *add_up_pair(*sums, (dtype_a, dtype_b))
