@@ -70,7 +70,8 @@ MACHINES = {
         4e-6,
         _HOPPER,
         0.5,
-        "efficiency measured on an H200 on 2026-11-26 and 2026-11-27, the rest assumed for an H100 SXM",
+        "flops and bandwidth as an H100 reached them on 2026-11-27 (789e12, 3.03e12), efficiency measured on an H200 on "
+        "2026-11-26 and 2026-11-27, launch assumed",
     ),
     "sm_100": Machine(1600e12, 7.0e12, 4e-6, _ASSUMED, 0.5, "assumed for a B200 on 2026-11-23, not measured"),
     "*": Machine(200e12, 1.0e12, 6e-6, _ASSUMED, 0.5, "assumed on 2026-11-23, not measured"),
@@ -307,6 +308,14 @@ def num_splits(tiles: int, length: int, step: int, arch: str, waves: int = 2) ->
     """Into how many parts to cut a reduction of `length` so that `tiles` output tiles give about `waves` full waves."""
     programs = waves * sms_of(arch) if arch != "interpreter" else 4
     return max(1, min(programs // max(tiles, 1), cdiv(length, step)))
+
+
+def parts_of_k(config: Config, M: int, K: int, R: int, arch: str) -> int:
+    """Into how many parts of K the pass for S is cut, by tiles of `config`: each part is summed up alone, which takes a second
+    stage."""
+    tiles = cdiv(M, config.BLOCK_M) * cdiv(R, config.BLOCK_R)
+    # A part shorter than eight steps spends its time in the prologue.
+    return num_splits(tiles, K, 8 * config.BLOCK_K, arch, waves=1)
 
 
 def all_registers(arch: str) -> dict[str, int]:

@@ -103,9 +103,7 @@ def _project(x: Tensor, a: Tensor, scale: Tensor | None, dtype: torch.dtype) -> 
     planned_rows = batch_invariance.planned_rows(M)
     op = "down_project" if scale is None else "down_project_twice"
     config = configs.pick_config(op, planned_rows, 0, K, R, x.dtype, arch, dtype)
-    tiles = cdiv(planned_rows, config.BLOCK_M) * cdiv(R, config.BLOCK_R)
-    # A part shorter than eight steps spends its time in the prologue.
-    parts = configs.num_splits(tiles, K, 8 * config.BLOCK_K, arch, waves=1)
+    parts = configs.parts_of_k(config, planned_rows, K, R, arch)
     split_k = cdiv(cdiv(K, parts), config.BLOCK_K) * config.BLOCK_K
     parts = cdiv(K, split_k)
     s = torch.empty(products * parts, M, R, device=x.device, dtype=dtype if parts == 1 else torch.float32)

@@ -104,14 +104,18 @@ def estimate(call: Call, plan: Plan, arch: str) -> float:
         passes = machine.launch + M * K * dtype.itemsize / machine.bandwidth
     elif call.op == "layer_grads":
         passes = machine.launch + M * (N + K) * dtype.itemsize / machine.bandwidth
+    beside = _BESIDE.get(call.op) if plan.way in PERSISTENT else None
+    runs_beside = beside and configs.whole_rank(beside, N, K, call.R, dtype, arch, call.low_rank_dtype) is not None
+    if call.op == "adapted_linear" and not runs_beside:
+        of_s = configs.pick_config("down_project", M, 0, K, call.R, dtype, arch, call.low_rank_dtype)
+        passes += machine.launch * (configs.parts_of_k(of_s, M, K, call.R, arch) > 1)
     if plan.way == "vendor":
         return passes + gemm + 2 * machine.launch + M * N * dtype.itemsize / machine.bandwidth
     config = plan.config
     # Against a GEMM in tiles of 128 x 256 that fill the chip evenly.
     gemm *= configs.wave_cost(config, M, N, arch) / configs.even_cost(128, 256, M, N, arch)
     gemm /= machine.efficiency_fp32 if wide else machine.efficiency[plan.way]
-    beside = _BESIDE.get(call.op) if plan.way in PERSISTENT else None
-    if beside and configs.whole_rank(beside, N, K, call.R, dtype, arch, call.low_rank_dtype) is not None:
+    if runs_beside:
         # They run beside the GEMM. Of a larger rank none has room there.
         passes *= _COST_BESIDE
     if takes_parts(plan.way, dtype, call.low_rank_dtype):
