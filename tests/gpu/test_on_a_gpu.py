@@ -35,7 +35,9 @@ def check(inputs, norm):
 
 
 @norms
-@pytest.mark.parametrize("shape", [(2048, 4096, 4096, 16), (513, 1024, 4096, 64), (300, 4864, 896, 8)])
+@pytest.mark.parametrize(
+    "shape", [(2048, 4096, 4096, 16), (2048, 14336, 4096, 16), (513, 1024, 4096, 64), (300, 4864, 896, 8)]
+)
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
 def test_shapes_of_real_models(norm, shape, adapter_dtype):
     check(make_inputs(*shape, torch.bfloat16, adapter_dtype, device="cuda"), norm)
