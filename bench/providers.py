@@ -133,7 +133,7 @@ def _peft(use_dora: bool = False) -> Callable[[Inputs], Provider]:
 
 PROVIDERS = {
     "frozen": Spec("the same nn.Linear without an adapter, by the vendor's GEMM: the floor", _frozen, "frozen"),
-    "ours": Spec("FusedALLoRALinear, C computed anew for each backward pass", _ours, "allora", tolerance=2.0),
+    "ours": Spec("FusedALLoRALinear, C computed anew in each step", _ours, "allora", tolerance=2.0),
     "eager": Spec("ALLoRA in plain torch, BA materialised for its norms", _of_function(orders.EagerALLoRA), "allora"),
     "compile": Spec("torch.compile of eager", _of_function(orders.EagerALLoRA, compile=True), "allora"),
     "peft": Spec("PEFT's LoRA layer, dropout 0, adapter in the case's dtype", _peft(), "lora", needs="peft"),

@@ -3,7 +3,7 @@
 import torch
 
 from . import batch_invariance, configs, plans
-from .adapted_linear import adapted_linear, adapted_linear_and_coefficient, hides_c
+from .adapted_linear import C_BESIDE_FROM, adapted_linear, adapted_linear_and_coefficient, hides_c
 from .adapter_grad import adapter_grads
 from .combine import combine
 from .dequantize import dequantize_4bit
@@ -100,6 +100,8 @@ def plan_steps(
         steps["down_project (ds)"] = _config("down_project", M, 0, N, r, dtype, compute, arch)
         steps["outer_pair (da, db)"] = f"Triton on {arch}, {pair}{note}"
         steps |= _plan_coefficient(norm, arch)
+        if norm == "row" and beside is not None and M * N > C_BESIDE_FROM:
+            steps["weight_coefficient"] += ", of 16-bit factors beside the GEMM for y"
     if batch_invariance.enabled():
         y, dx = invariance_cost("adapted_linear", N, K), invariance_cost("fused_linear", K, N)
         steps["batch invariance"] = (
@@ -150,5 +152,5 @@ def _plan_gradients(
 
 def _plan_coefficient(norm: str | None, arch: str) -> dict[str, str]:
     if norm in ("row", "matrix", "factor"):
-        return {"weight_coefficient": f"Triton on {arch}, once a backward pass"}
+        return {"weight_coefficient": f"Triton on {arch}, once a step"}
     return {"token_coefficient": f"Triton on {arch}"} if norm == "token" else {}

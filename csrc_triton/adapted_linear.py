@@ -1,9 +1,11 @@
 """The forward pass: ``S = x Aᵀ`` and ``y = x Wᵀ + bias + S Bᵀ``, in one launch or in two; for training with C, beside them."""
 
+import functools
+
 import torch
 from torch import Tensor
 
-from . import configs, plans
+from . import batch_invariance, configs, plans
 from .chain import chained
 from .down_project import down_project, down_project_beside
 from .fused_linear import fused_linear, launch_persistently, launch_tiles
@@ -15,10 +17,29 @@ C_BESIDE_FROM = 2**24
 first tile waits longer for it than it takes alone."""
 
 
-def hides_c(M: int, N: int, R: int, *dtypes: torch.dtype) -> bool:
-    """Whether `adapted_linear_and_coefficient` costs less than `adapted_linear` and C in the backward pass, for x, weight and
-    factors of these dtypes."""
-    return M * N > C_BESIDE_FROM and R <= 32 and all(dtype.itemsize == 2 for dtype in dtypes)
+def hides_c(x: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether `adapted_linear_and_coefficient` finds room for C beside the GEMM, for x [M, K], a [R, K] and b [N, R]; where it
+    does not, C stands in the GEMM's way as in the backward pass."""
+    large = x.shape[0] * b.shape[0] > C_BESIDE_FROM
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        # What is compiled for any number of rows is not to be compiled anew for this.
+        large = statically_known_true(large)
+    return large and _leaves_room(x.shape[1], a.shape[0], x.dtype, a.dtype, b.dtype, x.device)
+
+
+@torch.compiler.assume_constant_result
+def _leaves_room(K: int, R: int, dtype: torch.dtype, a: torch.dtype, b: torch.dtype, device: torch.device) -> bool:
+    return not batch_invariance.enabled() and _has_config(K, R, dtype, a, b, configs.arch_of(device), device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _has_config(K, R, dtype, a, b, arch, device) -> bool:
+    # C's kernels of fp32 factors take more registers.
+    if not (configs.can_overlap(device) and a.itemsize == b.itemsize == 2):
+        return False
+    return configs.beside(K, R, dtype, arch, torch.promote_types(dtype, torch.promote_types(a, b))) is not None
 
 
 def adapted_linear(

@@ -8,10 +8,10 @@ programming guide):
             time from one kernel's end to the start of the next.
     open    lets the next begin, then waits as a link does.
     midway  lets the next begin, and waits where it first reads what the one in front has written.
-    late    lets the next begin, and runs beside the one in front, of which it reads nothing; it ends when that has, too.
+    late    lets the next begin, and runs beside all that are in front, of which it reads nothing; it ends when they have.
 
 So with the end of a chain's last kernel all of it has ended. What a kernel that is no link writes has to be memory that nothing
-else in its chain has used and given back: that may still be in use.
+else in its chain has used and given back: that may still be in use. Two threads that launch on one stream take turns at it.
 """
 
 import contextlib
@@ -50,6 +50,7 @@ class _Places(threading.local):
 
 
 _places = _Places()
+_turn = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -58,12 +59,13 @@ def chained(possible: bool, *places: str) -> Iterator[None]:
     "first", then one at each of `places`, or where there are none given as many links as there are launches. One within
     another is a chain of its own."""
     before = _places.left
-    if possible:
-        _places.left = itertools.chain(["first"], places or itertools.repeat("link"))
-    else:
+    if not possible:
         _places.left = itertools.repeat("")
+    else:
+        _places.left = itertools.chain(["first"], places or itertools.repeat("link"))
     try:
-        yield
+        with _turn if possible else contextlib.nullcontext():
+            yield
     finally:
         _places.left = before
 

@@ -190,7 +190,7 @@ def launch_persistently(
     if plan.way == "persistent":
         launch_persistent(x, weight, bias, s, b, y, plan.config, beside)
         return s, b
-    # A Triton whose Gluon is not the one it was written for still runs all else.
+    # Here, as a Triton may have another Gluon (`plans.options`).
     from .fused_linear_pipelined import launch_pipelined
 
     if parts.possible(x.dtype, s.dtype):

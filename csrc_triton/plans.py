@@ -8,6 +8,7 @@ import torch
 
 from . import batch_invariance, configs, parts, replay, tuning
 from .configs import Config
+from .tiling import INTERPRETED
 
 WAYS = {
     "inside": "S inside the GEMM, one launch",
@@ -38,9 +39,6 @@ factors became 369 (M=8192 4096x4096, R=16)."""
 _COST_BESIDE = 1 / 3
 """How much slower the GEMM is for what runs beside it, of what that takes alone."""
 
-# That small kernel.
-_BESIDE = {"adapted_linear": "down_project_beside", "layer_grads": "outer_pair"}
-
 
 class Call(NamedTuple):
     """What a plan is chosen by: one of `OPS`, the sizes, and the dtypes of x and of S."""
@@ -70,6 +68,8 @@ def options(call: Call, arch: str, describable: int = EVERYTHING) -> list[Plan]:
     tiles = configs.candidates("fused_linear", N, K, R, dtype, arch, low_rank_dtype)
     found = [Plan("tiles", config) for config in tiles]
     for way, needs in PERSISTENT.items():
+        if way == "pipelined" and not _gluon_is_there():
+            continue
         rank, factors_dtype = R, low_rank_dtype
         if takes_parts(way, dtype, low_rank_dtype):
             needs, rank, factors_dtype = WIDE, parts.width(R), dtype
@@ -83,6 +83,19 @@ def options(call: Call, arch: str, describable: int = EVERYTHING) -> list[Plan]:
     if call.op == "adapted_linear" and fits:
         found += [Plan("inside", dataclasses.replace(config, BLOCK_R=configs.block_r(R))) for config in tiles]
     return [*found, Plan("vendor", None)]
+
+
+@functools.cache
+def _gluon_is_there() -> bool:
+    """Whether Triton's Gluon, which is experimental, is one that the GEMM can be written in; the interpreter does not ask."""
+    if INTERPRETED:
+        return True
+    try:
+        from . import fused_linear_pipelined  # noqa: F401
+    except Exception:
+        # A name or a layout of it that is another's: all else runs.
+        return False
+    return True
 
 
 def takes_parts(way: str, dtype: torch.dtype, low_rank_dtype: torch.dtype) -> bool:
@@ -104,8 +117,7 @@ def estimate(call: Call, plan: Plan, arch: str) -> float:
         passes = machine.launch + M * K * dtype.itemsize / machine.bandwidth
     elif call.op == "layer_grads":
         passes = machine.launch + M * (N + K) * dtype.itemsize / machine.bandwidth
-    beside = _BESIDE.get(call.op) if plan.way in PERSISTENT else None
-    runs_beside = beside and configs.whole_rank(beside, N, K, call.R, dtype, arch, call.low_rank_dtype) is not None
+    runs_beside = plan.way in PERSISTENT and _finds_room_beside(call, arch)
     if call.op == "adapted_linear" and not runs_beside:
         of_s = configs.pick_config("down_project", M, 0, K, call.R, dtype, arch, call.low_rank_dtype)
         passes += machine.launch * (configs.parts_of_k(of_s, M, K, call.R, arch) > 1)
@@ -127,6 +139,15 @@ def estimate(call: Call, plan: Plan, arch: str) -> float:
     if plan.way == "inside":
         return machine.launch + gemm * (1 + config.BLOCK_R / config.BLOCK_N)
     return passes + machine.launch + gemm
+
+
+def _finds_room_beside(call: Call, arch: str) -> bool:
+    """Whether the call's small kernel, for S or for dA and dB, has a configuration that leaves room to the GEMM."""
+    _, _, N, K, R, dtype, low_rank_dtype = call
+    if call.op == "adapted_linear":
+        return configs.beside(K, R, dtype, arch, low_rank_dtype) is not None
+    pair = call.op == "layer_grads"
+    return pair and configs.whole_rank("outer_pair", N, K, R, dtype, arch, low_rank_dtype) is not None
 
 
 def by_vendor_for_groups(call: Call, device: torch.device) -> bool:

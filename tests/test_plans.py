@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 
 import pytest
 import torch
@@ -107,6 +108,46 @@ def test_fp32_factors_under_bf16_go_pipelined_where_the_gemm_is_large():
         assert plans._pick(call(op, m=m, r=r, dtypes=MIXED), "sm_90", plans.WIDE, None).way == "pipelined"
     for m in (64, 512):
         assert plans._pick(call(m=m, dtypes=MIXED), "sm_90", plans.WIDE, None).way != "pipelined"
+
+
+def test_rows_of_y_that_are_no_multiple_of_16_do_not_keep_s_from_the_gemms_side():
+    assert plans._pick(call(n=4104), "sm_90", plans.EVERYTHING, None).way == "pipelined"
+
+
+def test_without_the_gluon_it_was_written_for_the_other_ways_are_taken(monkeypatch):
+    name = "csrc_triton.fused_linear_pipelined"
+    monkeypatch.setattr(plans, "INTERPRETED", False)
+    monkeypatch.setitem(sys.modules, name, None)
+    plans._gluon_is_there.cache_clear()
+    plans._pick.cache_clear()
+    try:
+        assert plans._pick(call(), "sm_90", plans.EVERYTHING, None).way == "persistent"
+    finally:
+        plans._gluon_is_there.cache_clear()
+        plans._pick.cache_clear()
+
+
+def test_where_c_is_hidden(monkeypatch):
+    from csrc_triton import batch_invariance, hides_c
+
+    module = sys.modules["csrc_triton.adapted_linear"]
+
+    def hidden(M=8192, N=4096, K=4096, R=16, factors=torch.bfloat16, arch="sm_90"):
+        monkeypatch.setattr(configs, "arch_of", lambda device: arch)
+        monkeypatch.setattr(configs, "can_overlap", lambda device: arch != "sm_80")
+        module._has_config.cache_clear()
+        x, a, b = (torch.empty(size, device="meta", dtype=torch.bfloat16) for size in ((M, K), (R, K), (N, R)))
+        return hides_c(x, a.to(factors), b.to(factors))
+
+    try:
+        assert hidden() and hidden(R=8) and hidden(R=32) and hidden(N=14336, K=64)
+        assert not any((hidden(M=2048), hidden(N=1024), hidden(R=20), hidden(R=64), hidden(factors=torch.float32)))
+        assert not hidden(arch="sm_80")
+        batch_invariance.enable(True)
+        assert not hidden()
+    finally:
+        batch_invariance.enable(False)
+        module._has_config.cache_clear()
 
 
 def test_the_plan_of_a_layer_says_that_its_factors_go_in_parts(monkeypatch):

@@ -151,7 +151,8 @@ def adapter_gradients(
     where there is one already."""
     need_ds, needs_a, needs_b = needs
     if needs_a or needs_b:
-        # Anew in each step: torch has writes to a parameter that leave no trace for a cache to see.
+        # Anew in each step, also where the forward pass gave it: torch has writes to a parameter that leave no trace for a
+        # cache to see.
         if c is None and norm in WEIGHT_NORMS:
             c = steps.weight_coefficient(lora_A, lora_B, eta, norm)
         dtypes = lora_A.dtype if needs_a else None, lora_B.dtype if needs_b else None
@@ -168,14 +169,13 @@ def _steps(backend: Any) -> Any:
 def apply_function(x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, sink) -> Tensor:
     """y: `_ALLoRALinear` of these arguments."""
     args = (x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, sink)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        # Whether C is hidden goes by the number of rows, which would be compiled in.
-        return _ALLoRALinear.apply(*args, False)[0]
+    transformed = torch._C._are_functorch_transforms_active()
     trained = torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad)
-    c_too = trained and norm == "row" and backend == "triton"
-    if c_too:
-        N, R = lora_B.shape
-        c_too = _steps(backend).hides_c(x.shape[0], N, R, x.dtype, lora_A.dtype, lora_B.dtype)
+    # A transform is better served by steps that it can batch, and what is exported is not trained.
+    c_too = trained and norm == "row" and backend == "triton" and not transformed and not torch.compiler.is_exporting()
+    c_too = c_too and _steps(backend).hides_c(x, lora_A, lora_B)
+    if torch.compiler.is_compiling() or transformed:
+        return _ALLoRALinear.apply(*args, c_too)[0]
     # Outside of transforms `Function.apply` does nothing more than this, after 30 us of binding default arguments.
     return super(torch.autograd.Function, _ALLoRALinear).apply(*args, c_too)[0]
 

@@ -98,6 +98,25 @@ def test_the_gradients_with_c_from_the_way_forward(device, trained, monkeypatch)
         assert_close(*values, "gradient")
 
 
+def test_c_from_the_way_forward_is_that_of_the_step(device, monkeypatch):
+    """However A and B were written before it, and whatever is written to them before the backward pass."""
+    monkeypatch.setattr(ops, "hides_c", lambda *tensors: True)
+    layer = FusedALLoRALinear(35, 21, r=5, device=device)
+    torch.nn.init.normal_(layer.lora_B)
+    x, g = torch.randn(7, 35, device=device), torch.randn(7, 21, device=device)
+
+    def gradient(write_between=lambda: None):
+        y = layer(x)
+        write_between()
+        return torch.autograd.grad(y, layer.lora_B, g)[0]
+
+    before = gradient()
+    assert torch.equal(gradient(lambda: layer.lora_B.data.mul_(100)), before)
+    larger = gradient()
+    layer.lora_B.data.copy_(layer.lora_B / 100)
+    assert not torch.allclose(larger, before) and torch.allclose(gradient(), before, rtol=1e-4)
+
+
 def test_it_is_chosen_where_it_can_run(device):
     layer = FusedALLoRALinear(8, 4, device=device)
     explanation = layer.explain()

@@ -1,7 +1,10 @@
 """The torch.library face of the kernels: schemas, fakes, autograd keys, and fullgraph compilation."""
 
+import sys
+
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 
 from allora_kernels import FusedALLoRALinear, allora_linear, reference
 from allora_kernels.testing import make_inputs
@@ -112,3 +115,32 @@ def test_a_compiled_layer_sees_its_parameters_change(device):
             assert torch.equal(ours, expected)
         with torch.no_grad():
             layer.lora_B.normal_()
+
+
+def test_a_compiled_layer_finds_c_on_the_way_forward_for_a_fixed_number_of_rows(device, monkeypatch):
+    module = sys.modules["csrc_triton.adapted_linear"]
+    monkeypatch.setattr(module, "C_BESIDE_FROM", 100)
+    monkeypatch.setattr(module, "_has_config", lambda *sizes: True)
+    layer = FusedALLoRALinear(23, 19, r=3, dtype=torch.bfloat16, device=device)
+    torch.nn.init.normal_(layer.lora_B)
+    graphs = []
+
+    def backend(module, _):
+        graphs.append(module)
+        return module.forward
+
+    def seen(graph):
+        return {node.target._opname for node in graph.graph.nodes if getattr(node.target, "namespace", "") == "allora"}
+
+    # What was seen of other layers with other numbers of rows would count.
+    torch.compiler.reset()
+    forward = aot_autograd(fw_compiler=backend, bw_compiler=backend)
+    compiled = torch.compile(layer, backend=forward, fullgraph=True)
+    for rows in (8, 9, 30, 4):
+        x = torch.randn(rows, 23, dtype=torch.bfloat16, device=device, requires_grad=True)
+        grads = [torch.autograd.grad(f(x).sum(), (x, layer.lora_A, layer.lora_B)) for f in (compiled, layer)]
+        for ours, expected in zip(*grads):
+            assert torch.equal(ours, expected)
+    # Once for 8 rows, once for any number of them.
+    forwards = [{"adapted_linear_and_coefficient"}, {"adapted_linear"}]
+    assert [seen(graph) for graph in graphs[::2]] == forwards and all(seen(g) == {"layer_grads"} for g in graphs[1::2])
