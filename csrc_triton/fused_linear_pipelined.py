@@ -7,29 +7,26 @@ their operands go round one ring of buffers. Gluon is experimental: no module ma
 
 import torch
 from torch import Tensor
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import configs
 from .configs import Config, cdiv
 from .fused_linear_persistent import aligned_rows
+from .gluon_names import (
+    TensorDescriptor,
+    fence_async_shared,
+    gl,
+    gluon,
+    load_tile,
+    mbarrier,
+    reinterpret,
+    store_tile,
+    sync_threads,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from .launching import launch
 from .tiling import grouped_tile, in_steps
-
-# By their names in Triton 3.6, or those of later versions.
-_buffer = gl.shared_memory_descriptor
-_reinterpret = getattr(_buffer, "reinterpret", None) or _buffer._reinterpret
-_load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-_sync_threads = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
@@ -60,8 +57,8 @@ def _slot(count, ring, descs):
     PARTS: gl.constexpr = ring[0].shape[2] // left_desc.block_type.shape[1]
     left_shape: gl.constexpr = [PARTS] + left_desc.block_type.shape
     right_shape: gl.constexpr = [PARTS] + right_desc.block_type.shape
-    left = _reinterpret(ring[0].index(slot), left_desc.dtype, left_shape, left_desc.layout)
-    right = _reinterpret(ring[1].index(slot), right_desc.dtype, right_shape, right_desc.layout)
+    left = reinterpret(ring[0].index(slot), left_desc.dtype, left_shape, left_desc.layout)
+    right = reinterpret(ring[1].index(slot), right_desc.dtype, right_shape, right_desc.layout)
     return left.index(0), right.index(0), ring[2].index(slot)
 
 
@@ -72,8 +69,8 @@ def _load(count, ring, descs, start_m, start_n, k, needed, ROWS_OVER_K: gl.const
     left_desc, right_desc = descs
     left, right, full = _slot(count, ring, descs)
     mbarrier.expect(full, left_desc.block_type.nbytes + right_desc.block_type.nbytes, pred=needed)
-    _load_tile(left_desc, [start_m, k], full, left, pred=needed)
-    _load_tile(right_desc, [k, start_n] if ROWS_OVER_K else [start_n, k], full, right, pred=needed)
+    load_tile(left_desc, [start_m, k], full, left, pred=needed)
+    load_tile(right_desc, [k, start_n] if ROWS_OVER_K else [start_n, k], full, right, pred=needed)
 
 
 @gluon.jit
@@ -121,7 +118,7 @@ def _multiply_step(acc, use_acc, count, ring, descs, ROWS_OVER_K: gl.constexpr):
     acc = warpgroup_mma(left, right, acc, use_acc=use_acc, is_async=True)
     acc = warpgroup_mma_wait(1, deps=(acc,))
     # Each group of warps has waited for its own product.
-    _sync_threads()
+    sync_threads()
     return acc
 
 
@@ -219,7 +216,7 @@ def _fused_linear_pipelined_kernel(
             tma.store_wait(pendings=1)
             y_buf.store(quarter.to(y_desc.dtype))
             fence_async_shared()
-            _store_tile(y_desc, [start_m, start], y_buf)
+            store_tile(y_desc, [start_m, start], y_buf)
     tma.store_wait(pendings=0)
 
 

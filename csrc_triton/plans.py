@@ -91,7 +91,7 @@ def _gluon_is_there() -> bool:
     if INTERPRETED:
         return True
     try:
-        from . import fused_linear_pipelined  # noqa: F401
+        from . import gluon_names  # noqa: F401
     except Exception:
         # A name or a layout of it that is another's: all else runs.
         return False

@@ -180,6 +180,8 @@ def quadratic_coefficient(v: Tensor, q: Tensor, eta: float, inv_etas_squared: Te
     c = torch.empty(v.shape[:-1], device=v.device, dtype=torch.float32)
     if L == 0:
         return c
+    # Of 16-bit rows in whole wide loads a program takes few registers, and has room beside a GEMM.
+    small = v.itemsize == 2 and R % 8 == 0
     launch(
         _quadratic_coefficient_kernel,
         (cdiv(L, _BLOCK_L), math.prod(groups)),
@@ -196,10 +198,9 @@ def quadratic_coefficient(v: Tensor, q: Tensor, eta: float, inv_etas_squared: Te
         BLOCK_L=_BLOCK_L,
         # Wider tiles of three parts spill.
         BLOCK_R=configs.block_r(R, 32),
-        num_warps=4,
+        num_warps=4 if small else 8,
         num_stages=1,
-        # 16-bit rows need few, and leave the others to the GEMM beside which they may run.
-        **(configs.all_registers(configs.arch_of(v.device)) if v.dtype == torch.float32 else {}),
+        **({} if small else configs.all_registers(configs.arch_of(v.device))),
     )
     return c
 

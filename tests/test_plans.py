@@ -115,7 +115,7 @@ def test_rows_of_y_that_are_no_multiple_of_16_do_not_keep_s_from_the_gemms_side(
 
 
 def test_without_the_gluon_it_was_written_for_the_other_ways_are_taken(monkeypatch):
-    name = "csrc_triton.fused_linear_pipelined"
+    name = "csrc_triton.gluon_names"
     monkeypatch.setattr(plans, "INTERPRETED", False)
     monkeypatch.setitem(sys.modules, name, None)
     plans._gluon_is_there.cache_clear()

@@ -80,7 +80,7 @@ def test_fp32_factors_are_waited_for_while_they_are_written_in_parts(factor, wai
 FAULTS = {
     "too few products are waited for": ("mma_wait(1,", "mma_wait(2,", "what a product reads is overwritten"),
     "the sum is read before it is there": ("mma_wait(0,", "mma_wait(1,", "program ends before its products"),
-    "the other warps are not waited for": ("    _sync_threads()\n", "", "what other warps may still read"),
+    "the other warps are not waited for": ("    sync_threads()\n", "", "what other warps may still read"),
     "a copy is not waited for": (
         "    mbarrier.wait(full, count // ring[0].shape[0] & 1)\n",
         "",
