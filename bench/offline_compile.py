@@ -23,7 +23,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import csrc_triton
 from csrc_triton import configs, describable, plans
-from csrc_triton.chain import chained, next_place
+from csrc_triton.beside import Beside
+from csrc_triton.chain import Counted, chained, counts, next_place
 from csrc_triton.down_project import down_project_beside
 from csrc_triton.fused_linear import launch_persistently
 from csrc_triton.low_rank_add import low_rank_product
@@ -224,15 +225,28 @@ def launches(
     c = {norm: torch.empty(n + r if norm == "factor" else n, dtype=torch.float32) for norm in ("row", "factor")}
     label = f"{str(dtype).split('.')[1]}/{str(adapter_dtype).split('.')[1]} R={r}"
     yield f"down_project {label}", lambda: csrc_triton.down_project(x, a, compute)
-    beside = configs.beside(k, r, dtype, arch, compute)
-    if beside is not None:
-        yield f"down_project beside y {label}", in_a_chain(lambda: down_project_beside(x, a, compute, beside))
+    room = configs.beside(k, r, dtype, arch, compute)
+    counted = Counted(counts(x.device), 2, m // 2)
+    if room is not None:
+        for rounds, of_s in (("", Beside(room, 1, None)), (" in rounds", Beside(room, 2, counted))):
+            yield (
+                f"down_project beside y{rounds} {label}",
+                in_a_chain(lambda of_s=of_s: down_project_beside(x, a, None, compute, of_s)),
+            )
+            of_ds = Beside(configs.beside(n, r, dtype, arch, compute, products=2), of_s.rounds, counted)
+            yield (
+                f"down_project beside dx{rounds} {label}",
+                in_a_chain(lambda of_ds=of_ds: down_project_beside(g, b.mT, c["row"], compute, of_ds)),
+            )
     call = plans.Call("adapted_linear", m, n, k, r, dtype, compute)
     for plan in plans.options(call, arch, describable(x, w, b)):
         open_for_parts = ("open",) * plans.takes_parts(plan.way, dtype, compute)
         if plan.way in plans.PERSISTENT:
             gemm = functools.partial(launch_persistently, x, w, bias, s, b, g, plan, beside=True)
             yield f"y {plan.way} beside S {label}", in_a_chain(gemm, *open_for_parts, "midway")
+            if plan.way == "pipelined" and room is not None:
+                in_rounds = functools.partial(gemm, counted=counted)
+                yield f"y {plan.way} beside S in rounds {label}", in_a_chain(in_rounds, *open_for_parts, "midway")
         if plan.way != "vendor":
             yield f"y {plan.way} {label}", lambda plan=plan: csrc_triton.adapted_linear(x, w, bias, a, b, compute, plan)
     call = plans.Call("fused_linear", m, k, n, r, dtype, compute)
@@ -244,6 +258,10 @@ def launches(
                 gemm = functools.partial(launch_persistently, g, w.mT, None, s, a.mT, x, plan, beside=True)
                 places = (*open_for_parts, "midway") if open_for_parts else ()
                 yield f"dx {plan.way} beside dB and dA {label}", in_a_chain(gemm, *places)
+                if plan.way == "pipelined" and room is not None:
+                    for rounds, of_ds in (("", None), (" in rounds", counted)):
+                        behind = functools.partial(gemm, counted=of_ds)
+                        yield f"dx {plan.way} beside dS{rounds} {label}", in_a_chain(behind, *open_for_parts, "midway")
     yield f"low_rank_add {label}", lambda: csrc_triton.low_rank_add(g, s, b)
     yield f"low_rank_product {label}", lambda: low_rank_product(s, b, bias, dtype)
     for norm in ("row", "matrix", "factor"):
@@ -267,12 +285,11 @@ def launches(
     if pair is not None:
         columns, rank = Rule(None, c["row"], "columns"), Rule(None, c["factor"], "rank")
         rows = Rule(row_scale=c["row"][:m])
+        behind = (pair, (adapter_dtype,) * 2, None if room is None else counted)
         for norm, rules in (("row", (columns, Rule())), ("factor", (columns, rank)), ("token", (rows, rows))):
             yield (
                 f"outer_pair beside dx {norm} {label}",
-                in_a_chain(
-                    lambda rules=rules: outer_pair(g, s, rules[0], x, s, rules[1], pair, (adapter_dtype,) * 2), "late"
-                ),
+                in_a_chain(lambda rules=rules: outer_pair(g, s, rules[0], x, s, rules[1], *behind), "late"),
             )
     for norm in (None, "row", "matrix", "factor", "token"):
         yield (

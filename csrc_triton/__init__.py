@@ -3,8 +3,9 @@
 import torch
 
 from . import batch_invariance, configs, plans
-from .adapted_linear import C_BESIDE_FROM, adapted_linear, adapted_linear_and_coefficient, hides_c
+from .adapted_linear import adapted_linear, adapted_linear_and_coefficient, hides_c
 from .adapter_grad import adapter_grads
+from .beside import room
 from .combine import combine
 from .dequantize import dequantize_4bit
 from .down_project import down_project
@@ -15,7 +16,7 @@ from .grouped_down_project import grouped_down_project
 from .grouped_fused_linear import grouped_fused_linear
 from .grouped_low_rank_product import grouped_low_rank_product
 from .grouped_sample_grad import grouped_sample_grads, grouped_sample_squared_norms
-from .layer_grads import layer_grads, pick_apart
+from .layer_grads import layer_grads, pick_apart, room_for_ds
 from .low_rank_add import low_rank_add
 from .norms import squared_norms
 from .replay import replayed
@@ -85,22 +86,26 @@ def plan_steps(
 
     pair = pick_apart(N, K, r, norm, dtype, arch, compute)
     forward, backward = way("adapted_linear", N, K), way("fused_linear" if pair is None else "layer_grads", K, N)
-    overlaps = configs.can_overlap(device)
-    beside = configs.beside(K, r, dtype, arch, compute) if forward.way in plans.PERSISTENT and overlaps else None
+    beside = room(forward, M, K, r, dtype, compute, device)
     steps = {}
     if beside is not None:
-        steps["down_project"] = f"Triton on {arch}, {beside}, beside the GEMM for y"
+        steps["down_project"] = f"Triton on {arch}, {beside.config}, beside the GEMM for y"
     elif forward.way != "inside":
         steps["down_project"] = _config("down_project", M, 0, K, r, dtype, compute, arch)
     steps |= {"adapted_linear (y)": describe(forward), "fused_linear (dx)": describe(backward)}
     if pair is None:
         steps |= _plan_gradients(M, N, K, r, norm, dtype, compute, arch)
     else:
-        note = ", beside the GEMM for dx" if backward.way in plans.PERSISTENT and overlaps else ""
-        steps["down_project (ds)"] = _config("down_project", M, 0, N, r, dtype, compute, arch)
-        steps["outer_pair (da, db)"] = f"Triton on {arch}, {pair}{note}"
+        overlaps = backward.way in plans.PERSISTENT and configs.can_overlap(device)
+        note = ", beside the GEMM for dx"
+        of_ds = room_for_ds(backward, M, N, K, r, norm, dtype, compute, device)
+        if of_ds is not None:
+            steps["down_project (ds)"] = f"Triton on {arch}, {of_ds.config}{note}"
+        else:
+            steps["down_project (ds)"] = _config("down_project", M, 0, N, r, dtype, compute, arch)
+        steps["outer_pair (da, db)"] = f"Triton on {arch}, {pair}{note if overlaps else ''}"
         steps |= _plan_coefficient(norm, arch)
-        if norm == "row" and beside is not None and M * N > C_BESIDE_FROM:
+        if norm == "row" and beside is not None:
             steps["weight_coefficient"] += ", of 16-bit factors beside the GEMM for y"
     if batch_invariance.enabled():
         y, dx = invariance_cost("adapted_linear", N, K), invariance_cost("fused_linear", K, N)

@@ -6,27 +6,18 @@ import torch
 from torch import Tensor
 
 from . import batch_invariance, configs, plans
+from .beside import counted, room
 from .chain import chained
 from .down_project import down_project, down_project_beside
 from .fused_linear import fused_linear, launch_persistently, launch_tiles
 from .fused_linear_persistent import describable
 from .row_norms import weight_coefficient
 
-C_BESIDE_FROM = 2**24
-"""Elements of y above which the GEMM takes long enough to hide C: on an H200 it does at 2^25 (M=8192, N=4096), and at 2^23 the
-first tile waits longer for it than it takes alone."""
-
 
 def hides_c(x: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether `adapted_linear_and_coefficient` finds room for C beside the GEMM, for x [M, K], a [R, K] and b [N, R]; where it
-    does not, C stands in the GEMM's way as in the backward pass."""
-    large = x.shape[0] * b.shape[0] > C_BESIDE_FROM
-    if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-        # What is compiled for any number of rows is not to be compiled anew for this.
-        large = statically_known_true(large)
-    return large and _leaves_room(x.shape[1], a.shape[0], x.dtype, a.dtype, b.dtype, x.device)
+    """Whether `adapted_linear_and_coefficient` finds room for C beside a persistent GEMM, for x [M, K], a [R, K] and b [N, R]:
+    where it does not, C stands in the GEMM's way as in the backward pass."""
+    return _leaves_room(x.shape[1], a.shape[0], x.dtype, a.dtype, b.dtype, x.device)
 
 
 @torch.compiler.assume_constant_result
@@ -78,17 +69,17 @@ def _adapted_linear(x, weight, bias, a, b, dtype, eta, plan):
     if M and plan is None:
         call = plans.Call("adapted_linear", M, N, K, R, x.dtype, dtype)
         plan = plans.pick(call, x.device, describable(x, weight, b))
-    beside = None
-    if M and plan.way in plans.PERSISTENT and configs.can_overlap(x.device):
-        beside = configs.beside(K, R, x.dtype, configs.arch_of(x.device), dtype)
+    beside = room(plan, M, K, R, x.dtype, dtype, x.device) if M else None
+    if beside is not None and beside.rounds > 1:
+        beside = counted(beside, x.device)
     if beside is not None:
         # Before C's scratch, which is given back within the chain.
         y = torch.empty(M, N, device=x.device, dtype=x.dtype)
         # S first: of its programs each multiprocessor gets one; where C's stood some would get two, and the GEMM find no room.
         with chained(True, *(("midway",) if eta is None else ("late", "open", "midway"))):
-            s = down_project_beside(x, a, dtype, beside)
+            (s,) = down_project_beside(x, a, None, dtype, beside)
             c = None if eta is None else weight_coefficient(a, b, eta, "row")
-            launch_persistently(x, weight, bias, s, b, y, plan, beside=True)
+            launch_persistently(x, weight, bias, s, b, y, plan, beside=True, counted=beside.awaited)
         return y, s, c
     c = None if eta is None else weight_coefficient(a, b, eta, "row")
     if M and plan.way == "inside":

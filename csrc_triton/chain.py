@@ -12,27 +12,59 @@ programming guide):
 
 So with the end of a chain's last kernel all of it has ended. What a kernel that is no link writes has to be memory that nothing
 else in its chain has used and given back: that may still be in use. Two threads that launch on one stream take turns at it.
+
+A kernel that needs what an earlier one writes may wait for that one alone, or for some rows of it: the earlier one's programs
+are counted while they are under way, each before it lets the next kernel begin, so that all have been counted by the time the
+later one begins. The counts serve all of a device: what else is counted there makes a kernel wait longer, never shorter, and
+ends by itself.
 """
 
 import contextlib
 import itertools
 import threading
 from collections.abc import Iterator
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def join_chain(CHAIN: tl.constexpr):
-    """What a kernel does first of all; CHAIN as from `next_place`."""
+def join_chain(CHAIN: tl.constexpr, under_way_ptr=None, rounds=1):
+    """What a kernel does first of all; CHAIN as from `next_place`. With counts this program is counted, for so many rounds."""
     if CHAIN == "link":
         gdc_wait()
-    if CHAIN != "":
+    if under_way_ptr is not None:
+        before = tl.atomic_add(under_way_ptr, 1)
+        for i in range(1, rounds):
+            before = tl.minimum(before, tl.atomic_add(under_way_ptr + i, 1))
+        if CHAIN != "":  # noqa: SIM102 (a condition of its own decides what is compiled)
+            # Always so, but not known before all is counted: the next kernel is let begin after that.
+            if before >= 0:
+                gdc_launch_dependents()
+    elif CHAIN != "":
         gdc_launch_dependents()
     if CHAIN == "open":
         gdc_wait()
+
+
+@triton.jit
+def end_round(under_way_ptr, rounds_left):
+    """What a counted program does at the end of a round, after which so many are left."""
+    if under_way_ptr is not None:
+        tl.debug_barrier()
+        tl.atomic_add(under_way_ptr + rounds_left, -1, sem="release")
+
+
+@triton.jit
+def wait_for_counted(under_way_ptr):
+    """Wait until no counted program is under way: then what they have written is seen."""
+    if under_way_ptr is not None:
+        while tl.atomic_add(under_way_ptr, 0, sem="acquire") != 0:
+            pass
 
 
 @triton.jit
@@ -51,6 +83,47 @@ class _Places(threading.local):
 
 _places = _Places()
 _turn = threading.RLock()
+_counts: dict[torch.device, Tensor] = {}
+
+MAX_ROUNDS = 8
+
+
+class Counted(NamedTuple):
+    """Programs that work in `rounds`, one after another, the first on the first `rows` rows of all. `under_way` (int32
+    [MAX_ROUNDS]): its element i is how many programs of the device have more than i rounds before them."""
+
+    under_way: Tensor
+    rounds: int
+    rows: int
+
+
+def counts(device: torch.device) -> Tensor | None:
+    """`Counted.under_way`, the same for all on this device; None while a stream is captured, if there was no need of it before:
+    what is allocated then is the graph's."""
+    found = _counts.get(device)
+    if found is None and device.type == "cuda":
+        if not torch.cuda.is_current_stream_capturing():
+            # By a thread of its own: what this one allocates may be a graph's, too, that is to be captured next.
+            thread = threading.Thread(target=_make_counts, args=(device,))
+            thread.start()
+            thread.join()
+        return _counts.get(device)
+    if found is None:
+        _make_counts(device)
+    return _counts[device]
+
+
+def _make_counts(device: torch.device) -> None:
+    made = torch.zeros(MAX_ROUNDS, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        # All streams count there.
+        torch.cuda.current_stream(device).synchronize()
+    _counts.setdefault(device, made)
+
+
+def lives_on(t: Tensor) -> bool:
+    """Whether `t` has the same address for as long as this module."""
+    return any(t is known for known in _counts.values())
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Block sizes as plain data, and the one function that picks them.
 
-Provenance: sm_90's entries for 16-bit x are the fastest of those measured on an H200 on 2026-11-26 (docs/performance.md).
+Provenance: sm_90's entries for 16-bit x are the fastest of those measured on an H200 on 2026-11-26 and an H100 on 2026-11-27
+(docs/performance.md).
 Every other entry was chosen from what it compiles to (registers, shared memory, instructions; see
 tests/test_offline_compile.py), and has not been measured.
 """
@@ -125,7 +126,7 @@ _TABLES = {
     },
     "down_project": {
         ("sm_90", "16"): (64, 0, 128, 64, 4, 4),
-        ("sm_90", "mixed"): (128, 0, 64, 32, 8, 3),
+        ("sm_90", "mixed"): (128, 0, 64, 32, 8, 4),
         ("*", "16"): (64, 0, 64, 64, 4, 2),
         ("*", "mixed"): (64, 0, 64, 16, 4, 2),
         ("*", "32"): (32, 0, 32, 32, 4, 2),
@@ -135,6 +136,9 @@ _TABLES = {
     # larger rank, and with fp32 factors, whose dots are taken in parts, it waits longer than the pass takes alone.
     "down_project_beside": {
         ("sm_90", "16"): [(64, 0, 64, 32, 4, 3)],
+    },
+    "down_project_twice_beside": {
+        ("sm_90", "16"): [(64, 0, 64, 16, 4, 4), (64, 0, 64, 32, 4, 3)],
     },
     # As small, for the sums over rows that run beside the GEMM for dX, which does not wait for them.
     "outer_pair": {
@@ -270,10 +274,13 @@ def can_overlap(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and _gpu_properties(device.index).major >= 9
 
 
-def beside(K: int, R: int, dtype: torch.dtype, arch: str, low_rank_dtype: torch.dtype) -> Config | None:
-    """The configuration of a pass for S that leaves room on each multiprocessor for the GEMM's program, which begins before
-    S is there; None where this architecture has none or the rank needs more room."""
-    return whole_rank("down_project_beside", 0, K, R, dtype, arch, low_rank_dtype)
+def beside(
+    K: int, R: int, dtype: torch.dtype, arch: str, low_rank_dtype: torch.dtype, products: int = 1
+) -> Config | None:
+    """The configuration of a pass for S, or for two such `products`, that leaves room on each multiprocessor for the GEMM's
+    program, which begins before S is there; None where this architecture has none or the rank needs more room."""
+    op = "down_project_beside" if products == 1 else "down_project_twice_beside"
+    return whole_rank(op, 0, K, R, dtype, arch, low_rank_dtype)
 
 
 def whole_rank(

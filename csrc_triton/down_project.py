@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import batch_invariance, configs
-from .chain import join_chain
+from .beside import Beside
+from .chain import end_round, join_chain
 from .combine import combine_groups
 from .configs import cdiv
 from .launching import launch
@@ -19,10 +20,12 @@ def _down_project_kernel(
     a_ptr,
     scale_ptr,
     s_ptr,
+    under_way_ptr,
     M,
     K,
     R,
     PARTS,
+    ROUNDS,
     stride_xm,
     stride_xk,
     stride_ar,
@@ -43,39 +46,42 @@ def _down_project_kernel(
     """``s[p] = x[:, part p] A[:, part p]ᵀ`` for x [M, K], A [R, K], contiguous s [P, M, R], part p = SPLIT_K columns of x;
     with HAS_SCALE also ``s[PARTS + p]``, of A times scale [K].
 
-    One program writes one [BLOCK_M, BLOCK_R] tile of one part; accumulates in fp32.
+    One program writes a [BLOCK_M, BLOCK_R] tile of one part in each of ROUNDS rounds; accumulates in fp32. With HAS_SCALE both
+    products are one, of 2 BLOCK_R columns. With counts the program is counted (`chain`).
     """
-    join_chain(CHAIN)
+    join_chain(CHAIN, under_way_ptr, ROUNDS)
     R, stride_ak = in_steps(R, R_STEP), in_steps(stride_ak, A_STEP)
-    offs_m = offsets(tl.program_id(0) * BLOCK_M, BLOCK_M)
     offs_r = offsets(tl.program_id(1) * BLOCK_R, BLOCK_R)
     part = tl.program_id(2)
-    mask_m = offs_m < M
     mask_r = offs_r < R
     start = part * SPLIT_K
     stop = min(start + SPLIT_K, K)
     offs_k = offsets(start, BLOCK_K)
-    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
-    a_ptrs = a_ptr + offs_k[:, None] * stride_ak + offs_r[None, :] * stride_ar
     step = tl.full((), BLOCK_K, tl.int64)
-    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    if HAS_SCALE:
-        scaled = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for k in range(start, stop, BLOCK_K):
-        mask_k = (k + tl.arange(0, BLOCK_K)) < stop
-        x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-        a = tl.load(a_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_K, BLOCK_R]
-        acc = dot(x, a, acc, DTYPE, PRECISION)
+    # Of one round ROUNDS is a constant, and this is no loop.
+    for i in range(0, ROUNDS):
+        offs_m = offsets((i * tl.num_programs(0) + tl.program_id(0)) * BLOCK_M, BLOCK_M)
+        mask_m = offs_m < M
+        x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
+        a_ptrs = a_ptr + offs_k[:, None] * stride_ak + offs_r[None, :] * stride_ar
+        acc = tl.zeros((BLOCK_M, 2 * BLOCK_R if HAS_SCALE else BLOCK_R), tl.float32)
+        for k in range(start, stop, BLOCK_K):
+            mask_k = (k + tl.arange(0, BLOCK_K)) < stop
+            x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+            a = tl.load(a_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_K, BLOCK_R]
+            if HAS_SCALE:
+                scale = tl.load(scale_ptr + (k + tl.arange(0, BLOCK_K)) * stride_scale, mask=mask_k, other=0.0)
+                a = tl.join(a.to(tl.float32), a * scale[:, None]).reshape(BLOCK_K, 2 * BLOCK_R)
+            acc = dot(x, a, acc, DTYPE, PRECISION)
+            x_ptrs += step * stride_xk
+            a_ptrs += step * stride_ak
+        s_ptrs = s_ptr + (part.to(tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :]
         if HAS_SCALE:
-            scale = tl.load(scale_ptr + (k + tl.arange(0, BLOCK_K)) * stride_scale, mask=mask_k, other=0.0)
-            scaled = dot(x, a * scale[:, None], scaled, DTYPE, PRECISION)
-        x_ptrs += step * stride_xk
-        a_ptrs += step * stride_ak
-    s_ptrs = s_ptr + (part.to(tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :]
-    tl.store(s_ptrs, narrow(acc, OUT_DTYPE), mask=mask_m[:, None] & mask_r[None, :])
-    if HAS_SCALE:
-        s_ptrs += tl.full((), PARTS, tl.int64) * M * R
-        tl.store(s_ptrs, narrow(scaled, OUT_DTYPE), mask=mask_m[:, None] & mask_r[None, :])
+            acc, scaled = acc.reshape(BLOCK_M, BLOCK_R, 2).split()
+            scaled_ptrs = s_ptrs + tl.full((), PARTS, tl.int64) * M * R
+            tl.store(scaled_ptrs, narrow(scaled, OUT_DTYPE), mask=mask_m[:, None] & mask_r[None, :])
+        tl.store(s_ptrs, narrow(acc, OUT_DTYPE), mask=mask_m[:, None] & mask_r[None, :])
+        end_round(under_way_ptr, ROUNDS - 1 - i)
 
 
 def down_project(x: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
@@ -88,10 +94,13 @@ def down_project_twice(x: Tensor, a: Tensor, scale: Tensor, dtype: torch.dtype) 
     return _project(x, a, scale, dtype)
 
 
-def down_project_beside(x: Tensor, a: Tensor, dtype: torch.dtype, config: configs.Config) -> Tensor:
-    """`down_project` by small programs, beside which the other kernels of a chain have room; M >= 1."""
-    s = torch.empty(x.shape[0], a.shape[0], device=x.device, dtype=dtype)
-    _launch(x, a, None, s, 1, x.shape[1], dtype, config)
+def down_project_beside(x: Tensor, a: Tensor, scale: Tensor | None, dtype: torch.dtype, beside: Beside) -> Tensor:
+    """``[x Aᵀ] [1, M, R]``, or with a scale `down_project_twice`, by small programs beside which the other kernels of a chain
+    have room. M >= 1, R <= BLOCK_R."""
+    (M, K), R = x.shape, a.shape[0]
+    s = torch.empty(1 if scale is None else 2, M, R, device=x.device, dtype=dtype)
+    under_way = None if beside.counted is None else beside.counted.under_way
+    _launch(x, a, scale, s, 1, K, dtype, beside.config, beside.rounds, under_way)
     return s
 
 
@@ -120,19 +129,23 @@ def _launch(
     split_k: int,
     dtype: torch.dtype,
     config: configs.Config,
+    rounds: int = 1,
+    under_way: Tensor | None = None,
 ) -> None:
-    (M, K), R = x.shape, a.shape[0]
+    (M, K), R, tiles = x.shape, a.shape[0], cdiv(x.shape[0], config.BLOCK_M)
     launch(
         _down_project_kernel,
-        (cdiv(M, config.BLOCK_M), cdiv(R, config.BLOCK_R), parts),
+        (tiles if rounds == 1 else configs.sms_of(configs.arch_of(x.device)), cdiv(R, config.BLOCK_R), parts),
         x,
         a,
         scale,
         s,
+        under_way,
         M,
         K,
         R,
         parts,
+        rounds,
         *x.stride(),
         *a.stride(),
         0 if scale is None else scale.stride(0),

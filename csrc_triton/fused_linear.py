@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, parts, plans
-from .chain import chained
+from .chain import Counted, chained
 from .configs import Config, cdiv
 from .fused_linear_persistent import describable, launch_persistent
 from .launching import launch
@@ -181,9 +181,10 @@ def launch_persistently(
     y: Tensor,
     plan: plans.Plan,
     beside: bool = False,
+    counted: Counted | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fill y by a plan of `plans.PERSISTENT`; `beside` as in `launch_persistent`, but that factors that go in parts are written
-    by one more kernel of the chain in front of the GEMM, which then is "midway".
+    by one more kernel of the chain in front of the GEMM, which then is "midway"; `counted` as in `launch_pipelined`.
 
     Returns the factors that the GEMM reads, for a chain that goes on to hold: what runs beside it must not get their memory.
     """
@@ -195,7 +196,7 @@ def launch_persistently(
 
     if parts.possible(x.dtype, s.dtype):
         s, b = parts.in_parts(s, b)
-    launch_pipelined(x, weight, bias, s, b, y, plan.config, beside)
+    launch_pipelined(x, weight, bias, s, b, y, plan.config, beside, counted)
     return s, b
 
 

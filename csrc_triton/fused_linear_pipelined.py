@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import configs
+from .chain import Counted
 from .configs import Config, cdiv
 from .fused_linear_persistent import aligned_rows
 from .gluon_names import (
@@ -38,6 +39,28 @@ def _wait_for_kernel_in_front():
 def _let_next_kernel_begin():
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _wait_for_round(under_way_ptr, rounds_left):
+    """Wait until no counted program has more rounds before it than these: then the tensor memory unit sees what they wrote."""
+    gl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred more;
+            again:
+            ld.acquire.gpu.global.s32 $0, [$1];
+            setp.ne.s32 more, $0, 0;
+            @more bra again;
+            fence.proxy.async.global;
+        }
+        """,
+        "=r,l",
+        [(under_way_ptr + rounds_left).to(gl.int64)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
@@ -80,6 +103,7 @@ def _load_step(
     wide,
     low_rank,
     sizes,
+    counted,
     W_ROWS_OVER_K: gl.constexpr,
     B_ROWS_OVER_R: gl.constexpr,
     CHAIN: gl.constexpr,
@@ -87,8 +111,10 @@ def _load_step(
     GROUP_M: gl.constexpr,
     NUM_PROGRAMS: gl.constexpr,
 ):
-    """Begin to load the step `at`: its number, its tile, its number in that, where the tile starts. Returns the next one."""
-    count, tile, step, start_m, start_n = at
+    """Begin to load the step `at`: its number, its tile, its number in that, where the tile starts, and for how many rounds
+    of the `counted` programs S has been waited for. Returns the next one."""
+    count, tile, step, start_m, start_n, waited = at
+    under_way_ptr, rounds, rows = counted
     num_m, num_n, k_steps, steps = sizes
     BLOCK_M: gl.constexpr = wide[0].block_type.shape[0]
     BLOCK_K: gl.constexpr = wide[0].block_type.shape[1]
@@ -97,7 +123,12 @@ def _load_step(
     if step < k_steps:
         _load(count, ring, wide, start_m, start_n, step * BLOCK_K, needed, W_ROWS_OVER_K)
     else:
-        if CHAIN == "midway":
+        if under_way_ptr is not None:
+            needs = min((start_m + BLOCK_M - 1) // rows + 1, rounds)
+            if needs > waited:
+                _wait_for_round(under_way_ptr, rounds - needs)
+                waited = needs
+        elif CHAIN == "midway":
             _wait_for_kernel_in_front()
         _load(count, ring, low_rank, start_m, start_n, (step - k_steps) * BLOCK_R, needed, B_ROWS_OVER_R)
     step += 1
@@ -105,7 +136,7 @@ def _load_step(
         step = 0
         tile += NUM_PROGRAMS
         start_m, start_n = _tile_start(tile, num_m, num_n, BLOCK_M, BLOCK_N, GROUP_M)
-    return count + 1, tile, step, start_m, start_n
+    return count + 1, tile, step, start_m, start_n, waited
 
 
 @gluon.jit
@@ -136,7 +167,10 @@ def _fused_linear_pipelined_kernel(
     b_desc,
     y_desc,
     bias_ptr,
+    under_way_ptr,
     stride_bias,
+    ROUNDS,
+    ROUND_M,
     CHAIN: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     W_ROWS_OVER_K: gl.constexpr,
@@ -154,7 +188,8 @@ def _fused_linear_pipelined_kernel(
     stored [R, N]), y [M, N], all 16-bit.
 
     Program p writes the tiles p, p + NUM_PROGRAMS, ... of y; accumulates in fp32, rounds once. CHAIN as in
-    `_fused_linear_persistent_kernel`.
+    `_fused_linear_persistent_kernel`. With counts S is what counted programs write (`chain`), ROUND_M rows a round in ROUNDS
+    rounds.
     """
     if CHAIN != "":
         _let_next_kernel_begin()
@@ -177,10 +212,22 @@ def _fused_linear_pipelined_kernel(
     # The steps of all tiles are counted in one row; while number `count` is multiplied, the next STAGES - 1 are loaded.
     first = gl.program_id(0)
     start_m, start_n = _tile_start(first, num_m, num_n, BLOCK_M, BLOCK_N, GROUP_M)
-    at = (0, first, 0, start_m, start_n)
+    at = (0, first, 0, start_m, start_n, 0)
+    counted = (under_way_ptr, ROUNDS, ROUND_M)
     for _ in gl.static_range(STAGES - 1):
         at = _load_step(
-            at, ring, wide, low_rank, sizes, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS
+            at,
+            ring,
+            wide,
+            low_rank,
+            sizes,
+            counted,
+            W_ROWS_OVER_K,
+            B_ROWS_OVER_R,
+            CHAIN,
+            BLOCK_N,
+            GROUP_M,
+            NUM_PROGRAMS,
         )
     count = 0
     for tile in range(first, num_m * num_n, NUM_PROGRAMS):
@@ -188,13 +235,35 @@ def _fused_linear_pipelined_kernel(
         for step in range(0, k_steps):
             acc = _multiply_step(acc, step > 0, count, ring, wide, W_ROWS_OVER_K)
             at = _load_step(
-                at, ring, wide, low_rank, sizes, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS
+                at,
+                ring,
+                wide,
+                low_rank,
+                sizes,
+                counted,
+                W_ROWS_OVER_K,
+                B_ROWS_OVER_R,
+                CHAIN,
+                BLOCK_N,
+                GROUP_M,
+                NUM_PROGRAMS,
             )
             count += 1
         for _step in range(k_steps, steps):
             acc = _multiply_step(acc, True, count, ring, low_rank, B_ROWS_OVER_R)
             at = _load_step(
-                at, ring, wide, low_rank, sizes, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS
+                at,
+                ring,
+                wide,
+                low_rank,
+                sizes,
+                counted,
+                W_ROWS_OVER_K,
+                B_ROWS_OVER_R,
+                CHAIN,
+                BLOCK_N,
+                GROUP_M,
+                NUM_PROGRAMS,
             )
             count += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -218,6 +287,9 @@ def _fused_linear_pipelined_kernel(
             fence_async_shared()
             store_tile(y_desc, [start_m, start], y_buf)
     tma.store_wait(pendings=0)
+    if under_way_ptr is not None:
+        # So that with its end all in front of it has ended.
+        _wait_for_kernel_in_front()
 
 
 def launch_pipelined(
@@ -229,8 +301,10 @@ def launch_pipelined(
     y: Tensor,
     config: Config,
     beside: bool = False,
+    counted: Counted | None = None,
 ) -> None:
-    """`launch_persistent`, for operands of which EVERYTHING is `describable`."""
+    """`launch_persistent`, for operands of which EVERYTHING is `describable`. For rows of s that `counted` programs write it
+    waits where it needs them."""
     M, N = y.shape
     w_rows_over_k, b_rows_over_r = not aligned_rows(weight), not aligned_rows(b)
     block_m, block_n, block_k, block_r = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
@@ -244,7 +318,9 @@ def launch_pipelined(
         _described(b.mT, block_r, block_n) if b_rows_over_r else _described(b, block_n, block_r),
         _described(y, block_m, block_n // 4),
         bias,
+        None if counted is None else counted.under_way,
         0 if bias is None else bias.stride(0),
+        *((1, 1) if counted is None else counted[1:]),
         HAS_BIAS=bias is not None,
         W_ROWS_OVER_K=w_rows_over_k,
         B_ROWS_OVER_R=b_rows_over_r,

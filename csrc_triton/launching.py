@@ -4,7 +4,10 @@ Triton finds the compiled kernel for a launch by specialising every argument and
 ours, which is what a small GEMM takes. Here the key is what decides that specialisation and little more.
 """
 
+import ctypes
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -68,10 +71,25 @@ def launch_remembered(kernel, grid: tuple[int, ...], args: tuple, options: dict[
         if len(_compiled) >= MAX_REMEMBERED:
             _compiled.clear()
         compiled = _compiled[key] = kernel[grid](*args, **options)
+        if options.get("CHAIN") and hasattr(compiled, "function"):
+            _leave_shared_memory(compiled)
     else:
         run = runner(driver.active.get_current_stream(device))
         run(compiled, (*grid, 1, 1)[:3], (*args, *constexprs(kernel, options)))
     return compiled
+
+
+_CARVEOUT = 9
+"""CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent."""
+
+
+def _leave_shared_memory(compiled: Any) -> None:
+    # The driver divides a multiprocessor's memory between cache and shared memory as the kernel that comes first there needs
+    # it, and what comes beside that has to do with the rest.
+    library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    error = library.cuFuncSetAttribute(ctypes.c_void_p(compiled.function), _CARVEOUT, 100)
+    if error:
+        warnings.warn(f"CUDA error {error}: kernels may not find shared memory to run beside one another", stacklevel=2)
 
 
 def runner(stream: int) -> Callable[[Any, tuple[int, int, int], Sequence], None]:

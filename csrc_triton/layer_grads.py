@@ -1,8 +1,10 @@
 """The layer's whole backward pass: dX, dA and dB, where all are asked for.
 
-dX waits for nothing but dS. So where the GPU can run a small kernel beside the persistent GEMM, one pass over G takes dS and
-u = G~ B, and the sums for dB and dA, each a pass of its own over G and over x, run while the GEMM for dX does (`outer_pair`).
-Elsewhere the steps follow one another, with dB and dS from one read of G (`adapter_grads`).
+dX waits for nothing but dS, and for that only at the end of a tile. So where the GPU can run a small kernel beside the
+persistent GEMM, one pass over G for dS and u = G~ B begins, then the GEMM, which takes its place on every multiprocessor, and
+in the room that is left as that pass ends, the sums for dB and dA, each a pass of its own over G and over x (`outer_pair`),
+however many their programs are. Where that pass has no room there it ends first. Elsewhere the steps follow one another, with
+dB and dS from one read of G (`adapter_grads`).
 """
 
 import torch
@@ -10,7 +12,10 @@ from torch import Tensor
 
 from . import batch_invariance, configs, plans
 from .adapter_grad import adapter_grads, project, rules
+from .beside import Beside, counted, room
 from .chain import chained
+from .configs import cdiv
+from .down_project import down_project_beside
 from .fused_linear import fused_linear, launch_persistently
 from .fused_linear_persistent import describable
 from .outer_pair import add_up_pair, outer_pair, pick_pair
@@ -24,6 +29,27 @@ def pick_apart(
     if norm == "entry" or batch_invariance.enabled():
         return None
     return pick_pair(N, K, R, dtype, arch, compute)
+
+
+def room_for_ds(
+    plan: plans.Plan,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    norm: str | None,
+    dtype: torch.dtype,
+    low_rank_dtype: torch.dtype,
+    device: torch.device,
+) -> Beside | None:
+    """How the pass over G [M, N] for dS and u runs beside the GEMM of `plan` for dX [M, K]; None where it does not. The GEMM
+    has more tiles than fit the chip at once: else the first, which waits for dS, is the last."""
+    arch, products = configs.arch_of(device), 2 if norm == "row" else 1
+    beside = room(plan, M, N, R, dtype, low_rank_dtype, device, products)
+    if beside is None or not plans.pays_beside(M, N, beside.config.BLOCK_M, dtype, arch):
+        return None
+    tiles = cdiv(M, plan.config.BLOCK_M) * cdiv(K, plan.config.BLOCK_N)
+    return beside if tiles > configs.sms_of(arch) else None
 
 
 def layer_grads(
@@ -45,32 +71,41 @@ def layer_grads(
     `weight_coefficient` has been called already.
     """
     (M, N), K, R = g.shape, x.shape[1], s.shape[1]
-    pair = pick_apart(N, K, R, norm, g.dtype, configs.arch_of(g.device), s.dtype)
-    apart = M > 0 and pair is not None
-    can_overlap = configs.can_overlap(g.device)
-    with chained(apart and can_overlap):
-        if c is None and norm in ("row", "matrix", "factor"):
-            c = weight_coefficient(a, b, eta, norm)
-        if apart:
-            ds, u = project(g, b, c, norm, s.dtype, need_da=True)
-    if not apart:
+    arch, can_overlap, dtypes = configs.arch_of(g.device), configs.can_overlap(g.device), (dtype_a, dtype_b)
+    pair = pick_apart(N, K, R, norm, g.dtype, arch, s.dtype)
+    if M == 0 or pair is None:
+        c = _coefficient(a, b, eta, norm) if c is None else c
         ds, da, db = adapter_grads(g, x, s, b, c, eta, norm, True, dtype_a, dtype_b)
         return fused_linear(g, weight.mT, None, ds, a.mT), da, db
 
     call = plans.Call("layer_grads", M, K, N, R, g.dtype, s.dtype)
-    plan = plans.pick(call, g.device, describable(g, weight.mT, a.mT, ds))
+    plan = plans.pick(call, g.device, describable(g, weight.mT, a.mT))
     overlap = plan.way in plans.PERSISTENT and can_overlap
-    rule_g, rule_x = rules(s, b, c, eta, norm, K)
+    beside = counted(room_for_ds(plan, M, N, K, R, norm, g.dtype, s.dtype, g.device), g.device)
+    with chained(can_overlap):
+        c = _coefficient(a, b, eta, norm) if c is None else c
+        rule_g, rule_x = rules(s, b, c, eta, norm, K)
+        if beside is None:
+            ds, u = project(g, b, c, norm, s.dtype, need_da=True)
     if not overlap:
-        sums = outer_pair(g, s, rule_g, x, u, rule_x, pair, (dtype_a, dtype_b))
-        dx = fused_linear(g, weight.mT, None, ds, a.mT, plan)
-        return dx, *add_up_pair(*sums, (dtype_a, dtype_b))
+        sums = outer_pair(g, s, rule_g, x, u, rule_x, pair, dtypes)
+        return fused_linear(g, weight.mT, None, ds, a.mT, plan), *add_up_pair(*sums, dtypes)
 
     dx = torch.empty(M, K, device=g.device, dtype=g.dtype)
-    # Another chain, because what both read has to be there when its first kernel begins. The GEMM is that: it takes its place
-    # on every multiprocessor, and the small programs what room is left, however many they are.
-    with chained(True, *("midway",) * plans.takes_parts(plan.way, g.dtype, s.dtype), "late"):
-        held = launch_persistently(g, weight.mT, None, ds, a.mT, dx, plan, beside=True)
-        sums = outer_pair(g, s, rule_g, x, u, rule_x, pair, (dtype_a, dtype_b))
+    in_front = beside is not None or plans.takes_parts(plan.way, g.dtype, s.dtype)
+    # Another chain, because what all read has to be there when its first kernel begins, and because the pass for dS gets each
+    # multiprocessor one program only where nothing else stands.
+    with chained(True, *("midway",) * in_front, "late"):
+        under_way = awaited = None
+        if beside is not None:
+            under_way, awaited = beside.counted, beside.awaited
+            ds_and_u = down_project_beside(g, b.mT, c if norm == "row" else None, s.dtype, beside)
+            ds, u = ds_and_u[0], ds_and_u[-1]
+        held = launch_persistently(g, weight.mT, None, ds, a.mT, dx, plan, beside=True, counted=awaited)
+        sums = outer_pair(g, s, rule_g, x, u, rule_x, pair, dtypes, under_way)
         del held
-    return dx, *add_up_pair(*sums, (dtype_a, dtype_b))
+    return dx, *add_up_pair(*sums, dtypes)
+
+
+def _coefficient(a: Tensor, b: Tensor, eta: float, norm: str | None) -> Tensor | None:
+    return weight_coefficient(a, b, eta, norm) if norm in ("row", "matrix", "factor") else None

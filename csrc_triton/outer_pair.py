@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .chain import join_chain, leave_chain
+from .chain import Counted, join_chain, leave_chain, wait_for_counted
 from .combine import combine_pair
 from .configs import cdiv
 from .launching import launch
@@ -21,6 +21,7 @@ def _outer_tile(
     scale_ptr,
     row_scale_ptr,
     out_ptr,
+    under_way_ptr,
     pid_l,
     M,
     L,
@@ -38,6 +39,7 @@ def _outer_tile(
     OUT_DTYPE: tl.constexpr,
     SCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
+    U_IS_COUNTED: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -45,7 +47,8 @@ def _outer_tile(
     BLOCK_R: tl.constexpr,
 ):
     """BLOCK_L rows of ``out[p] = scale ⊙ Vᵀ U [L, R]`` over segment p, the program's second number; accumulated in fp32;
-    R <= BLOCK_R."""
+    R <= BLOCK_R. With counts scale and row_scale are from in front of the counted programs, and u is theirs where
+    U_IS_COUNTED."""
     offs_l = offsets(pid_l * BLOCK_L, BLOCK_L)
     offs_r = offsets(0, BLOCK_R)
     mask_l = offs_l < L
@@ -53,6 +56,8 @@ def _outer_tile(
     start = tl.program_id(1) * SEGMENT_M
     stop = min(start + SEGMENT_M, M)
     acc = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
+    if U_IS_COUNTED or HAS_ROW_SCALE:
+        wait_for_counted(under_way_ptr)
     for m in range(start, stop, BLOCK_M):
         offs_m = offsets(m, BLOCK_M)
         mask_m = offs_m < stop
@@ -63,6 +68,8 @@ def _outer_tile(
         if HAS_ROW_SCALE:
             u = u * tl.load(row_scale_ptr + offs_m * stride_row_scale, mask=mask_m, other=0.0)[:, None]
         acc = dot(tl.trans(v), u, acc, DTYPE, PRECISION)
+    if not (U_IS_COUNTED or HAS_ROW_SCALE):
+        wait_for_counted(under_way_ptr)
     if SCALE == "columns":
         acc *= tl.load(scale_ptr + offs_l * stride_scale, mask=mask_l, other=0.0)[:, None]
     elif SCALE == "rank":
@@ -83,6 +90,7 @@ def _outer_pair_kernel(
     row_scale_ptr,
     db_ptr,
     da_ptr,
+    under_way_ptr,
     M,
     N,
     K,
@@ -122,7 +130,8 @@ def _outer_pair_kernel(
     """``db[p] = scale_b ⊙ Gᵀ S`` and ``da[p] = scale_a ⊙ xᵀ u`` over segment p, SEGMENT_M rows; G [M, N], x [M, K], S and u
     [M, R], db [P, N, R], da [P, K, R], accumulated in fp32; R <= BLOCK_R.
 
-    The first programs have BLOCK_L columns of G each, the rest of x; row_scale [M] multiplies S and u.
+    The first programs have BLOCK_L columns of G each, the rest of x; row_scale [M] multiplies S and u. With counts u is
+    what counted programs write (`chain`).
     """
     join_chain(CHAIN)
     R, stride_sm, stride_um = in_steps(R, U_STEP), in_steps(stride_sm, U_STEP), in_steps(stride_um, U_STEP)
@@ -136,6 +145,7 @@ def _outer_pair_kernel(
             scale_b_ptr,
             row_scale_ptr,
             db_ptr,
+            under_way_ptr,
             pid,
             M,
             N,
@@ -153,6 +163,7 @@ def _outer_pair_kernel(
             DB_DTYPE,
             SCALE_B,
             HAS_ROW_SCALE,
+            False,
             DTYPE,
             PRECISION,
             BLOCK_M,
@@ -166,6 +177,7 @@ def _outer_pair_kernel(
             scale_a_ptr,
             row_scale_ptr,
             da_ptr,
+            under_way_ptr,
             pid - tiles_n,
             M,
             K,
@@ -183,6 +195,7 @@ def _outer_pair_kernel(
             DA_DTYPE,
             SCALE_A,
             HAS_ROW_SCALE,
+            True,
             DTYPE,
             PRECISION,
             BLOCK_M,
@@ -206,12 +219,13 @@ def outer_pair(
     rule_x: Rule,
     config: configs.Config,
     dtypes: tuple[torch.dtype, torch.dtype],
+    counted: Counted | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `add_up_pair` makes dA and dB of: sums ``[P, R, K]`` and ``[P, N, R]`` in fp32 over P segments of the rows; of one
     segment ``dA [R, K]`` and ``dB [N, R]`` themselves, in `dtypes`. M >= 1.
 
     g [M, N], s [M, R], x [M, K] and u [M, R] of any strides, s and u of one dtype; of the rules `scale` with its `axis`, and
-    one `row_scale` for both.
+    one `row_scale` for both. u may be what `counted` programs write.
     """
     (M, N), K, R = g.shape, x.shape[1], s.shape[1]
     programs = cdiv(N, config.BLOCK_N) + cdiv(K, config.BLOCK_N)
@@ -236,6 +250,7 @@ def outer_pair(
         rule_g.row_scale,
         db,
         da,
+        None if counted is None else counted.under_way,
         M,
         N,
         K,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from . import batch_invariance, configs, parts, replay, tuning
-from .configs import Config
+from .configs import Config, cdiv
 from .tiling import INTERPRETED
 
 WAYS = {
@@ -148,6 +148,15 @@ def _finds_room_beside(call: Call, arch: str) -> bool:
         return configs.beside(K, R, dtype, arch, low_rank_dtype) is not None
     pair = call.op == "layer_grads"
     return pair and configs.whole_rank("outer_pair", N, K, R, dtype, arch, low_rank_dtype) is not None
+
+
+def pays_beside(M: int, K: int, block_m: int, dtype: torch.dtype, arch: str) -> bool:
+    """Whether a pass over M rows of K elements costs more alone than beside the GEMM, block_m rows a program: a multiprocessor
+    that has one of its programs is late by that, however few have."""
+    machine, row = _machine(arch), K * dtype.itemsize
+    alone = machine.launch + M * row / machine.bandwidth
+    rows_of_all = cdiv(M, block_m * configs.sms_of(arch)) * block_m * configs.sms_of(arch)
+    return _COST_BESIDE * rows_of_all * row / machine.bandwidth < alone
 
 
 def by_vendor_for_groups(call: Call, device: torch.device) -> bool:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .chain import lives_on
 from .configs import cdiv
 from .launching import constexprs, is_descriptor, watch
 
@@ -230,7 +231,7 @@ class _Values:
 
     def number(self, argument: Any, places: _Places) -> int:
         """The number of a launch's argument. A tensor has one for all launches."""
-        if isinstance(argument, Tensor):
+        if isinstance(argument, Tensor) and not lives_on(argument):
             slot = places.slot(argument)
             if slot not in self.slots:
                 self.slots[slot] = self._add(None)

@@ -132,22 +132,43 @@ def test_where_c_is_hidden(monkeypatch):
 
     module = sys.modules["csrc_triton.adapted_linear"]
 
-    def hidden(M=8192, N=4096, K=4096, R=16, factors=torch.bfloat16, arch="sm_90"):
+    def hidden(R=16, factors=torch.bfloat16, arch="sm_90"):
         monkeypatch.setattr(configs, "arch_of", lambda device: arch)
         monkeypatch.setattr(configs, "can_overlap", lambda device: arch != "sm_80")
         module._has_config.cache_clear()
-        x, a, b = (torch.empty(size, device="meta", dtype=torch.bfloat16) for size in ((M, K), (R, K), (N, R)))
+        x, a, b = (torch.empty(size, device="meta", dtype=torch.bfloat16) for size in ((8, 4096), (R, 4096), (1024, R)))
         return hides_c(x, a.to(factors), b.to(factors))
 
     try:
-        assert hidden() and hidden(R=8) and hidden(R=32) and hidden(N=14336, K=64)
-        assert not any((hidden(M=2048), hidden(N=1024), hidden(R=20), hidden(R=64), hidden(factors=torch.float32)))
+        assert hidden() and hidden(R=8) and hidden(R=32)
+        assert not any((hidden(R=20), hidden(R=64), hidden(factors=torch.float32)))
         assert not hidden(arch="sm_80")
         batch_invariance.enable(True)
         assert not hidden()
     finally:
         batch_invariance.enable(False)
         module._has_config.cache_clear()
+
+
+def test_the_pass_for_ds_runs_beside_the_gemm_where_that_costs_less(monkeypatch):
+    """As measured on an H100; docs/performance.md, the record of steps."""
+    from csrc_triton.layer_grads import room_for_ds
+
+    monkeypatch.setattr(configs, "arch_of", lambda device: "sm_90")
+    monkeypatch.setattr(configs, "can_overlap", lambda device: True)
+
+    def rounds(m, n=4096, k=4096, r=16, norm="row", dtypes=(torch.bfloat16,) * 2, **other):
+        plan = plans._pick(call("layer_grads", m=m, n=k, k=n, r=r, dtypes=dtypes), "sm_90", plans.EVERYTHING, None)
+        plan = plan._replace(**other)
+        found = room_for_ds(plan, m, n, k, r, norm, *dtypes, torch.device("cpu"))
+        return 0 if found is None else found.rounds
+
+    assert [rounds(m) for m in (512, 1024, 2048, 4096, 8192, 9216, 16384, 67584, 70000)] == [0, 0, 1, 1, 1, 2, 2, 8, 0]
+    assert rounds(2048, n=14336) == 0 and rounds(8192, n=14336) == rounds(2048, n=1024) == rounds(8192, n=1024) == 1
+    assert rounds(8192, r=8) == rounds(8192, r=32) == rounds(8192, norm="token") == 1
+    assert rounds(8192, r=12) == rounds(8192, r=64) == rounds(8192, dtypes=MIXED) == 0
+    # This one would wait for all rounds.
+    assert rounds(8192, way="persistent") == 1 and rounds(16384, way="persistent") == 0
 
 
 def test_the_plan_of_a_layer_says_that_its_factors_go_in_parts(monkeypatch):

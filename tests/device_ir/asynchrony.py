@@ -2,16 +2,19 @@
 
 ttsem 0.1.0 does such a step at once, so that a wait too few changes nothing. Here a copy spoils what it overwrites when it is
 begun and brings its data when its barrier is waited for; a product's sum is NaN until it is waited for, and its operands must
-then be what they were; a store's buffer must not change before that is waited for.
+then be what they were; a store's buffer must not change before that is waited for. What counted programs write
+(`csrc_triton.chain`) is NaN to each program of a later kernel until it has waited for the round that writes it.
 """
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 from ttsem import ops
 
 
@@ -48,6 +51,25 @@ class Arriving:
     barrier: Any
 
 
+@dataclasses.dataclass
+class ByRounds:
+    """What counted programs write: `tensors` of as many rows each, `rows` of these a round in `rounds` rounds, counted at
+    the address `counts`."""
+
+    tensors: list[torch.Tensor]
+    rows: int
+    rounds: int
+    counts: int
+
+    def row_of(self, addresses: np.ndarray) -> np.ndarray:
+        """Which row each address lies in, -1 where in none."""
+        found = np.full(addresses.shape, -1)
+        for t in self.tensors:
+            offset = addresses - t.data_ptr()
+            found = np.where((offset >= 0) & (offset < t.nbytes), offset // (t.stride(0) * t.itemsize), found)
+        return found
+
+
 class UnderWay:
     """All that one program has begun, and how much of it there has been."""
 
@@ -59,6 +81,7 @@ class UnderWay:
         self.unfenced: list[np.ndarray] = []
         self.read_by_some: list[np.ndarray] = []
         self.waited_for_kernel_in_front = False
+        self.rows_there = 0
 
     def end(self) -> None:
         for what in ("copies", "products", "stores"):
@@ -77,6 +100,7 @@ class Asynchrony:
     def __init__(self) -> None:
         self.now = UnderWay()
         self.after_kernel_in_front: range = range(0)
+        self.by_rounds: ByRounds | None = None
         self.counts = {"copies": 0, "products": 0, "stores": 0, "programs": 0}
 
     def load(self, interp, op, args):
@@ -93,6 +117,12 @@ class Asynchrony:
         if overlap(self.now.unfenced, ops._md(op, barrier).data):
             raise Unordered("a copy that tells a barrier which the tensor memory unit may not see yet")
         data = ops._desc_block(interp, desc, *ops._desc_pointers(desc, coords), buffer.dtype)
+        if self.by_rounds is not None:
+            rows = self.by_rounds.row_of(np.asarray(int(desc.base)))
+            if rows >= 0:
+                first = int(rows) + int(np.asarray(coords[0]))
+                data = data.copy()
+                data.view(np.uint16)[max(0, self.now.rows_there - first) :] = 0xFFFF
         buffer.view(np.uint16)[...] = 0xFFFF  # NaN, in either 16-bit type
         self.now.copies.append(Arriving(buffer, data, ops._barrier(interp, op, barrier)))
         self.counts["copies"] += 1
@@ -165,10 +195,36 @@ class Asynchrony:
         self.now.read_by_some.clear()
         return []
 
+    def global_load(self, interp, op, args):
+        (found,) = ops_before["tt.load"](interp, op, args)
+        if self.by_rounds is None:
+            return [found]
+        rows = np.broadcast_to(self.by_rounds.row_of(np.asarray(args[0], dtype=np.int64)), np.shape(found))
+        nan = np.frombuffer(b"\xff" * found.itemsize, found.dtype)[0]
+        return [np.where(rows < self.now.rows_there, found, nan)]
+
+    def atomic(self, interp, op, args):
+        (found,) = ops_before["tt.atomic_rmw"](interp, op, args)
+        if self.by_rounds is not None and not np.any(np.asarray(args[1])):
+            self.polled(int(np.asarray(args[0])), found)
+        return [found]
+
+    def polled(self, address, found):
+        if np.any(found):
+            raise Unordered("a wait for a program that has not ended its round")
+        rounds_left = (address - self.by_rounds.counts) // 4
+        self.now.rows_there = max(self.now.rows_there, (self.by_rounds.rounds - rounds_left) * self.by_rounds.rows)
+
     def assembly(self, interp, op, args):
+        if "ld.acquire.gpu" in op.text:
+            address = np.asarray(args[0], np.int64)
+            found = interp.memory.atomic("add", address, np.zeros((), np.int32), None)
+            self.polled(int(address), found)
+            return [found]
         if "griddepcontrol" not in op.text:
             return ops_before["tt.elementwise_inline_asm"](interp, op, args)
-        self.now.waited_for_kernel_in_front |= "griddepcontrol.wait" in op.text
+        if "griddepcontrol.wait" in op.text:
+            self.now.waited_for_kernel_in_front, self.now.rows_there = True, sys.maxsize
         return [np.zeros((), np.int32)]
 
     def end(self, interp, op, args):
@@ -198,6 +254,8 @@ def as_late_as_allowed() -> Iterator[Asynchrony]:
         "ttg.barrier": found.barrier,
         "gpu.barrier": found.barrier,
         "tt.elementwise_inline_asm": found.assembly,
+        "tt.load": found.global_load,
+        "tt.atomic_rmw": found.atomic,
         "tt.return": found.end,
     }
     with mock.patch.dict(ops.OPS, handlers):

@@ -80,7 +80,9 @@ def test_a_remembered_launch_is_not_taken_for_another_alignment():
 
 
 @norms
-@pytest.mark.parametrize("shape", [(512, 4096, 4096, 16), (300, 1025, 1027, 24), (2048, 1024, 4096, 128)])
+@pytest.mark.parametrize(
+    "shape", [(512, 4096, 4096, 16), (300, 1025, 1027, 24), (2048, 1024, 4096, 128), (9000, 1024, 2048, 16)]
+)
 def test_replayed_calls_compute_from_their_own_tensors(norm, shape):
     replay.forget()
     kept = []

@@ -16,8 +16,10 @@ import csrc_triton
 from allora_kernels import FusedALLoRALinear, reference
 from allora_kernels.layer import ops
 from allora_kernels.testing import make_inputs
-from csrc_triton import batch_invariance, configs, plans, replay
+from csrc_triton import batch_invariance, chain, configs, plans, replay
+from csrc_triton.beside import Beside
 from csrc_triton.combine import combine
+from csrc_triton.down_project import down_project_beside
 from csrc_triton.launching import watch
 from csrc_triton.parts import in_parts, width
 from csrc_triton.recording import record
@@ -278,6 +280,18 @@ def test_fp32_factors_that_descriptors_reach_in_parts(device, rank):
         return x, weight, bias, s, b
 
     check(lambda *args: csrc_triton.fused_linear(*args, found[0]), make)
+
+
+def test_counted_programs(device):
+    """What they are counted by is neither an argument nor allocated."""
+    under_way = chain.counts(torch.device(device))
+    beside = Beside(configs.Config(64, 0, 64, 16, 4, 2), 1, chain.Counted(under_way, 1, 64))
+
+    def make(seed):
+        return inputs(device, seed)[0], inputs(device, seed)[3]
+
+    check(lambda x, a: down_project_beside(x, a, None, x.dtype, beside)[0], make)
+    assert not under_way.any()
 
 
 def test_groups(device):
