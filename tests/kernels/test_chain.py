@@ -1,11 +1,12 @@
 """Which place in a chain a launch has."""
 
 import threading
+from unittest import mock
 
 import pytest
 import torch
 
-from csrc_triton import launching
+from csrc_triton import chain, launching
 from csrc_triton.chain import chained, next_place
 from csrc_triton.combine import combine, combine_pair
 
@@ -50,3 +51,25 @@ def test_launches_outside_of_a_chain_have_no_place(monkeypatch):
     combine_pair(torch.ones(3, 40), torch.ones(3, 8), (torch.float32,) * 2)
     assert [options["CHAIN"] for options in seen] == ["", ""]
     assert not any("launch_pdl" in options for options in seen)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_counts_are_made_by_a_thread_of_its_own_and_not_for_a_graph(captured, monkeypatch):
+    """What this thread allocates may be that of a CUDA graph's pool, before it is captured, too."""
+    makers, zeros = [], torch.zeros
+
+    def noted(*size, device, **options):
+        makers.append(threading.get_ident())
+        return zeros(*size, **options)
+
+    monkeypatch.setattr(chain, "_counts", {})
+    monkeypatch.setattr(torch, "zeros", noted)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mock.Mock())
+    device = torch.device("cuda", 0)
+    made = [chain.counts(device) for _ in range(2)]
+    if captured:
+        assert made == [None, None] and not makers
+    else:
+        assert made[0] is made[1] and chain.lives_on(made[0]) and not made[0].any()
+        assert len(makers) == 1 and makers[0] != threading.get_ident()
