@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from . import configs, plans
-from .chain import MAX_ROUNDS, Counted, counts
-from .configs import Config, cdiv
+from .chain import Counted, counts
+from .configs import Config
 
 
 class Beside(NamedTuple):
@@ -45,9 +45,10 @@ def room(
     config = configs.beside(K, R, dtype, arch, low_rank_dtype, products)
     if config is None:
         return None
-    rounds = cdiv(cdiv(M, config.BLOCK_M), configs.sms_of(arch))
-    # Only the GEMM in Gluon waits for a round.
-    return Beside(config, rounds, None) if rounds <= (MAX_ROUNDS if plan.way == "pipelined" else 1) else None
+    # Now, as a later call that needs them may be captured.
+    counts(device)
+    rounds = plans.rounds_beside(plan.way, M, config.BLOCK_M, arch)
+    return Beside(config, rounds, None) if rounds else None
 
 
 def counted(beside: Beside | None, device: torch.device) -> Beside | None:

@@ -82,7 +82,8 @@ class _Places(threading.local):
 
 
 _places = _Places()
-_turn = threading.RLock()
+turn = threading.RLock()
+"""Held while a chain is launched."""
 _counts: dict[torch.device, Tensor] = {}
 
 MAX_ROUNDS = 8
@@ -137,7 +138,7 @@ def chained(possible: bool, *places: str) -> Iterator[None]:
     else:
         _places.left = itertools.chain(["first"], places or itertools.repeat("link"))
     try:
-        with _turn if possible else contextlib.nullcontext():
+        with turn if possible else contextlib.nullcontext():
             yield
     finally:
         _places.left = before

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from . import batch_invariance, configs, parts, replay, tuning
+from .chain import MAX_ROUNDS
 from .configs import Config, cdiv
 from .tiling import INTERPRETED
 
@@ -117,7 +118,7 @@ def estimate(call: Call, plan: Plan, arch: str) -> float:
         passes = machine.launch + M * K * dtype.itemsize / machine.bandwidth
     elif call.op == "layer_grads":
         passes = machine.launch + M * (N + K) * dtype.itemsize / machine.bandwidth
-    runs_beside = plan.way in PERSISTENT and _finds_room_beside(call, arch)
+    runs_beside = plan.way in PERSISTENT and _finds_room_beside(call, plan.way, arch)
     if call.op == "adapted_linear" and not runs_beside:
         of_s = configs.pick_config("down_project", M, 0, K, call.R, dtype, arch, call.low_rank_dtype)
         passes += machine.launch * (configs.parts_of_k(of_s, M, K, call.R, arch) > 1)
@@ -141,13 +142,21 @@ def estimate(call: Call, plan: Plan, arch: str) -> float:
     return passes + machine.launch + gemm
 
 
-def _finds_room_beside(call: Call, arch: str) -> bool:
+def _finds_room_beside(call: Call, way: str, arch: str) -> bool:
     """Whether the call's small kernel, for S or for dA and dB, has a configuration that leaves room to the GEMM."""
-    _, _, N, K, R, dtype, low_rank_dtype = call
+    _, M, N, K, R, dtype, low_rank_dtype = call
     if call.op == "adapted_linear":
-        return configs.beside(K, R, dtype, arch, low_rank_dtype) is not None
+        config = configs.beside(K, R, dtype, arch, low_rank_dtype)
+        return config is not None and rounds_beside(way, M, config.BLOCK_M, arch) > 0
     pair = call.op == "layer_grads"
     return pair and configs.whole_rank("outer_pair", N, K, R, dtype, arch, low_rank_dtype) is not None
+
+
+def rounds_beside(way: str, M: int, block_m: int, arch: str) -> int:
+    """In how many rounds a pass over M rows, block_m a program, works beside a GEMM of this way so that no multiprocessor gets
+    two programs of it; 0 where the GEMM could not wait for them: only the one in Gluon waits for a round."""
+    rounds = cdiv(cdiv(M, block_m), configs.sms_of(arch))
+    return rounds if rounds <= (MAX_ROUNDS if way == "pipelined" else 1) else 0
 
 
 def pays_beside(M: int, K: int, block_m: int, dtype: torch.dtype, arch: str) -> bool:

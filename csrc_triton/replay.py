@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from . import batch_invariance
+from .chain import turn
 from .launching import ON_ROCM, compile_settings, runner
 from .recording import Launch, Recording, View, record
 
@@ -57,7 +58,7 @@ def replayed(launcher: Callable) -> Callable:
 
 
 def _first_calls(launcher: Callable, args: tuple, kind: tuple, calls: int) -> Any:
-    if calls == CALLS_BEFORE and _recording_lock.acquire(blocking=False):
+    if calls == CALLS_BEFORE and not _captured() and _recording_lock.acquire(blocking=False):
         try:
             # Unless all goes well: a call that runs out of memory need not hold on to everything the next time.
             _kinds[kind] = _NEVER
@@ -73,6 +74,11 @@ def _first_calls(launcher: Callable, args: tuple, kind: tuple, calls: int) -> An
             _kinds.clear()
         _kinds[kind] = calls + 1
     return launcher(*args)
+
+
+def _captured() -> bool:
+    """Whether this is for a CUDA graph, for which a launcher may do without what it has elsewhere (`chain.counts`)."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def kind_of(launcher: Callable, args: tuple) -> tuple[tuple, list[Tensor], list[int]]:
@@ -99,7 +105,8 @@ def _replay_on(device: int | None, recording: Recording, tensors: list[Tensor], 
     def start(launch: Launch, args: tuple) -> None:
         run(launch.compiled, launch.grid, args)
 
-    return replay(recording, tensors, addresses, start)
+    with turn:
+        return replay(recording, tensors, addresses, start)
 
 
 def replay(
