@@ -187,7 +187,7 @@ half = torch.bfloat16
 configs.num_splits = lambda *_, **__: 4
 g, x, w = (torch.empty(size, dtype=half) for size in ((2048, 4096), (2048, 4096), (4096, 4096)))
 touches = r"ld[.]global[.](?!gpu)|st[.]global|cp[.]async[.]c"
-count = r"(?:atom|ld)[.]global[.]gpu[.](acquire|acq_rel|release)"
+count = r"(?:atom|ld|red)[.]global[.]gpu[.](acquire|acq_rel|release)"
 for factors in (half, torch.float32):
     beside = factors == half
     a, b = torch.empty(16, 4096, dtype=factors), torch.empty(4096, 16, dtype=factors)
@@ -209,7 +209,7 @@ for factors in (half, torch.float32):
                 assert begins < lets < touched[0] and touched[-1] < ends, name
                 # The result of the first is there when the next kernel is let begin.
                 result = re.search("%r[0-9]+", ptx[begins:])[0]
-                assert re.search(rf"st[.]shared[.]b32 .*{result};.*bar[.]sync", ptx[begins:lets], re.S), ptx[begins:lets]
+                assert re.search(rf"st[.]shared[^ ]*b32 .*{result};.*bar[.]sync", ptx[begins:lets], re.S), ptx[begins:lets]
                 assert place == "first" and waits < 0, name
             elif place == "link":
                 assert 0 < waits < lets < touched[0] and not counts, name
