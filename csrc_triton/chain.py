@@ -87,6 +87,7 @@ turn = threading.RLock()
 _counts: dict[torch.device, Tensor] = {}
 
 MAX_ROUNDS = 8
+"""Of more rows than these reach the pass ends before the GEMM begins, which costs a large GEMM least."""
 
 
 class Counted(NamedTuple):
