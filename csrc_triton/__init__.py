@@ -3,7 +3,7 @@
 import torch
 
 from . import batch_invariance, configs, plans
-from .adapted_linear import adapted_linear, adapted_linear_and_coefficient, hides_c
+from .adapted_linear import C_FROM, adapted_linear, adapted_linear_and_coefficient, hides_c
 from .adapter_grad import adapter_grads
 from .beside import room
 from .combine import combine
@@ -106,7 +106,8 @@ def plan_steps(
         steps["outer_pair (da, db)"] = f"Triton on {arch}, {pair}{note if overlaps else ''}"
         steps |= _plan_coefficient(norm, arch)
         if norm == "row" and beside is not None:
-            steps["weight_coefficient"] += ", of 16-bit factors beside the GEMM for y"
+            where = "" if M * N * K >= C_FROM else ", where the layer is compiled"
+            steps["weight_coefficient"] += f", of 16-bit factors beside the GEMM for y{where}"
     if batch_invariance.enabled():
         y, dx = invariance_cost("adapted_linear", N, K), invariance_cost("fused_linear", K, N)
         steps["batch invariance"] = (

@@ -13,10 +13,16 @@ from .fused_linear import fused_linear, launch_persistently, launch_tiles
 from .fused_linear_persistent import describable
 from .row_norms import weight_coefficient
 
+C_FROM = 2**35
+"""Multiplications of the GEMM for y from which C is found beside it in an eager layer (M=2048 at 4096 x 4096): one output more
+costs the host some 18 us a step (`bench.host`), and of a smaller layer the host is what takes long."""
+
 
 def hides_c(x: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether `adapted_linear_and_coefficient` finds room for C beside a persistent GEMM, for x [M, K], a [R, K] and b [N, R]:
-    where it does not, C stands in the GEMM's way as in the backward pass."""
+    """Whether `adapted_linear_and_coefficient` finds room for C beside a persistent GEMM, for x [M, K], a [R, K] and b [N, R],
+    and it pays; where y goes another way, C stands in front of it as of the backward pass."""
+    if not (torch.compiler.is_compiling() or x.numel() * b.shape[0] >= C_FROM):
+        return False
     return _leaves_room(x.shape[1], a.shape[0], x.dtype, a.dtype, b.dtype, x.device)
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -132,15 +133,17 @@ def test_where_c_is_hidden(monkeypatch):
 
     module = sys.modules["csrc_triton.adapted_linear"]
 
-    def hidden(R=16, factors=torch.bfloat16, arch="sm_90"):
+    def hidden(M=2048, R=16, factors=torch.bfloat16, arch="sm_90"):
         monkeypatch.setattr(configs, "arch_of", lambda device: arch)
         monkeypatch.setattr(configs, "can_overlap", lambda device: arch != "sm_80")
         module._has_config.cache_clear()
-        x, a, b = (torch.empty(size, device="meta", dtype=torch.bfloat16) for size in ((8, 4096), (R, 4096), (1024, R)))
+        x, a, b = (torch.empty(size, device="meta", dtype=torch.bfloat16) for size in ((M, 4096), (R, 4096), (4096, R)))
         return hides_c(x, a.to(factors), b.to(factors))
 
     try:
-        assert hidden() and hidden(R=8) and hidden(R=32)
+        assert hidden() and hidden(R=8) and hidden(R=32) and not hidden(M=2047)
+        with mock.patch.object(torch.compiler, "is_compiling", lambda: True):
+            assert hidden(M=1) and not hidden(R=64)
         assert not any((hidden(R=20), hidden(R=64), hidden(factors=torch.float32)))
         assert not hidden(arch="sm_80")
         batch_invariance.enable(True)
