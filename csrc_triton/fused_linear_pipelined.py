@@ -99,11 +99,7 @@ def _load(count, ring, descs, start_m, start_n, k, needed, ROWS_OVER_K: gl.const
 @gluon.jit
 def _load_step(
     at,
-    ring,
-    wide,
-    low_rank,
-    sizes,
-    counted,
+    given,
     W_ROWS_OVER_K: gl.constexpr,
     B_ROWS_OVER_R: gl.constexpr,
     CHAIN: gl.constexpr,
@@ -112,8 +108,9 @@ def _load_step(
     NUM_PROGRAMS: gl.constexpr,
 ):
     """Begin to load the step `at`: its number, its tile, its number in that, where the tile starts, and for how many rounds
-    of the `counted` programs S has been waited for. Returns the next one."""
+    of the counted programs S has been waited for. Returns the next one."""
     count, tile, step, start_m, start_n, waited = at
+    ring, wide, low_rank, sizes, counted = given
     under_way_ptr, rounds, rows = counted
     num_m, num_n, k_steps, steps = sizes
     BLOCK_M: gl.constexpr = wide[0].block_type.shape[0]
@@ -213,58 +210,19 @@ def _fused_linear_pipelined_kernel(
     first = gl.program_id(0)
     start_m, start_n = _tile_start(first, num_m, num_n, BLOCK_M, BLOCK_N, GROUP_M)
     at = (0, first, 0, start_m, start_n, 0)
-    counted = (under_way_ptr, ROUNDS, ROUND_M)
+    given = (ring, wide, low_rank, sizes, (under_way_ptr, ROUNDS, ROUND_M))
     for _ in gl.static_range(STAGES - 1):
-        at = _load_step(
-            at,
-            ring,
-            wide,
-            low_rank,
-            sizes,
-            counted,
-            W_ROWS_OVER_K,
-            B_ROWS_OVER_R,
-            CHAIN,
-            BLOCK_N,
-            GROUP_M,
-            NUM_PROGRAMS,
-        )
+        at = _load_step(at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS)
     count = 0
     for tile in range(first, num_m * num_n, NUM_PROGRAMS):
         acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, layout=acc_layout)
         for step in range(0, k_steps):
             acc = _multiply_step(acc, step > 0, count, ring, wide, W_ROWS_OVER_K)
-            at = _load_step(
-                at,
-                ring,
-                wide,
-                low_rank,
-                sizes,
-                counted,
-                W_ROWS_OVER_K,
-                B_ROWS_OVER_R,
-                CHAIN,
-                BLOCK_N,
-                GROUP_M,
-                NUM_PROGRAMS,
-            )
+            at = _load_step(at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS)
             count += 1
         for _step in range(k_steps, steps):
             acc = _multiply_step(acc, True, count, ring, low_rank, B_ROWS_OVER_R)
-            at = _load_step(
-                at,
-                ring,
-                wide,
-                low_rank,
-                sizes,
-                counted,
-                W_ROWS_OVER_K,
-                B_ROWS_OVER_R,
-                CHAIN,
-                BLOCK_N,
-                GROUP_M,
-                NUM_PROGRAMS,
-            )
+            at = _load_step(at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS)
             count += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
 
