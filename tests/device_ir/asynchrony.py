@@ -199,7 +199,10 @@ class Asynchrony:
         (found,) = ops_before["tt.load"](interp, op, args)
         if self.by_rounds is None:
             return [found]
-        rows = np.broadcast_to(self.by_rounds.row_of(np.asarray(args[0], dtype=np.int64)), np.shape(found))
+        rows = self.by_rounds.row_of(np.asarray(args[0], dtype=np.int64))
+        if len(args) > 1:
+            # What is masked out may point anywhere.
+            rows = np.where(np.asarray(args[1], bool), rows, -1)
         nan = np.frombuffer(b"\xff" * found.itemsize, found.dtype)[0]
         return [np.where(rows < self.now.rows_there, found, nan)]
 
