@@ -1,9 +1,9 @@
 """``python -m bench.host``: what one layer's step costs the host, without a GPU.
 
 The layer runs on CPU tensors as it would on an H100: its kernels are compiled for one, and Triton launches them by a CUDA
-driver that does nothing (`null_driver.c`, which a C compiler builds). What is measured is Python, torch's dispatcher, autograd
-and Triton's launcher on this machine's CPU; what the driver, CUDA's allocator and autograd's thread for the GPU cost is
-missing. PEFT's layer and the frozen one stand beside it, whose torch ops run on as good as empty tensors.
+driver that does nothing (`null_driver.c`, which a C compiler builds). What is measured is Python, autograd and Triton's
+launcher on this machine's CPU; what the driver, CUDA's allocator and autograd's thread for the GPU cost is missing. PEFT's
+layer and the frozen one stand beside it, whose torch ops run on as good as empty tensors.
 """
 
 import argparse
@@ -25,7 +25,6 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
 
-import csrc_triton
 from allora_kernels.layer import backend, ops
 from allora_kernels.testing import Inputs
 from allora_kernels.tools.timing import dispatch
@@ -71,17 +70,9 @@ def pretended_gpu() -> Iterator[None]:
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", 90, 32)
 
-    names = [
-        name
-        for name in vars(ops)
-        if hasattr(csrc_triton, name) and isinstance(getattr(ops, name), torch._ops.OpOverload)
-    ]
-    library, aten = torch.library.Library("allora", "IMPL"), torch.library.Library("aten", "IMPL")
+    aten = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in names:
-            launcher = torch.compiler.disable(csrc_triton.replayed(getattr(csrc_triton, name)))
-            library.impl(name, launcher, "CPU", allow_override=True)
         # The vendor's GEMM: queued in no time.
         aten.impl("addmm_", lambda y, *_, **__: y, "CPU", allow_override=True)
     choice = backend.Choice("triton", "a pretended GPU")
@@ -93,11 +84,11 @@ def pretended_gpu() -> Iterator[None]:
             mock.patch.object(configs, "arch_of", lambda device: ARCH),
             mock.patch.object(configs, "num_sms", lambda device: NUM_SMS),
             mock.patch.object(configs, "can_overlap", lambda device: True),
+            mock.patch.object(ops, "_takes_replays", lambda t: True),
             mock.patch.object(backend, "choose", lambda *_: choice),
         ):
             yield
     finally:
-        library._destroy()
         aten._destroy()
         replay.forget()
 

@@ -283,6 +283,7 @@ def beside(
     return whole_rank(op, 0, K, R, dtype, arch, low_rank_dtype)
 
 
+@functools.lru_cache(maxsize=4096)
 def whole_rank(
     op: str, N: int, K: int, R: int, dtype: torch.dtype, arch: str, low_rank_dtype: torch.dtype
 ) -> Config | None:

@@ -5,6 +5,8 @@ of a program's tiles are one sequence, in which the low-rank product is one more
 their operands go round one ring of buffers. Gluon is experimental: no module may need this one to be imported.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -298,5 +300,9 @@ _GLUON_DTYPE = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 def _described(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], _GLUON_DTYPE[t.dtype])
-    return TensorDescriptor.from_tensor(t, [rows, columns], layout)
+    return TensorDescriptor.from_tensor(t, [rows, columns], _layout(rows, columns, t.dtype))
+
+
+@functools.cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], _GLUON_DTYPE[dtype])

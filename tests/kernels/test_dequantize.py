@@ -76,7 +76,7 @@ def test_a_weight_of_zeros_and_one_that_overflows(device, dtype):
 
 def test_the_op(device):
     packed, state = packed_weight(33, 96, device)
-    torch.library.opcheck(ops.dequantize_4bit, arguments(packed, state, torch.bfloat16))
+    torch.library.opcheck(ops.dequantize_4bit.op, arguments(packed, state, torch.bfloat16))
 
 
 def test_a_state_of_another_make_is_left_to_bitsandbytes(monkeypatch):

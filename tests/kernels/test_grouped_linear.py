@@ -130,13 +130,13 @@ def test_nothing_to_train(device, backend):
 def test_opcheck(device):
     x, weight, bias, a, b, g, offsets = make(((3, 0, 4), 1), 9, 11, 3, device=device)
     s = grouped.grouped_down_project(x, a, offsets, torch.float32)
-    torch.library.opcheck(ops.grouped_down_project, (x, a, offsets, torch.float32))
-    torch.library.opcheck(ops.grouped_fused_linear, (x, weight, bias, s, b, offsets))
+    torch.library.opcheck(ops.grouped_down_project.op, (x, a, offsets, torch.float32))
+    torch.library.opcheck(ops.grouped_fused_linear.op, (x, weight, bias, s, b, offsets))
     for norm in reference.WEIGHT_NORMS:
-        torch.library.opcheck(ops.weight_coefficient, (a, b, 2.0, norm))
+        torch.library.opcheck(ops.weight_coefficient.op, (a, b, 2.0, norm))
     for needs in ((True, torch.float32, torch.float32), (False, None, torch.float32), (True, torch.float32, None)):
         args = (g, x, s, b, None, offsets, 2.0, None, *needs)
-        torch.library.opcheck(ops.grouped_adapter_grads, args)
+        torch.library.opcheck(ops.grouped_adapter_grads.op, args)
 
 
 @pytest.mark.parametrize("norm", ["row", "entry", None])

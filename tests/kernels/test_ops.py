@@ -1,10 +1,14 @@
 """The torch.library face of the kernels: schemas, fakes, autograd keys, and fullgraph compilation."""
 
+import contextlib
 import sys
+from unittest import mock
 
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from allora_kernels import FusedALLoRALinear, allora_linear, reference
 from allora_kernels.testing import make_inputs
@@ -25,15 +29,15 @@ def s(inputs):
 
 
 def test_opcheck_of_the_forward_ops(inputs, s):
-    torch.library.opcheck(ops.down_project, (inputs.x, inputs.lora_A, inputs.lora_A.dtype))
-    torch.library.opcheck(ops.fused_linear, (inputs.x, inputs.weight, inputs.bias, s, inputs.lora_B))
-    torch.library.opcheck(ops.fused_linear, (inputs.g, inputs.weight.mT, None, s, inputs.lora_A.mT))
-    torch.library.opcheck(ops.low_rank_add, (inputs.g.clone(), s, inputs.lora_B))
+    torch.library.opcheck(ops.down_project.op, (inputs.x, inputs.lora_A, inputs.lora_A.dtype))
+    torch.library.opcheck(ops.fused_linear.op, (inputs.x, inputs.weight, inputs.bias, s, inputs.lora_B))
+    torch.library.opcheck(ops.fused_linear.op, (inputs.g, inputs.weight.mT, None, s, inputs.lora_A.mT))
+    torch.library.opcheck(ops.low_rank_add.op, (inputs.g.clone(), s, inputs.lora_B))
 
 
 @pytest.mark.parametrize("norm", reference.WEIGHT_NORMS)
 def test_opcheck_of_the_coefficient(inputs, norm):
-    torch.library.opcheck(ops.weight_coefficient, (inputs.lora_A, inputs.lora_B, 2.0, norm))
+    torch.library.opcheck(ops.weight_coefficient.op, (inputs.lora_A, inputs.lora_B, 2.0, norm))
 
 
 @norms
@@ -45,21 +49,84 @@ def test_opcheck_of_the_backward(inputs, s, norm, need):
         c = reference.weight_coefficient(inputs.lora_A, inputs.lora_B, 2.0, norm)
     dtype = inputs.lora_A.dtype
     args = (inputs.g, inputs.x if need_a else None, s, inputs.lora_B, c, 2.0, norm, need_ds)
-    torch.library.opcheck(ops.adapter_grads, (*args, dtype if need_a else None, dtype if need_b else None))
+    torch.library.opcheck(ops.adapter_grads.op, (*args, dtype if need_a else None, dtype if need_b else None))
 
 
 @norms
 def test_opcheck_of_the_whole_backward(inputs, s, norm):
     args = (inputs.g, inputs.x, s, inputs.weight, inputs.lora_A, inputs.lora_B, 2.0, norm)
-    torch.library.opcheck(ops.layer_grads, (*args, inputs.lora_A.dtype, inputs.lora_B.dtype))
+    torch.library.opcheck(ops.layer_grads.op, (*args, inputs.lora_A.dtype, inputs.lora_B.dtype))
 
 
 def test_opcheck_of_the_forward_with_c_and_the_backward_that_takes_it(inputs, s):
     x, weight, bias, lora_A, lora_B, g = inputs
-    torch.library.opcheck(ops.adapted_linear_and_coefficient, (x, weight, bias, lora_A, lora_B, s.dtype, 2.0))
+    torch.library.opcheck(ops.adapted_linear_and_coefficient.op, (x, weight, bias, lora_A, lora_B, s.dtype, 2.0))
     c = reference.weight_coefficient(lora_A, lora_B, 2.0, "row")
     args = (g, x, s, weight, lora_A, lora_B, 2.0, "row", lora_A.dtype, lora_B.dtype, c)
-    torch.library.opcheck(ops.layer_grads, args)
+    torch.library.opcheck(ops.layer_grads.op, args)
+
+
+class Functions(TorchFunctionMode):
+    """Sees torch's functions."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Ops(TorchDispatchMode):
+    """Sees the dispatcher's ops."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def traced():
+    """Dynamo looks into each frame that is called within it."""
+    return mock.patch.object(ops, "get_eval_frame_callback", lambda: lambda *frame: None)
+
+
+@pytest.fixture
+def launched(device, monkeypatch):
+    """The launchers' calls that did not come by the dispatcher, as their first tensors."""
+    calls, on_gpu = [], ops._takes_replays
+    monkeypatch.setattr(ops, "_takes_replays", lambda t: calls.append(t) or on_gpu(t))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "seen_by",
+    [None, torch.enable_grad, Functions, Ops, torch.autograd.profiler.profile, traced],
+    ids=["nothing", "autograd", "functions", "ops", "profiler", "dynamo"],
+)
+def test_a_step_calls_its_launcher_where_nothing_looks_on(inputs, launched, seen_by):
+    args = inputs.x, inputs.lora_A, inputs.lora_A.dtype
+    with torch.no_grad(), seen_by() if seen_by is not None else contextlib.nullcontext():
+        s = ops.down_project(*args)
+    assert len(launched) == (seen_by is None)
+    assert torch.equal(s, ops.down_project.op(*args))
+
+
+@pytest.mark.parametrize("kind", ["negated", "zeros", "subclass"])
+def test_a_tensor_whose_memory_is_not_its_values_goes_by_the_dispatcher(inputs, launched, kind):
+    x = {
+        "negated": lambda: torch.complex(inputs.x.float(), inputs.x.float()).conj().imag,
+        "zeros": lambda: torch._efficientzerotensor(inputs.x.shape, device=inputs.x.device),
+        "subclass": lambda: inputs.x.as_subclass(type("Named", (torch.Tensor,), {})),
+    }[kind]()
+    with torch.no_grad():
+        s = ops.down_project(x, inputs.lora_A, torch.float32)
+    assert not launched
+    values = -inputs.x if kind == "negated" else inputs.x * (kind != "zeros")
+    torch.testing.assert_close(s, ops.down_project(values.to(x.dtype), inputs.lora_A, torch.float32))
+
+
+def test_a_training_step_does_without_the_dispatcher(device, launched):
+    layer = FusedALLoRALinear(23, 19, r=3, device=device)
+    x = torch.randn(7, 23, device=device, requires_grad=True)
+    layer(x).sum().backward()
+    assert len(launched) == 2
+    torch.func.vmap(layer)(torch.randn(3, 7, 23, device=device))
+    assert len(launched) == 2
 
 
 def test_dynamo_does_not_trace_a_launcher():
