@@ -6,10 +6,16 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 # Two workers fit the two cores CI has; each keeps to one thread.
 WORKERS ?= 2
 
-.PHONY: test test-configurations test-device-ir test-hub test-oldest-peft demo demo-lm qlora trl-sft trl-dpo mislabelled study bench lint test-newest docs clean
+.PHONY: test test-gpu test-configurations test-device-ir test-hub test-oldest-peft demo demo-lm qlora trl-sft trl-dpo mislabelled study bench lint test-newest docs clean
 
 test: $(VENV)/.ready lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal --durations=20
+
+# What needs a GPU, on one. Stopped, it goes on where it was: what has passed is in GPU_PASSED.
+GPU_PASSED ?= runs/gpu-tests-passed.txt
+test-gpu: $(VENV)/.ready
+	mkdir -p $(dir $(GPU_PASSED)) && touch $(GPU_PASSED)
+	$(RUN) -m pytest -q -m gpu -n $(WORKERS) --dist worksteal --unless-in $(GPU_PASSED) --passed-to $(GPU_PASSED) $(ARGS) tests
 
 lint: $(VENV)/.ready
 	$(RUN) -m ruff check .

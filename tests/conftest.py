@@ -6,6 +6,8 @@ import os
 import pytest
 import torch
 
+pytest_plugins = ["going_on"]
+
 HAS_GPU = torch.cuda.is_available()
 
 if not HAS_GPU:
