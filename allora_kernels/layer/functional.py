@@ -52,16 +52,16 @@ def check_scaling(scaling: float, norm: str | None) -> None:
 
 def check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> None:
     """Raise ValueError or TypeError unless the tensors fit together, on one device, and what is frozen needs no gradient."""
-    named = {"x": x, "weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B}
-    for name, t in named.items():
+    device = getattr(x, "device", None)
+    for name, t in (("x", x), ("weight", weight), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B)):
         if t is None and name == "bias":
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
+        if not t.dtype.is_floating_point:
             raise TypeError(f"{name} must have a floating-point dtype, got {t.dtype}")
-        if t.device != x.device:
-            raise ValueError(f"{name} is on {t.device} but x is on {x.device}; move them to one device")
+        if t.device != device:
+            raise ValueError(f"{name} is on {t.device} but x is on {device}; move them to one device")
     if weight.dim() != 2 or lora_A.dim() != 2 or lora_B.dim() != 2:
         raise ValueError(
             "weight must be [N, K], lora_A [R, K] and lora_B [N, R]; got "
@@ -75,13 +75,13 @@ def check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor
         raise ValueError(f"x must be [..., K] with K = {k} as in weight {[n, k]}, got {list(x.shape)}")
     if lora_A.shape[1] != k:
         raise ValueError(f"lora_A must be [R, K] with K = {k} as in weight {[n, k]}, got {list(lora_A.shape)}")
-    if tuple(lora_B.shape) != (n, r):
+    if lora_B.shape != (n, r):
         raise ValueError(f"lora_B must be [N, R] = {[n, r]} (N from weight, R from lora_A), got {list(lora_B.shape)}")
-    if bias is not None and tuple(bias.shape) != (n,):
+    if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias must be [N] = [{n}] as in weight {[n, k]}, got {list(bias.shape)}")
     if torch.is_grad_enabled():
-        for name in ("weight", "bias"):
-            if named[name] is not None and named[name].requires_grad:
+        for name, t in (("weight", weight), ("bias", bias)):
+            if t is not None and t.requires_grad:
                 raise ValueError(f"{name} is frozen in ALLoRA and gets no gradient: call {name}.requires_grad_(False)")
 
 
@@ -116,8 +116,13 @@ class _ALLoRALinear(torch.autograd.Function):
         ctx.settings = (dtype, eta, norm, backend, sink, packed if needs_x else None)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g, *_):
+        # The wrapper costs a call some microseconds.
+        backward = _ALLoRALinear._backward
+        return once_differentiable(backward)(ctx, g) if torch.is_grad_enabled() else backward(ctx, g)
+
+    @staticmethod
+    def _backward(ctx, g):
         if g is None:
             return (None,) * 11
         # The steps choose their dtypes themselves; a backward pass inside autocast must not change them.
@@ -195,6 +200,8 @@ _has_autocast = functools.cache(torch.amp.is_autocast_available)
 
 def compute_dtype(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> torch.dtype:
     """The dtype of the low-rank products, but for autocast."""
+    if x.dtype == lora_A.dtype == lora_B.dtype:
+        return x.dtype
     return torch.promote_types(x.dtype, torch.promote_types(lora_A.dtype, lora_B.dtype))
 
 
