@@ -2,8 +2,8 @@
 
 import functools
 import importlib.util
-import sys
 import os
+import sys
 import warnings
 from types import ModuleType
 from typing import NamedTuple
