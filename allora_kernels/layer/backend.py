@@ -65,5 +65,9 @@ def steps(name: str) -> ModuleType:
     """The module whose functions are the layer's steps: `reference`, or the Triton ops (loaded on first use)."""
     if name == "eager":
         return reference
-    # An import statement would cost each call a microsecond.
-    return sys.modules.get(_OPS) or importlib.import_module(_OPS)
+    # The import statement costs a call a microsecond, also where there is nothing to do.
+    if not torch.compiler.is_compiling() and _OPS in sys.modules:
+        return sys.modules[_OPS]
+    from . import ops
+
+    return ops
