@@ -78,10 +78,16 @@ def run(script, folder):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def test_the_script_has_30_lines_and_one_changes():
+    lines = [line for line in TRAINS.splitlines() if line]
+    changed = [
+        d for d in difflib.ndiff(TRAINS.splitlines(), TRAINS.replace(BEFORE, AFTER).splitlines()) if d[0] in "+-"
+    ]
+    assert len(lines) <= 30 and len(changed) == 2
+
+
+def trained(root):
     """What the script as it was and the changed one left, each in a folder beside the base model's."""
-    root = tmp_path_factory.mktemp("user")
     make_model(root / "base", "Llama")
     made = {}
     for name, script in (("peft", TRAINS), ("ours", TRAINS.replace(BEFORE, AFTER))):
@@ -92,22 +98,13 @@ def folders(tmp_path_factory):
     return made
 
 
-def test_the_script_has_30_lines_and_one_changes():
-    lines = [line for line in TRAINS.splitlines() if line]
-    changed = [
-        d for d in difflib.ndiff(TRAINS.splitlines(), TRAINS.replace(BEFORE, AFTER).splitlines()) if d[0] in "+-"
-    ]
-    assert len(lines) <= 30 and len(changed) == 2
-
-
-def test_it_trains_by_the_rule_and_saves_the_same_files(folders):
+def test_it_trains_by_the_rule_and_plain_peft_loads_what_it_saves(tmp_path):
+    # In one, as both scripts start slowly.
+    folders = trained(tmp_path)
     assert {p.name for p in (folders["ours"] / "adapter").iterdir()} == {
         p.name for p in (folders["peft"] / "adapter").iterdir()
     }
     ours, theirs = (load_file(folders[name] / "adapter" / "adapter_model.safetensors") for name in ("ours", "peft"))
     assert ours.keys() == theirs.keys() and len(ours) == 12
     assert all(not torch.equal(ours[name], theirs[name]) for name in ours if "lora_B" in name)
-
-
-def test_a_plain_peft_script_loads_the_result(folders):
     run(LOADS, folders["ours"])
