@@ -14,7 +14,14 @@ from tiny_models import bert, gpt2, llama, logits, photograph, pretend_to_train,
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from allora_kernels import FusedALLoRALinear, adapter_layers, adapter_parameters, apply_allora, merge_adapter
+from allora_kernels import (
+    FusedALLoRALinear,
+    adapter_layers,
+    adapter_parameters,
+    apply_allora,
+    disable_adapters,
+    merge_adapter,
+)
 
 
 class Block(nn.Module):
@@ -289,6 +296,41 @@ class MambaMixer(nn.Module):
         self.A_log, self.D = nn.Parameter(torch.zeros(8, 4)), nn.Parameter(torch.zeros(8))
         self.out_proj = nn.Linear(8, 8)
 
+    def forward(self, x):
+        return fused_mixer(x, self.out_proj.weight) if x.is_cuda else self.out_proj(x)
+
+
+def fused_mixer(x, weight):
+    return x @ weight.mT
+
+
+class Attends(nn.Module):
+    """Takes a weight for its values, and looks at another's dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.taken, self.called = nn.Linear(8, 8), nn.Linear(8, 8)
+        nn.init.zeros_(self.called.weight)
+
+    def forward(self, x):
+        assert isinstance(self.taken, nn.Linear)
+        return self.called((x @ self.taken.weight.mT).to(self.called.weight.dtype))
+
+
+class KeepsList(nn.Module):
+    """As transformers' Mask2Former does with the layers of its predictions."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(8, 8), nn.ReLU()]
+        for i, layer in enumerate(self.layers):
+            self.add_module(str(i), layer)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
 
 UNSUITABLE = {
     "4bit": (lambda: Linear4bit(8, 8), "", "uint8"),
@@ -301,6 +343,7 @@ UNSUITABLE = {
     "empty": (lambda: nn.Linear(0, 8), "", "empty"),
     "attention": (lambda: nn.MultiheadAttention(8, 2), ".out_proj", "MultiheadAttention reads this layer's weight"),
     "mamba": (MambaMixer, ".out_proj", "MambaMixer reads this layer's weight"),
+    "list": (KeepsList, ".0", "in a plain list"),
 }
 
 
@@ -322,18 +365,55 @@ def test_an_unsuitable_layer_is_left_alone_with_a_reason(case):
     assert photograph(model) == before
 
 
+def test_a_layer_of_which_the_weight_alone_is_taken_is_left_alone():
+    model = Attends()
+    report = apply_allora(model, r=2)
+    assert list(report.adapted) == ["called"]
+    assert "Attends reads this layer's weight" in report.skipped["taken"]
+
+
 @pytest.mark.parametrize(
-    "family, head, bypassed",
+    "family, head, bypassed, called",
     [
-        ("Mamba", "ForCausalLM", {"x_proj", "dt_proj", "out_proj"}),
-        ("WavLM", "Model", {"q_proj", "k_proj", "v_proj", "out_proj"}),
+        ("Mamba", "ForCausalLM", {"x_proj", "dt_proj", "out_proj"}, {"in_proj"}),
+        ("Jamba", "ForCausalLM", {"dt_proj"}, {"in_proj", "x_proj", "out_proj"}),
+        ("WavLM", "Model", {"q_proj", "k_proj", "v_proj", "out_proj"}, {"gru_rel_pos_linear"}),
+        ("Wav2Vec2", "ForXVector", {"kernel"}, {"q_proj", "out_proj", "projector"}),
+        ("MobileBert", "ForMaskedLM", {"predictions.dense", "predictions.decoder"}, {"predictions.transform.dense"}),
+        ("LayoutLMv3", "Model", {"rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"}, {"query"}),
     ],
 )
-def test_transformers_own_direct_readers_of_weights(family, head, bypassed):
+def test_transformers_own_direct_readers_of_weights(family, head, bypassed, called):
     report = apply_allora(transformer(family, head), r=2)
-    reasons = {name.rpartition(".")[2] for name, reason in report.skipped.items() if "reads this layer" in reason}
-    assert bypassed <= reasons
-    assert not bypassed & {name.rpartition(".")[2] for name in report.adapted}
+    reasons = {name for name, reason in report.skipped.items() if "reads this layer" in reason}
+    assert all(any(name.endswith(end) for name in reasons) for end in bypassed - {"predictions.decoder"})
+    assert not [name for name in report.adapted if name.endswith(tuple(bypassed))]
+    assert all(any(name.endswith(end) for name in report.adapted) for end in called)
+
+
+def test_what_is_adapted_is_called():
+    """Every adapter of a model in which some layers are only read gets a gradient."""
+    model = transformer("Wav2Vec2", "ForXVector")
+    apply_allora(model, r=2, target_modules="all-linear")
+    model(torch.randn(2, 400)).logits.sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if name.endswith("lora_B"))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_falcon_computes_as_linear_layers_do_where_they_have_no_bias(bias):
+    model = transformer("Falcon", "ForCausalLM", bias=bias)
+    ids = torch.arange(12).reshape(2, 6)
+    want = model(ids).logits
+    if bias:
+        with pytest.raises(ValueError, match="FalconLinear with a forward pass of its own"):
+            apply_allora(model, r=2)
+        return
+    report = apply_allora(model, r=2)
+    assert {name.rpartition(".")[2] for name in report.adapted} == {
+        "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h",
+    }  # fmt: skip
+    with disable_adapters(model):
+        assert torch.equal(model(ids).logits, want)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])

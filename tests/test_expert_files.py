@@ -53,6 +53,24 @@ def peft_model(family, parameters=("experts.gate_up_proj", "experts.down_proj"),
     return randomised(get_peft_model(mixture(family), config))
 
 
+@pytest.mark.parametrize("targets, misread", [(["q_a_proj"], False), (["gate_proj", "up_proj", "down_proj"], True)])
+@pytest.mark.parametrize("experts", [False, True])
+def test_layers_that_others_take_for_experts_are_warned_of(targets, misread, experts, tmp_path):
+    model = adapted("DeepseekV3", target_modules=targets, experts=experts)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        save_adapter(model, tmp_path)
+    told = [str(w.message) for w in caught if "for adapters on this mixture's experts" in str(w.message)]
+    assert len(told) == misread and all("shared_experts.gate_proj" in message for message in told)
+    again = mixture("DeepseekV3")
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    if misread:
+        with pytest.raises((AssertionError, RuntimeError, UserWarning)):
+            other = load_with_peft("DeepseekV3", tmp_path)
+            torch.testing.assert_close(logits(other), logits(model))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "arguments",

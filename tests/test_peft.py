@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCAB, bert, gpt2, llama, logits, photograph, randomised
+from tiny_models import VOCAB, bert, gpt2, llama, logits, photograph, randomised, transformer
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -269,7 +269,8 @@ def test_each_setting_without_a_meaning_has_the_line_to_write(name):
     model = llama()
     before = photograph(model)
     neutral = repr(peft_config._NEUTRAL[name][0])
-    with pytest.raises(ValueError, match=f"^{name}='something' has no meaning here, as .*: write {name}={neutral}$"):
+    message = f"{name}='something' has no meaning here, as .*: write {name}={neutral}"
+    with pytest.raises(ValueError, match=rf"^{message}(\. Where it is None, .*)?$"):
         peft.get_peft_model(model, config)
     assert photograph(model) == before
 
@@ -310,6 +311,44 @@ def test_targets_that_would_not_be_allora_are_refused(model, target, message):
     with pytest.raises(ValueError, match=message):
         get_allora_model(model, lora(target_modules=target))
     assert photograph(model) == before
+
+
+@pytest.mark.parametrize("target", ["all-linear", ["gate_proj", "up_proj"]], ids=str)
+def test_what_peft_takes_for_experts_is_refused_with_a_way_out(target):
+    model = transformer("Qwen3Moe", "ForCausalLM")
+    before = photograph(model)
+    with pytest.raises(ValueError, match=r"Where it is None, PEFT took some of target_modules for a mixture's experts"):
+        get_allora_model(model, lora(target_modules=target))
+    assert photograph(model) == before
+    get_allora_model(model, lora(target_modules=["q_proj"]))
+
+
+class WithParameter(nn.Module):
+    """Its input embeddings are a parameter, as in transformers' Perceiver."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries, self.q_proj = nn.Parameter(torch.ones(2, 8)), nn.Linear(8, 8)
+
+    def get_input_embeddings(self):
+        return self.queries
+
+    def enable_input_require_grads(self):
+        pass
+
+    def forward(self):
+        return self.q_proj(self.queries)
+
+
+@pytest.mark.parametrize(
+    "build", [WithParameter, lambda: transformer("Wav2Vec2", "Model")], ids=["parameter", "unsaid"]
+)
+def test_a_model_whose_embeddings_are_no_module_is_loaded(build, tmp_path):
+    model = adapted(build(), target_modules=["q_proj"])
+    model.save_pretrained(tmp_path)
+    loaded = load_allora_model(build(), tmp_path)
+    found = [name for name, _ in model.named_parameters() if "lora_" in name]
+    assert found and all(torch.equal(model.get_parameter(name), loaded.get_parameter(name)) for name in found)
 
 
 def test_other_configs_and_models_are_refused():

@@ -41,6 +41,21 @@ _CONFIGS = {
     },
     "ViT": {**_SIZES, "image_size": 8, "patch_size": 4},
     "Mamba": {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
+    "Jamba": {
+        **_SIZES, "num_key_value_heads": 1, "num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4,
+        "use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1,
+    },
+    "Falcon": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "MobileBert": {**_SIZES, "embedding_size": 8, "intra_bottleneck_size": 16},
+    "LayoutLMv3": {
+        **_SIZES, "input_size": 8, "patch_size": 4, "coordinate_size": 2, "shape_size": 4, "max_position_embeddings": 32,
+        "has_relative_attention_bias": True, "has_spatial_attention_bias": True,
+    },
+    "Wav2Vec2": {
+        **_SIZES, "conv_dim": (8,), "conv_stride": (4,), "conv_kernel": (4,), "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 1, "tdnn_dim": (8, 8), "tdnn_kernel": (3, 1),
+        "tdnn_dilation": (1, 1), "apply_spec_augment": False,
+    },
     "WavLM": {
         **_SIZES, "conv_dim": (8,), "conv_stride": (4,), "conv_kernel": (4,), "num_conv_pos_embeddings": 4,
         "num_conv_pos_embedding_groups": 2,

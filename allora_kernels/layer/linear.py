@@ -187,6 +187,14 @@ class FusedALLoRALinear(ALLoRALayer, nn.Linear):
         return f"{super().extra_repr()}, r={self.r}, eta={self.eta}, norm={self.norm!r}, backend={choice.name!r}{note}{off}"
 
 
+def computes_as_linear(module: nn.Linear) -> bool:
+    """Whether `module` runs nn.Linear's forward pass, or one that does the same."""
+    cls = type(module)
+    # It rounds the product to x's dtype before it adds a bias.
+    falcon = cls.__name__ == "FalconLinear" and cls.__module__.startswith("transformers.") and module.bias is None
+    return falcon or cls.forward is nn.Linear.forward
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether `module` is transformers' Conv1D, a linear layer whose weight is stored [in_features, out_features]."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module.weight, "ndim", 0) == 2

@@ -4,12 +4,29 @@ PEFT wraps a module once for each adapted parameter, so of two parameters of a m
 lora_A ``[E·r, K]`` runs over experts slowest, as ours does, but its lora_B ``[N, r·E]`` over experts fastest.
 """
 
+import sys
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..layer.adapter import ALLoRALayer
 from .expert_selection import Stack
 from .experts import ExpertsAdapter
+
+_TAKEN_FOR_EXPERTS = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
+"""The last parts of names that PEFT 0.21 takes for those of experts as transformers 4 had them, by the kind of mixture."""
+
+
+def taken_for_experts(root: nn.Module, layers: Mapping[str, ALLoRALayer]) -> list[str]:
+    """The names of those of `layers`, adapters on linear layers, that PEFT and transformers take for adapters on experts where
+    they read them: a mixture's dense layers and shared experts are called as the experts once were."""
+    kind = getattr(getattr(root, "config", None), "model_type", None)
+    kinds = getattr(sys.modules.get("transformers.conversion_mapping"), "_MODEL_TO_CONVERSION_PATTERN", {})
+    ends = _TAKEN_FOR_EXPERTS.get("mixtral" if kind == "mixtral" else kinds.get(kind), ())
+    return [name for name, layer in layers.items() if not layer.grouped and name.rpartition(".")[2] in ends]
 
 
 def file_names(stacks: Mapping[str, Stack]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from ..layer.sharding import is_sharded
 from .adapted import adapter_layers, adapter_parameters, chosen_adapter, layers_of, saved_modules
 from .adapter_config import config_for
 from .adapter_files import write_adapter
-from .expert_files import file_names, stacks_to_file
+from .expert_files import file_names, stacks_to_file, taken_for_experts
 from .expert_selection import Stack, adapted_stacks
 from .experts import ADAPTERS
 from .saved_whole import ModuleOfEachAdapter
@@ -150,6 +150,12 @@ def _warn_of_losses(root: nn.Module, layers: Mapping[str, nn.Module], saved: Map
     shared = [name for name, layer in layers.items() if len(slots[layer]) > 1]
     if shared:
         warnings.warn(f"PEFT will adapt these shared layers under their first name only: {some(shared)}", stacklevel=5)
+    if misread := taken_for_experts(root, layers):
+        warnings.warn(
+            f"PEFT (0.21) and transformers take adapters on {some(misread)} for adapters on this mixture's experts, and load "
+            "them wrongly: load this folder with allora_kernels.load_adapter, or leave these layers out",
+            stacklevel=5,
+        )
 
 
 # --- save_pretrained ------------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..layer import bases
 from ..layer.adapter import ALLoRALayer
-from ..layer.linear import is_conv1d
+from ..layer.linear import computes_as_linear, is_conv1d
 from .experts import goes_through_registry
+from .weight_readers import use_of
 
 ADAPTABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -258,7 +259,7 @@ def obstacle(module: nn.Module, slots: Mapping[nn.Module, list[tuple[nn.Module, 
     kind = type(module).__name__
     if bases.kind_of(module) is not None:
         # It goes on to run its own forward pass and hooks.
-        return bases.obstacle_of(module) or _reader_of_weight(slots[module])
+        return bases.obstacle_of(module) or _reader_of_weight(slots[module]) or _kept_in_list(module, slots[module])
     if stacked := stacked_weights(module):
         shapes = ", ".join(f"{name} {list(p.shape)}" for name, p in stacked.items())
         remedy = (
@@ -274,9 +275,9 @@ def obstacle(module: nn.Module, slots: Mapping[nn.Module, list[tuple[nn.Module, 
         return f"{kind} with a {str(weight.dtype).removeprefix('torch.')} weight (quantized)"
     if type(weight) is not nn.Parameter:
         return f"{kind} whose weight is no plain nn.Parameter (quantized, sharded or parametrized)"
-    if reason := _reader_of_weight(slots[module]):
+    if reason := _reader_of_weight(slots[module]) or _kept_in_list(module, slots[module]):
         return reason
-    own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    own_forward = isinstance(module, nn.Linear) and not computes_as_linear(module)
     if own_forward or "forward" in module.__dict__:
         return f"{kind} with a forward pass of its own, which the adapted layer would not run"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
@@ -294,10 +295,23 @@ def _reader_of_weight(slots: list[tuple[nn.Module, str]]) -> str | None:
 
 
 def _reads_weight_of(parent: nn.Module, attribute: str) -> bool:
-    if isinstance(parent, nn.MultiheadAttention) or type(parent).__name__ == "WavLMAttention":
+    if isinstance(parent, nn.MultiheadAttention):
         return True
-    # Mamba's fused kernels take these three weights. State-space parameters tell a Mamba mixer, whatever its class.
-    return attribute in ("x_proj", "dt_proj", "out_proj") and {"A_log", "D"} <= parent._parameters.keys()
+    use = use_of(parent, attribute)
+    # Mamba's fused kernels take these three weights where they run, and elsewhere the layers are called. State-space parameters
+    # tell a Mamba mixer, whatever its class.
+    if attribute in ("x_proj", "dt_proj", "out_proj") and {"A_log", "D"} <= parent._parameters.keys():
+        return use.reads_weight or not use.known
+    return use.reads_weight and not use.calls
+
+
+def _kept_in_list(module: nn.Module, slots: list[tuple[nn.Module, str]]) -> str | None:
+    for parent, _ in slots:
+        for name, value in parent.__dict__.items():
+            if isinstance(value, (list, tuple)) and any(item is module for item in value):
+                kind = type(parent).__name__
+                return f"{kind} has this layer in a plain list too ({name}), where no adapted one would take its place"
+    return None
 
 
 def nothing_matches(model: nn.Module, target_modules, skipped: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...layer import bases, functional, quantized
 from ...layer.explanation import Explanation, explain
+from ...layer.linear import computes_as_linear
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 
@@ -64,7 +65,7 @@ class DenseBase(NamedTuple):
     @staticmethod
     def refusal(base: nn.Module) -> str | None:
         """Why `base` is not computed by its weight and bias alone; None where it is."""
-        plain = type(base) is Conv1D or (isinstance(base, nn.Linear) and type(base).forward is nn.Linear.forward)
+        plain = type(base) is Conv1D or (isinstance(base, nn.Linear) and computes_as_linear(base))
         return None if plain else f"the base layer is a {type(base).__name__}"
 
     @classmethod

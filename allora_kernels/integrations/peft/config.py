@@ -29,6 +29,10 @@ _NEUTRAL = {
     "velora_config": (None, "it has a gradient of its own"),
     "target_parameters": (None, "PEFT trains them as plain LoRA"),
 }
+_OF_EXPERTS = (
+    ". Where it is None, PEFT took some of target_modules for a mixture's experts, which are no linear layers: name others, as "
+    "['q_proj', 'v_proj'], or use apply_allora(model, experts=True) and, for its files, load_adapter"
+)
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -86,7 +90,8 @@ class ALLoRAConfig(LoraConfig):
         for name, (neutral, reason) in _NEUTRAL.items():
             value = getattr(self, name, neutral)
             if value and value != neutral:
-                raise ValueError(f"{name}={value!r} has no meaning here, as {reason}: write {name}={neutral!r}")
+                hint = _OF_EXPERTS if name == "target_parameters" else ""
+                raise ValueError(f"{name}={value!r} has no meaning here, as {reason}: write {name}={neutral!r}{hint}")
         for f in fields(self):
             if f.metadata.get("is_lora_variant") and f.name not in _NEUTRAL and getattr(self, f.name):
                 raise ValueError(f"{f.name} has no meaning here, as {_OTHER_LAYER}: leave it out")

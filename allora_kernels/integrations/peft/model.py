@@ -165,7 +165,7 @@ def _base_kept(peft_model: PeftModel, weights: Mapping[str, Tensor], folder: str
     embeddings, which it saves where they were resized. Where what is inside raises, those are put back."""
     own = peft_model.state_dict()
     overwritten = {key: own[key].clone() for key in weights.keys() & own.keys()}
-    embeddings = {p for layer in _embeddings(peft_model.get_base_model()) for p in layer.parameters()}
+    embeddings = _embeddings(peft_model.get_base_model())
     spared = {key for key, p in peft_model.named_parameters(remove_duplicate=False) if p in embeddings}
     if frozen := sorted(overwritten.keys() - spared):
         raise ValueError(
@@ -180,10 +180,19 @@ def _base_kept(peft_model: PeftModel, weights: Mapping[str, Tensor], folder: str
         raise
 
 
-def _embeddings(model: nn.Module) -> list[nn.Module]:
-    if not hasattr(model, "get_input_embeddings"):
-        return []
-    return [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+def _embeddings(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of `model`'s input and output embeddings, as far as it says which they are."""
+    found = set()
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            embeddings = getattr(model, get)()
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(embeddings, nn.Module):
+            found.update(embeddings.parameters())
+        elif embeddings is not None:
+            found.add(embeddings)
+    return found
 
 
 def _adopt(peft_model: PeftModel) -> PeftModel:
