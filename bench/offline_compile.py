@@ -239,7 +239,7 @@ def launches(
                 in_a_chain(lambda of_ds=of_ds: down_project_beside(g, b.mT, c["row"], compute, of_ds)),
             )
     call = plans.Call("adapted_linear", m, n, k, r, dtype, compute)
-    for plan in plans.options(call, arch, describable(x, w, b)):
+    for plan in plans.options(call, arch, describable(x, w, b), untried=True):
         open_for_parts = ("open",) * plans.takes_parts(plan.way, dtype, compute)
         if plan.way in plans.PERSISTENT:
             gemm = functools.partial(launch_persistently, x, w, bias, s, b, g, plan, beside=True)

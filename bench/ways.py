@@ -42,7 +42,7 @@ def _measure(run: Run, case: Case) -> Iterator[tuple[str, dict[str, dict]]]:
 
     for product in products(case.inputs(run.device)):
         try:
-            options, rejected = plans_of(product)
+            options, rejected = plans_of(product, untried=True)
             picked = plans.pick(product.call, run.device, describable(*product.operands[:2], product.operands[4]))
             calls = {name: functools.partial(product.launch, plan) for name, plan in options.items()}
             timings = interleaved(

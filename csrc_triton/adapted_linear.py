@@ -75,6 +75,12 @@ def _adapted_linear(x, weight, bias, a, b, dtype, eta, plan):
     if M and plan is None:
         call = plans.Call("adapted_linear", M, N, K, R, x.dtype, dtype)
         plan = plans.pick(call, x.device, describable(x, weight, b))
+    if M and plan.way == "column":
+        # Here, as a Triton may have another Gluon (`plans.options`).
+        from .adapted_linear_pipelined import adapted_linear_pipelined
+
+        c = None if eta is None else weight_coefficient(a, b, eta, "row")
+        return *adapted_linear_pipelined(x, weight, bias, a, b, plan.config), c
     beside = room(plan, M, K, R, x.dtype, dtype, x.device) if M else None
     if beside is not None and beside.rounds > 1:
         beside = counted(beside, x.device)

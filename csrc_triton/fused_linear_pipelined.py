@@ -33,19 +33,19 @@ from .tiling import grouped_tile, in_steps
 
 
 @gluon.jit
-def _wait_for_kernel_in_front():
+def wait_for_kernel_in_front():
     gl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def _let_next_kernel_begin():
+def let_next_kernel_begin():
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
 
 
 @gluon.jit
-def _wait_for_round(under_way_ptr, rounds_left):
+def wait_for_round(under_way_ptr, rounds_left):
     """Wait until no counted program has more rounds before it than these: then the tensor memory unit sees what they wrote."""
     gl.inline_asm_elementwise(
         """
@@ -74,7 +74,7 @@ def _tile_start(tile, num_m, num_n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
 
 
 @gluon.jit
-def _slot(count, ring, descs):
+def slot_of(count, ring, descs):
     """The buffers of step number `count` in the shapes and layouts of `descs` (a narrower one fills the first part of its
     buffer), and the barrier that says when they are full."""
     left_desc, right_desc = descs
@@ -92,7 +92,7 @@ def _load(count, ring, descs, start_m, start_n, k, needed, ROWS_OVER_K: gl.const
     """Begin to load step number `count`: from k on, [BLOCK_M, a step] of the left and [BLOCK_N, a step] (ROWS_OVER_K: the other
     way round) of the right operand."""
     left_desc, right_desc = descs
-    left, right, full = _slot(count, ring, descs)
+    left, right, full = slot_of(count, ring, descs)
     mbarrier.expect(full, left_desc.block_type.nbytes + right_desc.block_type.nbytes, pred=needed)
     load_tile(left_desc, [start_m, k], full, left, pred=needed)
     load_tile(right_desc, [k, start_n] if ROWS_OVER_K else [start_n, k], full, right, pred=needed)
@@ -125,10 +125,10 @@ def _load_step(
         if under_way_ptr is not None:
             needs = min((start_m + BLOCK_M - 1) // rows + 1, rounds)
             if needs > waited:
-                _wait_for_round(under_way_ptr, rounds - needs)
+                wait_for_round(under_way_ptr, rounds - needs)
                 waited = needs
         elif CHAIN == "midway":
-            _wait_for_kernel_in_front()
+            wait_for_kernel_in_front()
         _load(count, ring, low_rank, start_m, start_n, (step - k_steps) * BLOCK_R, needed, B_ROWS_OVER_R)
     step += 1
     if step == steps:
@@ -139,9 +139,9 @@ def _load_step(
 
 
 @gluon.jit
-def _multiply_step(acc, use_acc, count, ring, descs, ROWS_OVER_K: gl.constexpr):
+def multiply_step(acc, use_acc, count, ring, descs, ROWS_OVER_K: gl.constexpr):
     """Begin ``acc + left right`` for step number `count`. The step before it has been multiplied when this returns."""
-    left, right, full = _slot(count, ring, descs)
+    left, right, full = slot_of(count, ring, descs)
     mbarrier.wait(full, count // ring[0].shape[0] & 1)
     if not ROWS_OVER_K:
         right = right.permute((1, 0))
@@ -156,6 +156,29 @@ def _multiply_step(acc, use_acc, count, ring, descs, ROWS_OVER_K: gl.constexpr):
 def _halves(t):
     """The left and the right half of the tile `t`: each thread keeps what it has."""
     return gl.split(gl.permute(gl.reshape(t, (t.shape[0], 2, t.shape[1] // 2)), (0, 2, 1)))
+
+
+@gluon.jit
+def write_tile(acc, y_desc, y_bufs, bias_ptr, stride_bias, start_m, start_n, HAS_BIAS: gl.constexpr):
+    """Begin to store the tile `acc` of y, in quarters of its columns, with the bias."""
+    QUARTER_N: gl.constexpr = acc.shape[1] // 4
+    # Descriptors reach rows of whole 16 bytes alone.
+    N = in_steps(y_desc.shape[1], 8)
+    left, right = _halves(acc)
+    quarters = _halves(left) + _halves(right)
+    for i in gl.static_range(4):
+        quarter = quarters[i]
+        start = start_n + i * QUARTER_N
+        if HAS_BIAS:
+            offs_n = start + gl.arange(0, QUARTER_N, layout=gl.SliceLayout(0, quarter.type.layout))
+            bias = gl.load(bias_ptr + offs_n.to(gl.int64) * stride_bias, mask=offs_n < N, other=0.0)
+            quarter += bias.to(gl.float32)[None, :]
+        y_buf = y_bufs.index(i % 2)
+        # All but the last store have read their buffers, and so has the one that read this.
+        tma.store_wait(pendings=1)
+        y_buf.store(quarter.to(y_desc.dtype))
+        fence_async_shared()
+        store_tile(y_desc, [start_m, start], y_buf)
 
 
 @gluon.jit
@@ -191,8 +214,7 @@ def _fused_linear_pipelined_kernel(
     rounds.
     """
     if CHAIN != "":
-        _let_next_kernel_begin()
-    QUARTER_N: gl.constexpr = BLOCK_N // 4
+        let_next_kernel_begin()
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_N, 16])
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)
@@ -219,37 +241,21 @@ def _fused_linear_pipelined_kernel(
     for tile in range(first, num_m * num_n, NUM_PROGRAMS):
         acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, layout=acc_layout)
         for step in range(0, k_steps):
-            acc = _multiply_step(acc, step > 0, count, ring, wide, W_ROWS_OVER_K)
+            acc = multiply_step(acc, step > 0, count, ring, wide, W_ROWS_OVER_K)
             at = _load_step(at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS)
             count += 1
         for _step in range(k_steps, steps):
-            acc = _multiply_step(acc, True, count, ring, low_rank, B_ROWS_OVER_R)
+            acc = multiply_step(acc, True, count, ring, low_rank, B_ROWS_OVER_R)
             at = _load_step(at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS)
             count += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
 
         start_m, start_n = _tile_start(tile, num_m, num_n, BLOCK_M, BLOCK_N, GROUP_M)
-        # Descriptors reach rows of whole 16 bytes alone.
-        N = in_steps(y_desc.shape[1], 8)
-        left, right = _halves(acc)
-        quarters = _halves(left) + _halves(right)
-        for i in gl.static_range(4):
-            quarter = quarters[i]
-            start = start_n + i * QUARTER_N
-            if HAS_BIAS:
-                offs_n = start + gl.arange(0, QUARTER_N, layout=gl.SliceLayout(0, quarter.type.layout))
-                bias = gl.load(bias_ptr + offs_n.to(gl.int64) * stride_bias, mask=offs_n < N, other=0.0)
-                quarter += bias.to(gl.float32)[None, :]
-            y_buf = y_bufs.index(i % 2)
-            # All but the last store have read their buffers, and so has the one that read this.
-            tma.store_wait(pendings=1)
-            y_buf.store(quarter.to(y_desc.dtype))
-            fence_async_shared()
-            store_tile(y_desc, [start_m, start], y_buf)
+        write_tile(acc, y_desc, y_bufs, bias_ptr, stride_bias, start_m, start_n, HAS_BIAS)
     tma.store_wait(pendings=0)
     if under_way_ptr is not None:
         # So that with its end all in front of it has ended.
-        _wait_for_kernel_in_front()
+        wait_for_kernel_in_front()
 
 
 def launch_pipelined(
@@ -272,11 +278,11 @@ def launch_pipelined(
     launch(
         _fused_linear_pipelined_kernel,
         (min(programs, cdiv(M, block_m) * cdiv(N, block_n)),),
-        _described(x, block_m, block_k),
-        _described(weight.mT, block_k, block_n) if w_rows_over_k else _described(weight, block_n, block_k),
-        _described(s, block_m, block_r),
-        _described(b.mT, block_r, block_n) if b_rows_over_r else _described(b, block_n, block_r),
-        _described(y, block_m, block_n // 4),
+        describe(x, block_m, block_k),
+        describe(weight.mT, block_k, block_n) if w_rows_over_k else describe(weight, block_n, block_k),
+        describe(s, block_m, block_r),
+        describe(b.mT, block_r, block_n) if b_rows_over_r else describe(b, block_n, block_r),
+        describe(y, block_m, block_n // 4),
         bias,
         None if counted is None else counted.under_way,
         0 if bias is None else bias.stride(0),
@@ -299,7 +305,7 @@ def launch_pipelined(
 _GLUON_DTYPE = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
-def _described(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def describe(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(t, [rows, columns], _layout(rows, columns, t.dtype))
 
 

@@ -18,6 +18,9 @@ WAYS = {
     "pipelined": "GEMM in Gluon, which loads the next tile while it stores one",
     "vendor": "the rank-R product, then the vendor's GEMM added to it",
 }
+UNTRIED_WAYS = {"column": "GEMM in Gluon, S by the tiles of its first column"}
+"""Those that no GPU has run yet."""
+
 OPS = ("adapted_linear", "fused_linear", "layer_grads")
 """The products that have a choice: y with S yet to be computed, any product with S given, and such a dX with the sums for dA
 and dB yet to be computed."""
@@ -54,17 +57,18 @@ class Call(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """`way` is a key of `WAYS`; `config` that of its kernel, None where it is not ours."""
+    """`way` is a key of `WAYS` or `UNTRIED_WAYS`; `config` that of its kernel, None where it is not ours."""
 
     way: str
     config: Config | None
 
     def __str__(self) -> str:
-        return WAYS[self.way] + ("" if self.config is None else f" ({self.config})")
+        return (WAYS | UNTRIED_WAYS)[self.way] + ("" if self.config is None else f" ({self.config})")
 
 
-def options(call: Call, arch: str, describable: int = EVERYTHING) -> list[Plan]:
-    """Every plan that can run the call on `arch`; `describable`: what of it tensor descriptors reach."""
+def options(call: Call, arch: str, describable: int = EVERYTHING, untried: bool = False) -> list[Plan]:
+    """Every plan that can run the call on `arch`; `describable`: what of it tensor descriptors reach (A, too, for ways that are
+    `untried`)."""
     _, _, N, K, R, dtype, low_rank_dtype = call
     tiles = configs.candidates("fused_linear", N, K, R, dtype, arch, low_rank_dtype)
     found = [Plan("tiles", config) for config in tiles]
@@ -83,6 +87,13 @@ def options(call: Call, arch: str, describable: int = EVERYTHING) -> list[Plan]:
     fits = R <= 64 and (arch == "interpreter" or narrow)
     if call.op == "adapted_linear" and fits:
         found += [Plan("inside", dataclasses.replace(config, BLOCK_R=configs.block_r(R))) for config in tiles]
+    if untried and call.op == "adapted_linear" and R <= 64 and dtype == low_rank_dtype and describable == EVERYTHING:
+        # Loads run ahead by all stages but one: not so far that a tile which makes S waits for another's.
+        found += [
+            Plan("column", config)
+            for way, config in found
+            if way == "pipelined" and cdiv(K, config.BLOCK_K) >= config.num_stages - 2
+        ]
     return [*found, Plan("vendor", None)]
 
 

@@ -283,3 +283,18 @@ def test_files_are_kept_apart_by_device_and_versions():
     assert tuning.path("NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, triton 3.6.0").name == (
         "nvidia-h100-80gb-hbm3-torch-2.11.0-cu130-triton-3.6.0.json"
     )
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.bfloat16, torch.float32), (torch.float32,) * 2])
+@pytest.mark.parametrize("rank, K, offered", [(16, 4096, 2), (64, 4096, 2), (65, 4096, 0), (12, 4096, 0), (16, 64, 1)])
+def test_a_way_that_no_gpu_has_run_is_offered_to_who_asks_alone(dtypes, rank, K, offered):
+    call = plans.Call("adapted_linear", 4096, 4096, K, rank, *dtypes)
+
+    def found(**asked):
+        return [plan for plan in plans.options(call, "sm_90", **asked) if plan.way in plans.UNTRIED_WAYS]
+
+    assert found() == []
+    assert len(found(untried=True)) == (offered if dtypes == (torch.bfloat16,) * 2 else 0)
+    assert not [plan for plan in plans.options(call, "sm_90", plans.WIDE, True) if plan.way in plans.UNTRIED_WAYS]
+    if offered:
+        assert all("first column" in str(plan) for plan in found(untried=True))

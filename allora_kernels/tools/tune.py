@@ -72,14 +72,14 @@ def products(inputs: Inputs) -> Iterator[Product]:
     )
 
 
-def plans_of(product: Product) -> tuple[dict[str, Any], dict[str, str]]:
-    """(every plan that can be launched and is right, by its words; why the others are not)."""
+def plans_of(product: Product, untried: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
+    """(every plan that can be launched and is right, by its words; why the others are not); `untried` as in `plans.options`."""
     import csrc_triton
     from csrc_triton import configs, plans
 
     operands = product.operands
     arch, describable = configs.arch_of(operands[0].device), csrc_triton.describable(*operands[:2], operands[4])
-    options = {str(plan): plan for plan in plans.options(product.call, arch, describable)}
+    options = {str(plan): plan for plan in plans.options(product.call, arch, describable, untried)}
     rejected = _reject(product, options)
     return {name: plan for name, plan in options.items() if name not in rejected}, rejected
 

@@ -70,6 +70,29 @@ class ByRounds:
         return found
 
 
+@dataclasses.dataclass
+class ByTiles:
+    """What some tiles of a GEMM write for the others: `tensor`, `rows` of it a tile, of which each has its count in `counts`,
+    1 until it is written. Programs run one after another, so a launch runs twice: first all waits end at once, and what they
+    wait for is NaN to all; the second time it is what the first has written."""
+
+    tensor: torch.Tensor
+    rows: int
+    counts: torch.Tensor
+    is_written: bool = False
+
+    def tile_counted_at(self, address: int) -> int | None:
+        """The tile whose count is at this address."""
+        offset = address - self.counts.data_ptr()
+        return offset // 4 if 0 <= offset < self.counts.nbytes else None
+
+    def rows_at(self, addresses: np.ndarray) -> np.ndarray:
+        """The rows of `tensor` that these addresses lie in."""
+        offsets = addresses - self.tensor.data_ptr()
+        inside = (offsets >= 0) & (offsets < self.tensor.nbytes)
+        return offsets[inside] // (self.tensor.stride(0) * self.tensor.itemsize)
+
+
 class UnderWay:
     """All that one program has begun, and how much of it there has been."""
 
@@ -82,6 +105,9 @@ class UnderWay:
         self.read_by_some: list[np.ndarray] = []
         self.waited_for_kernel_in_front = False
         self.rows_there = 0
+        self.tiles_there: set[int] = set()
+        self.written_rows: set[int] = set()
+        self.written_by_some = False
 
     def end(self) -> None:
         for what in ("copies", "products", "stores"):
@@ -93,6 +119,16 @@ def overlap(buffers: list[np.ndarray], buffer: np.ndarray) -> bool:
     return any(np.shares_memory(buffer, other) for other in buffers)
 
 
+@contextlib.contextmanager
+def not_a_race(memory) -> Iterator[None]:
+    """What is read within is ordered by what ttsem does not know of."""
+    before, memory.access_log, memory.access_spans = (memory.access_log, memory.access_spans), None, None
+    try:
+        yield
+    finally:
+        memory.access_log, memory.access_spans = before
+
+
 class Asynchrony:
     """Handlers of the operations that begin something or wait for it. `after_kernel_in_front`: the addresses of what the
     kernel in front of this one writes."""
@@ -101,6 +137,7 @@ class Asynchrony:
         self.now = UnderWay()
         self.after_kernel_in_front: range = range(0)
         self.by_rounds: ByRounds | None = None
+        self.by_tiles: ByTiles | None = None
         self.counts = {"copies": 0, "products": 0, "stores": 0, "programs": 0}
 
     def load(self, interp, op, args):
@@ -116,13 +153,18 @@ class Asynchrony:
             raise Unordered("a copy of what the kernel in front may not have written")
         if overlap(self.now.unfenced, ops._md(op, barrier).data):
             raise Unordered("a copy that tells a barrier which the tensor memory unit may not see yet")
-        data = ops._desc_block(interp, desc, *ops._desc_pointers(desc, coords), buffer.dtype)
+        of_tiles = self.by_tiles is not None and int(desc.base) == self.by_tiles.tensor.data_ptr()
+        with not_a_race(interp.memory) if of_tiles else contextlib.nullcontext():
+            data = ops._desc_block(interp, desc, *ops._desc_pointers(desc, coords), buffer.dtype)
         if self.by_rounds is not None:
             rows = self.by_rounds.row_of(np.asarray(int(desc.base)))
             if rows >= 0:
                 first = int(rows) + int(np.asarray(coords[0]))
                 data = data.copy()
                 data.view(np.uint16)[max(0, self.now.rows_there - first) :] = 0xFFFF
+        if of_tiles and int(np.asarray(coords[0])) // self.by_tiles.rows not in self.now.tiles_there:
+            data = data.copy()
+            data.view(np.uint16)[...] = 0xFFFF
         buffer.view(np.uint16)[...] = 0xFFFF  # NaN, in either 16-bit type
         self.now.copies.append(Arriving(buffer, data, ops._barrier(interp, op, barrier)))
         self.counts["copies"] += 1
@@ -147,6 +189,8 @@ class Asynchrony:
 
     def multiply(self, interp, op, args):
         a, b, acc = args[:3]
+        if any(overlap(self.now.unfenced, t.data) for t in (a, b) if isinstance(t, ops.MemDesc)):
+            raise Unordered("a product of what the matrix unit may not see yet")
         _, acc = self.now.sums.get(id(acc), (None, acc))
         operands = [t.data for t in (a, b) if isinstance(t, ops.MemDesc)]
         (total,) = ops_before["ttng.warp_group_dot"](interp, op, [a, b, acc, *args[3:]])
@@ -167,7 +211,10 @@ class Asynchrony:
         return list(args[: len(op.result_types)])
 
     def store_shared(self, interp, op, args):
-        self.now.unfenced += [t.data for t in args if isinstance(t, ops.MemDesc)]
+        written = [t.data for t in args if isinstance(t, ops.MemDesc)]
+        if any(overlap(self.now.read_by_some, buffer) for buffer in written):
+            raise Unordered("a write to what other warps may still read")
+        self.now.unfenced += written
         return ops_before["ttg.local_store"](interp, op, args)
 
     def fence(self, interp, op, args):
@@ -193,7 +240,18 @@ class Asynchrony:
 
     def barrier(self, interp, op, args):
         self.now.read_by_some.clear()
+        self.now.written_by_some = False
         return []
+
+    def global_store(self, interp, op, args):
+        if self.by_tiles is not None:
+            addresses = np.asarray(args[0], dtype=np.int64)
+            if len(args) > 2:
+                addresses = addresses[np.broadcast_to(np.asarray(args[2], bool), addresses.shape)]
+            rows = self.by_tiles.rows_at(addresses)
+            self.now.written_rows.update(rows.ravel().tolist())
+            self.now.written_by_some |= rows.size > 0
+        return ops_before["tt.store"](interp, op, args)
 
     def global_load(self, interp, op, args):
         (found,) = ops_before["tt.load"](interp, op, args)
@@ -207,6 +265,8 @@ class Asynchrony:
         return [np.where(rows < self.now.rows_there, found, nan)]
 
     def atomic(self, interp, op, args):
+        if self.by_tiles is not None:
+            self._counted_down(int(np.asarray(args[0])))
         (found,) = ops_before["tt.atomic_rmw"](interp, op, args)
         if self.by_rounds is not None and not np.any(np.asarray(args[1])):
             self.polled(int(np.asarray(args[0])), found)
@@ -218,10 +278,31 @@ class Asynchrony:
         rounds_left = (address - self.by_rounds.counts) // 4
         self.now.rows_there = max(self.now.rows_there, (self.by_rounds.rounds - rounds_left) * self.by_rounds.rows)
 
+    def _tile_counted_at(self, address):
+        if address in self.after_kernel_in_front and not self.now.waited_for_kernel_in_front:
+            raise Unordered("a count that the kernel in front may not have written")
+        return self.by_tiles.tile_counted_at(address)
+
+    def _counted_down(self, address):
+        tile, rows = self._tile_counted_at(address), self.by_tiles.rows
+        if tile is None:
+            return
+        if self.now.tiles_there:
+            raise Unordered("what waits for a tile comes before one that others wait for")
+        if self.now.written_by_some:
+            raise Unordered("other warps may not have written what is said to be there")
+        if not self.now.written_rows.issuperset(range(tile * rows, min((tile + 1) * rows, len(self.by_tiles.tensor)))):
+            raise Unordered("what is said to be there is not written")
+
     def assembly(self, interp, op, args):
         if "ld.acquire.gpu" in op.text:
             address = np.asarray(args[0], np.int64)
             found = interp.memory.atomic("add", address, np.zeros((), np.int32), None)
+            if self.by_tiles is not None:
+                self.now.tiles_there.add(self._tile_counted_at(int(address)))
+                if self.by_tiles.is_written and found > 0:
+                    raise Unordered("a wait for a tile that is not written")
+                return [np.zeros_like(found)]
             self.polled(int(address), found)
             return [found]
         if "griddepcontrol" not in op.text:
@@ -258,6 +339,7 @@ def as_late_as_allowed() -> Iterator[Asynchrony]:
         "gpu.barrier": found.barrier,
         "tt.elementwise_inline_asm": found.assembly,
         "tt.load": found.global_load,
+        "tt.store": found.global_store,
         "tt.atomic_rmw": found.atomic,
         "tt.return": found.end,
     }

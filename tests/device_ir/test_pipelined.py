@@ -117,7 +117,11 @@ FAULTS = {
         "what a store reads is overwritten",
     ),
     "the program ends before its stores": ("    tma.store_wait(pendings=0)\n", "", "program ends before its stores"),
-    "a store may not see what is written": ("            fence_async_shared()\n", "", "may not see yet"),
+    "a store may not see what is written": (
+        "        fence_async_shared()\n        store",
+        "        store",
+        "may not see yet",
+    ),
     "a copy may not see its barrier": ("sees them.\n    fence_async_shared()\n", "sees them.\n", "may not see yet"),
     "S is not waited for": ('CHAIN == "midway"', 'CHAIN == "never"', "kernel in front may not have written"),
 }

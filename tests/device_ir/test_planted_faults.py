@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from first_column import y_and_s
 from planting import module, plant
 from ttsem.sanitize import KernelFault
 
 import csrc_triton
 from allora_kernels.testing import make_inputs
-from csrc_triton import plans
+from csrc_triton import configs, plans
 from csrc_triton.segments import Segments
 
 F16, F32 = torch.float16, torch.float32
@@ -23,6 +24,16 @@ def products(way, M=70, N=136, K=64, R=16):
     call = plans.Call("adapted_linear", M, N, K, R, F16, F16)
     plan = next(plan for plan in plans.options(call, "sm_90") if plan.way == way)
     module("adapted_linear").adapted_linear(x, weight, bias, a, b, F16, plan)
+
+
+def first_column(M=70, N=136, K=64):
+    config = configs.candidates("fused_linear_pipelined", N, K, 16, F16, "sm_90")[0]
+    x, weight, bias, a, b, _ = make_inputs(M, N, K, 16, F16)
+    y_and_s((x, weight, bias, a, b), config)
+
+
+def count_tiles():
+    module("adapted_linear_pipelined").count_tiles(torch.empty(70, dtype=torch.int32))
 
 
 def sweep(norms=False, M=70, rows=7):
@@ -174,6 +185,14 @@ FAULTS = [
          "store_tile(y_desc, [0, start]", lambda: products("pipelined", M=300, N=520)),
     read("_fused_linear_pipelined_kernel", "fused_linear_pipelined", "mask=offs_n < N, other=0.0", "mask=offs_n < N + 8",
          lambda: products("pipelined")),
+    race("_count_tiles_kernel", "adapted_linear_pipelined",
+         ("tl.program_id(0) * BLOCK_L + tl.arange", "tl.full((BLOCK_L,), 1, tl.int32)"),
+         ("tl.arange", "tl.full((BLOCK_L,), tl.program_id(0), tl.int32)"), count_tiles),
+    write("_count_tiles_kernel", "adapted_linear_pipelined", "mask=offs < num_m)", "mask=offs >= 0)", count_tiles),
+    race("_adapted_linear_pipelined_kernel", "adapted_linear_pipelined", "start_m, start_n, HAS_BIAS)\n        else:",
+         "0, start_n, HAS_BIAS)\n        else:", lambda: first_column(M=300)),
+    write("_adapted_linear_pipelined_kernel", "adapted_linear_pipelined", "mask=(offs_m < M)[:, None] & (offs_r < R)[None, :]",
+          "mask=(offs_r < R)[None, :]", first_column),
     race("_in_parts_kernel", "parts", "out_ptr + offs_l[:, None] * WIDTH + offs_r",
          "out_ptr + (offs_l - pid_l * BLOCK_L)[:, None] * WIDTH + offs_r", in_parts),
     write("_in_parts_kernel", "parts", "else high, mask=mask_l[:, None] & mask_r[None, :])",

@@ -1,0 +1,275 @@
+"""`adapted_linear` for Hopper in Gluon: y and S by one GEMM, S by the tiles of its first column, which have x in shared memory.
+
+A tile of the first column multiplies each step of x by A, too, and is done with S [BLOCK_M, R] when it is done with x. The
+other tiles of these rows need it for their last step, and wait for it. All tiles of the first column come before any other,
+so that what is waited for never waits itself. Not yet measured: no plan takes it unasked (`plans.options`).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .chain import chained, join_chain
+from .configs import Config, cdiv
+from .fused_linear_persistent import aligned_rows
+from .fused_linear_pipelined import (
+    describe,
+    let_next_kernel_begin,
+    multiply_step,
+    slot_of,
+    wait_for_kernel_in_front,
+    wait_for_round,
+    write_tile,
+)
+from .gluon_names import (
+    fence_async_shared,
+    gl,
+    gluon,
+    load_tile,
+    mbarrier,
+    sync_threads,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from .launching import launch
+from .tiling import grouped_tile, in_steps
+
+
+@triton.jit
+def _count_tiles_kernel(under_way_ptr, num_m, CHAIN: tl.constexpr, BLOCK_L: tl.constexpr):
+    """``under_way[i] = 1`` for each i < num_m: that tile's rows of S are yet to be written."""
+    join_chain(CHAIN)
+    offs = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    tl.store(under_way_ptr + offs, tl.full((BLOCK_L,), 1, tl.int32), mask=offs < num_m)
+
+
+@gluon.jit
+def _tile_start(tile, num_m, num_n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr):
+    # What comes after the last tile starts where that does.
+    tile = min(tile, num_m * num_n - 1)
+    pid_m, pid_n = grouped_tile(max(tile - num_m, 0), num_m, max(num_n - 1, 1), GROUP_M)
+    in_first_column = tile < num_m
+    pid_m = tile if in_first_column else pid_m
+    pid_n = 0 if in_first_column else pid_n + 1
+    return pid_m * BLOCK_M, pid_n * BLOCK_N
+
+
+@gluon.jit
+def _load_wide(count, ring, a_bufs, descs, a_desc, start_m, start_n, k, makes_s, takes_s, W_ROWS_OVER_K: gl.constexpr):
+    """Begin to load a step over K: of x and W, and of A for a tile that makes S."""
+    left, right, full = slot_of(count, ring, descs)
+    NBYTES: gl.constexpr = descs[0].block_type.nbytes + descs[1].block_type.nbytes
+    mbarrier.expect(full, NBYTES, pred=takes_s)
+    mbarrier.expect(full, NBYTES + a_desc.block_type.nbytes, pred=makes_s)
+    needed = makes_s | takes_s
+    load_tile(descs[0], [start_m, k], full, left, pred=needed)
+    load_tile(descs[1], [k, start_n] if W_ROWS_OVER_K else [start_n, k], full, right, pred=needed)
+    load_tile(a_desc, [0, k], full, a_bufs.index(count % a_bufs.shape[0]), pred=makes_s)
+
+
+@gluon.jit
+def _load_low_rank(count, ring, descs, start_m, start_n, makes_s, takes_s, B_ROWS_OVER_R: gl.constexpr):
+    """Begin to load the step over the rank: of B, and of S for a tile that does not make it."""
+    left, right, full = slot_of(count, ring, descs)
+    mbarrier.expect(full, descs[0].block_type.nbytes + descs[1].block_type.nbytes, pred=takes_s)
+    mbarrier.expect(full, descs[1].block_type.nbytes, pred=makes_s)
+    load_tile(descs[0], [start_m, 0], full, left, pred=takes_s)
+    load_tile(descs[1], [0, start_n] if B_ROWS_OVER_R else [start_n, 0], full, right, pred=makes_s | takes_s)
+
+
+@gluon.jit
+def _load_step(
+    at,
+    given,
+    W_ROWS_OVER_K: gl.constexpr,
+    B_ROWS_OVER_R: gl.constexpr,
+    CHAIN: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    NUM_PROGRAMS: gl.constexpr,
+):
+    """Begin to load the step `at`: its number, its tile, its number in that, where the tile starts. Returns the next one."""
+    count, tile, step, start_m, start_n = at
+    ring, a_bufs, wide, low_rank, a_desc, sizes, under_way_ptr = given
+    num_m, num_n, k_steps = sizes
+    BLOCK_M: gl.constexpr = wide[0].block_type.shape[0]
+    BLOCK_K: gl.constexpr = wide[0].block_type.shape[1]
+    needed = tile < num_m * num_n
+    makes_s = needed & (start_n == 0)
+    takes_s = needed & (start_n != 0)
+    if step < k_steps:
+        _load_wide(count, ring, a_bufs, wide, a_desc, start_m, start_n, step * BLOCK_K, makes_s, takes_s, W_ROWS_OVER_K)
+    else:
+        if takes_s:
+            if CHAIN == "midway":
+                wait_for_kernel_in_front()
+            wait_for_round(under_way_ptr, start_m // BLOCK_M)
+        _load_low_rank(count, ring, low_rank, start_m, start_n, makes_s, takes_s, B_ROWS_OVER_R)
+    step += 1
+    if step == k_steps + 1:
+        step = 0
+        tile += NUM_PROGRAMS
+        start_m, start_n = _tile_start(tile, num_m, num_n, BLOCK_M, BLOCK_N, GROUP_M)
+    return count + 1, tile, step, start_m, start_n
+
+
+@gluon.jit
+def _write_s(s, s_ptr, under_way_ptr, start_m, M, R, CHAIN: gl.constexpr):
+    """Write the tile `s` to S, and say that it is there."""
+    offs_m = start_m + gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, s.type.layout))
+    offs_r = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
+    s_ptrs = s_ptr + offs_m.to(gl.int64)[:, None] * R + offs_r[None, :]
+    gl.store(s_ptrs, s, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
+    sync_threads()
+    if CHAIN == "midway":
+        # It writes what says that S is not there yet.
+        wait_for_kernel_in_front()
+    gl.atomic_add(under_way_ptr + start_m // s.shape[0], -1, sem="release")
+
+
+@gluon.jit
+def _adapted_linear_pipelined_kernel(
+    x_desc,
+    w_desc,
+    a_desc,
+    s_desc,
+    b_desc,
+    y_desc,
+    bias_ptr,
+    s_ptr,
+    under_way_ptr,
+    stride_bias,
+    CHAIN: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    W_ROWS_OVER_K: gl.constexpr,
+    B_ROWS_OVER_R: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    NUM_PROGRAMS: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """``S = x Aᵀ`` and ``y = x Wᵀ + bias + S Bᵀ`` for x [M, K], W [N, K] (W_ROWS_OVER_K: stored [K, N]), A [R, K], S [M, R],
+    B [N, R] (B_ROWS_OVER_R: stored [R, N]), y [M, N], all 16-bit, R <= BLOCK_R.
+
+    Program p writes the tiles p, p + NUM_PROGRAMS, ... of y and, of the first column, the rows of S; accumulates in fp32,
+    rounds once. under_way [tiles of M] is 1 until S is there.
+    """
+    if CHAIN != "":
+        let_next_kernel_begin()
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_R, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_N, 16])
+    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
+    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)
+    a_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES] + a_desc.block_type.shape, a_desc.layout)
+    y_bufs = gl.allocate_shared_memory(y_desc.dtype, [2] + y_desc.block_type.shape, y_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)
+    # Now the tensor memory unit sees them.
+    fence_async_shared()
+    ring, wide, low_rank = (x_bufs, w_bufs, full), (x_desc, w_desc), (s_desc, b_desc)
+
+    num_m, num_n = gl.cdiv(y_desc.shape[0], BLOCK_M), gl.cdiv(y_desc.shape[1], BLOCK_N)
+    k_steps = gl.cdiv(x_desc.shape[1], BLOCK_K)
+    first = gl.program_id(0)
+    start_m, start_n = _tile_start(first, num_m, num_n, BLOCK_M, BLOCK_N, GROUP_M)
+    at = (0, first, 0, start_m, start_n)
+    given = (ring, a_bufs, wide, low_rank, a_desc, (num_m, num_n, k_steps), under_way_ptr)
+    for _ in gl.static_range(STAGES - 1):
+        at = _load_step(at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS)
+    count = 0
+    # Descriptors reach rows of whole 16 bytes alone.
+    R = in_steps(s_desc.shape[1], 8)
+    for tile in range(first, num_m * num_n, NUM_PROGRAMS):
+        start_m, start_n = _tile_start(tile, num_m, num_n, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, layout=acc_layout)
+        if start_n == 0:
+            acc_s = gl.zeros((BLOCK_M, BLOCK_R), gl.float32, layout=s_layout)
+            for step in range(0, k_steps):
+                left, right, filled = slot_of(count, ring, wide)
+                mbarrier.wait(filled, count // STAGES & 1)
+                if not W_ROWS_OVER_K:
+                    right = right.permute((1, 0))
+                a = a_bufs.index(count % STAGES).permute((1, 0))
+                acc = warpgroup_mma(left, right, acc, use_acc=step > 0, is_async=True)
+                acc_s = warpgroup_mma(left, a, acc_s, use_acc=step > 0, is_async=True)
+                # Those of the step before.
+                acc, acc_s = warpgroup_mma_wait(2, deps=(acc, acc_s))
+                sync_threads()
+                at = _load_step(at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS)
+                count += 1
+            acc, acc_s = warpgroup_mma_wait(0, deps=(acc, acc_s))
+            s = acc_s.to(s_desc.dtype)
+            left, right, filled = slot_of(count, ring, low_rank)
+            left.store(s)
+            fence_async_shared()
+            _write_s(s, s_ptr, under_way_ptr, start_m, s_desc.shape[0], R, CHAIN)
+            acc = multiply_step(acc, True, count, ring, low_rank, B_ROWS_OVER_R)
+            at = _load_step(at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS)
+            count += 1
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            write_tile(acc, y_desc, y_bufs, bias_ptr, stride_bias, start_m, start_n, HAS_BIAS)
+        else:
+            for step in range(0, k_steps):
+                acc = multiply_step(acc, step > 0, count, ring, wide, W_ROWS_OVER_K)
+                at = _load_step(at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS)
+                count += 1
+            acc = multiply_step(acc, True, count, ring, low_rank, B_ROWS_OVER_R)
+            at = _load_step(at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS)
+            count += 1
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            write_tile(acc, y_desc, y_bufs, bias_ptr, stride_bias, start_m, start_n, HAS_BIAS)
+    tma.store_wait(pendings=0)
+
+
+def count_tiles(under_way: Tensor) -> None:
+    """Fill it [tiles of M] with ones."""
+    launch(_count_tiles_kernel, (cdiv(len(under_way), 32),), under_way, len(under_way), BLOCK_L=32, num_warps=1)
+
+
+def adapted_linear_pipelined(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, config: Config
+) -> tuple[Tensor, Tensor]:
+    """``(y [M, N], S [M, R])`` in x's dtype for x [M, K], weight [N, K], a [R, K] and b [N, R] of one 16-bit dtype, all of
+    which descriptors reach; M >= 1, R <= BLOCK_R, K over at least `num_stages` - 2 steps."""
+    M, N, R = len(x), len(weight), len(a)
+    y, s = (torch.empty(M, n, device=x.device, dtype=x.dtype) for n in (N, R))
+    w_rows_over_k, b_rows_over_r = not aligned_rows(weight), not aligned_rows(b)
+    block_m, block_n, block_k, block_r = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
+    programs, num_m = configs.num_sms(x.device), cdiv(M, block_m)
+    under_way = torch.empty(num_m, device=x.device, dtype=torch.int32)
+    with chained(configs.can_overlap(x.device), "midway"):
+        count_tiles(under_way)
+        launch(
+            _adapted_linear_pipelined_kernel,
+            (min(programs, num_m * cdiv(N, block_n)),),
+            describe(x, block_m, block_k),
+            describe(weight.mT, block_k, block_n) if w_rows_over_k else describe(weight, block_n, block_k),
+            describe(a, block_r, block_k),
+            describe(s, block_m, block_r),
+            describe(b.mT, block_r, block_n) if b_rows_over_r else describe(b, block_n, block_r),
+            describe(y, block_m, block_n // 4),
+            bias,
+            s,
+            under_way,
+            0 if bias is None else bias.stride(0),
+            HAS_BIAS=bias is not None,
+            W_ROWS_OVER_K=w_rows_over_k,
+            B_ROWS_OVER_R=b_rows_over_r,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            BLOCK_R=block_r,
+            STAGES=config.num_stages,
+            GROUP_M=config.GROUP_M,
+            NUM_PROGRAMS=programs,
+            num_warps=config.num_warps,
+        )
+    return y, s
