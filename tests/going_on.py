@@ -1,7 +1,7 @@
 """A pytest plugin for runs that have no time for all tests: a later one goes on where an earlier one has ended.
 
 ``pytest -m gpu --passed-to FILE`` writes down each test that passes as soon as it does; ``--unless-in FILE`` leaves out those
-that FILE names, in lines that may say something else in front.
+that FILE names. In front of a name there may be marks, of which the last then is one that ends in p, for passed.
 """
 
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-_TEST = re.compile(r"tests/\S+\.py::.*")
+_TEST = re.compile(r"^(?:.*p )?(tests/\S+\.py::.*)")
 
 
 def pytest_addoption(parser):
@@ -36,14 +36,22 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item.nodeid not in passed]
+        config.all_passed_before = not items
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and getattr(session.config, "all_passed_before", False):
+        session.exitstatus = pytest.ExitCode.OK
 
 
 class _Writer:
     def __init__(self, path: str) -> None:
-        self._path = path
+        self._path, self._passed_call = path, set()
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" and report.passed:
+            self._passed_call.add(report.nodeid)
+        elif report.when == "teardown" and report.passed and report.nodeid in self._passed_call:
             with open(self._path, "a") as file:
                 file.write(report.nodeid + "\n")
 
@@ -56,5 +64,8 @@ def pytest_sessionstart(session):
 
 
 def _named_in(paths: list[str]) -> list[str]:
-    lines = [line for path in paths for line in Path(path).read_text().splitlines()]
-    return [found.group() for found in map(_TEST.search, lines) if found]
+    try:
+        lines = [line for path in paths for line in Path(path).read_text().splitlines()]
+    except OSError as error:
+        raise pytest.UsageError(f"--unless-in: {error}") from None
+    return [found.group(1) for found in map(_TEST.match, lines) if found]

@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import os
-import sys
 import warnings
 from types import ModuleType
 from typing import NamedTuple
@@ -12,7 +11,7 @@ import torch
 
 from .. import reference
 
-_OPS = f"{__package__}.ops"
+_loaded_ops: ModuleType | None = None
 BACKENDS = ("triton", "eager")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -65,9 +64,18 @@ def steps(name: str) -> ModuleType:
     """The module whose functions are the layer's steps: `reference`, or the Triton ops (loaded on first use)."""
     if name == "eager":
         return reference
-    # The import statement costs a call a microsecond, also where there is nothing to do.
-    if not torch.compiler.is_compiling() and _OPS in sys.modules:
-        return sys.modules[_OPS]
+    if torch.compiler.is_compiling():
+        from . import ops
+
+        return ops
+    return _loaded_ops or _load_ops()
+
+
+def _load_ops() -> ModuleType:
+    # The import statement costs a call a microsecond, also where there is nothing to do. What it gives is whole: while one
+    # thread imports it, others wait there.
+    global _loaded_ops
     from . import ops
 
+    _loaded_ops = ops
     return ops

@@ -288,26 +288,36 @@ def obstacle(module: nn.Module, slots: Mapping[nn.Module, list[tuple[nn.Module, 
 
 
 def _reader_of_weight(slots: list[tuple[nn.Module, str]]) -> str | None:
-    for parent, attribute in slots:
-        if _reads_weight_of(parent, attribute):
-            return f"{type(parent).__name__} reads this layer's weight itself, so an adapter would have no effect"
-    return None
+    # Where one of several parents calls it, an adapter has an effect; a fused kernel that takes its weight may come any time.
+    readers = [parent for parent, attribute in slots if _reads_weight_of(parent, attribute)]
+    fused = [parent for parent, attribute in slots if _gives_weight_to_fused_kernel(parent, attribute)]
+    if not fused and (not readers or len(readers) < len(slots)):
+        return None
+    return (
+        f"{type((fused or readers)[0]).__name__} reads this layer's weight itself, so an adapter would have no effect"
+    )
 
 
 def _reads_weight_of(parent: nn.Module, attribute: str) -> bool:
+    use = use_of(parent, attribute)
+    return use.takes_weight and not use.may_call
+
+
+def _gives_weight_to_fused_kernel(parent: nn.Module, attribute: str) -> bool:
     if isinstance(parent, nn.MultiheadAttention):
         return True
-    use = use_of(parent, attribute)
-    # Mamba's fused kernels take these three weights where they run, and elsewhere the layers are called. State-space parameters
+    # Mamba's kernels take these three weights where they run, and elsewhere the layers are called. State-space parameters
     # tell a Mamba mixer, whatever its class.
-    if attribute in ("x_proj", "dt_proj", "out_proj") and {"A_log", "D"} <= parent._parameters.keys():
-        return use.reads_weight or not use.known
-    return use.reads_weight and not use.calls
+    if attribute not in ("x_proj", "dt_proj", "out_proj") or not {"A_log", "D"} <= parent._parameters.keys():
+        return False
+    use = use_of(parent, attribute)
+    return use.takes_weight or not use.known
 
 
 def _kept_in_list(module: nn.Module, slots: list[tuple[nn.Module, str]]) -> str | None:
-    for parent, _ in slots:
-        for name, value in parent.__dict__.items():
+    for parent, attribute in slots:
+        # What can be called by its name is, and a list of it may be for other ends.
+        for name, value in () if attribute.isidentifier() else parent.__dict__.items():
             if isinstance(value, (list, tuple)) and any(item is module for item in value):
                 kind = type(parent).__name__
                 return f"{kind} has this layer in a plain list too ({name}), where no adapted one would take its place"

@@ -1,78 +1,162 @@
-"""What a module does with a layer below it, as its source says. Where it reads the layer's weight and does not call the layer,
-an adapter on that would have no effect."""
+"""Which modules take the weight of a layer below them and never call the layer, so that an adapter on it would have no effect,
+as their source says. In doubt a layer is taken for one that is called."""
 
 import ast
 import functools
 import inspect
+import os
 import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import nn
 
-_OF_ITS_METADATA = frozenset({"device", "dtype", "is_meta", "ndim", "requires_grad", "shape", "size"})
-_QUESTIONS = frozenset({"hasattr", "isinstance", "type"})
+_METADATA = frozenset(
+    {"bias", "device", "dtype", "in_features", "is_meta", "ndim", "out_features", "requires_grad", "shape", "size"}
+)
+# What a weight may be handed to without its values being taken.
+_LOOKS = frozenset({"hasattr", "isinstance", "to", "type", "type_as"})
+_EVERY_CHILD = frozenset({"_modules", "children", "modules", "named_children", "named_modules"})
 
 
 class Use(NamedTuple):
-    """What a module's code does with a layer below it, as far as it is `known`: whether it takes the layer's weight for its
-    values, but for when it initialises it, and whether it calls the layer, or hands it on to what may."""
+    """What a module does with a layer below it, as far as its source is `known`: whether its forward pass takes the layer's
+    weight for its values, and whether the layer may be called."""
 
     known: bool
-    reads_weight: bool
-    calls: bool
+    takes_weight: bool
+    may_call: bool
+
+
+class _ClassUse(NamedTuple):
+    """What a class does with attributes of self: whose weight each method takes, which each mentions, methods among them; and
+    which any method uses otherwise than for their weight, None where that may be any."""
+
+    takes: dict[str, set[str]]
+    methods: dict[str, set[str]]
+    uses: set[str] | None
 
 
 def use_of(parent: nn.Module, attribute: str) -> Use:
     """What `parent` does with the layer that is its `attribute`."""
-    known, read, called = False, False, False
     cls = type(parent)
-    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
-        source = _source(base.__module__)
-        known = known or bool(source)
-        # Most classes are done with here, without a parser.
-        if f"self.{attribute}.weight" in source:
-            of_base = _uses_in_class(base.__module__, base.__qualname__)
-            read, called = read or attribute in of_base[0], called or attribute in of_base[1]
-    return Use(known, read, called)
+    bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
+    sources = [_source(base.__module__) for base in bases]
+    # Most modules are done with here, without a parser.
+    if not any(f"self.{attribute}.weight" in source for source in sources):
+        return Use(any(sources), False, True)
+    found = [_uses_in_class(source, base.__qualname__) for source, base in zip(sources, bases)]
+    if None in found:
+        return Use(False, False, True)
+    return Use(True, attribute in _taken_by_forward(found), any(c.uses is None or attribute in c.uses for c in found))
 
 
-@functools.lru_cache(maxsize=64)
+def _taken_by_forward(classes: list[_ClassUse]) -> set[str]:
+    """The attributes whose weight `forward`, or a method that it calls, takes."""
+    reached, taken = set(), set()
+    waiting = ["forward"]
+    while waiting:
+        method = waiting.pop()
+        if method not in reached:
+            reached.add(method)
+            for found in classes:
+                taken |= found.takes.get(method, set())
+                waiting += found.methods.get(method, set())
+    return taken
+
+
 def _source(module: str) -> str:
-    """The source of a module, "" where there is none to be had."""
+    """The source of a module as it is now, "" where there is none to be had."""
+    file = getattr(sys.modules.get(module), "__file__", None)
     try:
-        return inspect.getsource(sys.modules[module])
-    except (KeyError, OSError, TypeError):
+        return _source_of(module, file, os.stat(file).st_mtime_ns)
+    except (OSError, TypeError):
         return ""
 
 
 @functools.lru_cache(maxsize=64)
-def _classes(module: str) -> dict[str, ast.ClassDef]:
-    return {node.name: node for node in ast.parse(_source(module)).body if isinstance(node, ast.ClassDef)}
+def _source_of(module: str, file: str, changed: int) -> str:
+    return inspect.getsource(sys.modules[module])
+
+
+@functools.lru_cache(maxsize=64)
+def _classes(source: str) -> dict[str, ast.ClassDef]:
+    """The classes of a source, by their qualified names; those of functions are left out."""
+    try:
+        return dict(_classes_below(ast.parse(source), ""))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        # It may have been changed since it was imported.
+        return {}
+
+
+def _classes_below(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.ClassDef]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef):
+            yield prefix + child.name, child
+            yield from _classes_below(child, f"{prefix}{child.name}.")
+        elif isinstance(child, (ast.If, ast.Try, ast.With)):
+            yield from _classes_below(child, prefix)
 
 
 @functools.lru_cache(maxsize=1024)
-def _uses_in_class(module: str, name: str) -> tuple[frozenset[str], frozenset[str]]:
-    """The attributes of self whose weight the methods of a class read, and those that they use as a whole."""
-    read, called = set(), set()
-    methods = _classes(module)[name].body if name in _classes(module) else []
-    for method in methods:
-        if isinstance(method, ast.FunctionDef) and "init" not in method.name and "tie" not in method.name:
-            parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
-            for node in parents:
-                if _is_attribute_of_self(node):
-                    _note_use(node, parents, read, called)
-    return frozenset(read), frozenset(called)
+def _uses_in_class(source: str, name: str) -> _ClassUse | None:
+    """What the class of this name does; None where it is not found."""
+    node = _classes(source).get(name)
+    if node is None:
+        return None
+    parents = {child: above for above in ast.walk(node) for child in ast.iter_child_nodes(above)}
+    found = _ClassUse({}, {}, set())
+    for method in node.body:
+        takes, methods = (kept.setdefault(getattr(method, "name", ""), set()) for kept in (found.takes, found.methods))
+        for use in filter(_is_of_self, ast.walk(method)):
+            methods.add(use.attr)
+            if _takes_weight(use, parents):
+                takes.add(use.attr)
+            elif not _leaves_alone(use, parents):
+                found.uses.add(use.attr)
+        if any(map(_may_be_any, ast.walk(method))):
+            return found._replace(uses=None)
+    return found
 
 
-def _is_attribute_of_self(node: ast.AST) -> bool:
+def _is_of_self(node: ast.AST) -> bool:
     return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
 
 
-def _note_use(node: ast.Attribute, parents: dict, read: set[str], called: set[str]) -> None:
-    user = parents[node]
-    if isinstance(user, ast.Attribute):
-        of_metadata = getattr(parents[user], "attr", None) in _OF_ITS_METADATA
-        if user.attr == "weight" and isinstance(user.ctx, ast.Load) and not of_metadata:
-            read.add(node.attr)
-    elif not (isinstance(user, ast.Call) and getattr(user.func, "id", None) in _QUESTIONS):
-        called.add(node.attr)
+def _may_be_any(node: ast.AST) -> bool:
+    """Whether this may be any attribute of self: ``getattr(self, name)``, ``self.children()``."""
+    if _is_of_self(node):
+        return node.attr in _EVERY_CHILD
+    named = isinstance(node, ast.Call) and getattr(node.func, "id", None) == "getattr" and len(node.args) > 1
+    return named and getattr(node.args[0], "id", None) == "self" and not isinstance(node.args[1], ast.Constant)
+
+
+def _takes_weight(node: ast.Attribute, parents: dict[ast.AST, ast.AST]) -> bool:
+    """Whether ``self.layer`` is there for its weight's values."""
+    weight = parents[node]
+    if not (isinstance(weight, ast.Attribute) and weight.attr == "weight" and isinstance(weight.ctx, ast.Load)):
+        return False
+    above = parents[weight]
+    if isinstance(above, ast.Attribute):
+        return above.attr not in _METADATA
+    return not _is_looked_at(weight, above)
+
+
+def _leaves_alone(node: ast.Attribute, parents: dict[ast.AST, ast.AST]) -> bool:
+    """Whether ``self.layer`` is there for something else than to be called or handed on."""
+    above = parents[node]
+    if isinstance(above, ast.Attribute):
+        return above.attr == "weight" or above.attr in _METADATA
+    return not isinstance(node.ctx, ast.Load) or _is_looked_at(node, above)
+
+
+def _is_looked_at(node: ast.AST, above: ast.AST) -> bool:
+    """Whether `node` is only compared, tested, or an argument of what takes no values."""
+    if isinstance(above, ast.Call) and above.func is not node:
+        return getattr(above.func, "id", getattr(above.func, "attr", None)) in _LOOKS
+    tested = isinstance(above, (ast.If, ast.IfExp, ast.Assert)) and above.test is node
+    return (
+        tested
+        or isinstance(above, (ast.Compare, ast.BoolOp))
+        or (isinstance(above, ast.UnaryOp) and isinstance(above.op, ast.Not))
+    )

@@ -1,6 +1,8 @@
 """The torch.library face of the kernels: schemas, fakes, autograd keys, and fullgraph compilation."""
 
 import contextlib
+import os
+import subprocess
 import sys
 from unittest import mock
 
@@ -104,6 +106,56 @@ def test_a_step_calls_its_launcher_where_nothing_looks_on(inputs, launched, seen
         s = ops.down_project(*args)
     assert len(launched) == (seen_by is None)
     assert torch.equal(s, ops.down_project.op(*args))
+
+
+def test_gradients_in_a_batch_of_a_call_before_transforms(device):
+    """`is_grads_batched` is a vmap that torch.func does not know of."""
+    layer = FusedALLoRALinear(23, 19, r=3, device=device)
+    torch.nn.init.normal_(layer.lora_B)
+    y, g = layer(torch.randn(7, 23, device=device)), torch.randn(3, 7, 19, device=device)
+    factors = [layer.lora_A, layer.lora_B]
+    batched = torch.autograd.grad(y, factors, g, is_grads_batched=True, retain_graph=True)
+    one_by_one = zip(*(torch.autograd.grad(y, factors, one, retain_graph=True) for one in g))
+    for ours, expected in zip(batched, one_by_one, strict=True):
+        torch.testing.assert_close(ours, torch.stack(expected))
+
+
+def test_a_layer_on_no_device_says_what_comes_out(device):
+    layer = FusedALLoRALinear(23, 19, r=3, device="meta")
+    y = layer(torch.empty(7, 23, device="meta", requires_grad=True))
+    y.sum().backward()
+    assert y.is_meta and y.shape == (7, 19) and layer.lora_A.grad.is_meta
+
+
+FIRST_CALLS = """
+import threading
+from allora_kernels.layer import backend
+
+errors, together = [], threading.Barrier(8)
+
+def first_call():
+    together.wait()
+    try:
+        backend.steps("triton").layer_grads
+    except BaseException as error:
+        errors.append(repr(error))
+
+threads = [threading.Thread(target=first_call) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not errors, errors
+"""
+
+
+def test_the_first_calls_of_several_threads(device):
+    """None is given steps that another is still importing. (Triton's interpreter runs in one thread alone.)"""
+    if device != "cpu":
+        pytest.skip("on the CPU alone: what is tested is an import")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("kind", ["negated", "zeros", "subclass"])

@@ -190,7 +190,7 @@ def _embeddings(model: nn.Module) -> set[nn.Parameter]:
             continue
         if isinstance(embeddings, nn.Module):
             found.update(embeddings.parameters())
-        elif embeddings is not None:
+        elif isinstance(embeddings, nn.Parameter):
             found.add(embeddings)
     return found
 
