@@ -6,16 +6,14 @@ What is called here is a step, which calls its launcher where nothing on the dis
 training step: that way costs the host some 15 us.
 """
 
-import functools
-import operator
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch._C import (
-    DispatchKey,
     _are_functorch_transforms_active,
-    _dispatch_keys,
+    _dispatch_key_parse,
+    _dispatch_tls_is_dispatch_key_included,
     _is_torch_function_mode_enabled,
     _len_torch_dispatch_stack,
 )
@@ -28,11 +26,8 @@ from . import vmap_rules
 
 _library = torch.library.Library("allora", "DEF")
 _PLAIN = (Tensor, nn.Parameter)
-_KEYS = ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView")
-# Those of a dense tensor in memory. Any other says that something stands between a tensor and its values.
-_OTHER_KEYS = ~functools.reduce(
-    operator.or_, (torch._C.DispatchKeySet(getattr(DispatchKey, k)).raw_repr() for k in _KEYS)
-)
+_VMAP_MODE = _dispatch_key_parse("VmapMode")
+"""Set in the vmap that torch.func's does not know of: `torch.autograd.grad(..., is_grads_batched=True)`."""
 
 
 def define(schema: str, launcher: Callable, fake: Callable, vmap: Callable | None = None) -> Callable:
@@ -60,24 +55,25 @@ def define(schema: str, launcher: Callable, fake: Callable, vmap: Callable | Non
 
 def _is_seen(args: tuple) -> bool:
     """Whether the dispatcher has more to do for a call than to find its launcher: there is autograd, a transform, a mode, a
-    profiler, a subclass, a tensor whose memory is not its values (a lazy negation, a batched one, one of no device), or Dynamo,
-    which would look into the launcher."""
+    profiler, a subclass, a tensor whose memory is not its values, or which has none, or Dynamo, which would look into the
+    launcher."""
     if (
         torch.is_grad_enabled()
         or _len_torch_dispatch_stack()
         or _is_torch_function_mode_enabled()
         or _are_functorch_transforms_active()
+        or _dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
         or _profiler_enabled()
         or get_eval_frame_callback()
     ):
         return True
     for argument in args:
         if type(argument) in _PLAIN:
-            if _dispatch_keys(argument).raw_repr() & _OTHER_KEYS:
+            if argument.is_neg() or argument._is_zerotensor():
                 return True
         elif isinstance(argument, Tensor):
             return True
-    return False
+    return args[0].is_meta
 
 
 def _takes_replays(t: Tensor) -> bool:
