@@ -89,6 +89,11 @@ class ByName(Base):
         return sum(getattr(self, name)(x) for name in ("odd",)) + self.odd.weight.mean()
 
 
+class ByOneName(Base):
+    def other(self, x):
+        return getattr(self, "odd")(x) + self.odd.weight.mean()  # noqa: B009
+
+
 class EveryChild(Base):
     def other(self, x):
         return sum(layer(x) for layer in self.children()) + self.odd.weight.mean()
@@ -127,7 +132,7 @@ def test_a_layer_that_is_never_called_is_left_alone(kind):
 
 @pytest.mark.parametrize(
     "kind",
-    [Called, DotForward, Penalised, Reset, InALambda, ByName, EveryChild, HandedOn, OwnPenalty, Bookkeeping],
+    [Called, DotForward, Penalised, Reset, InALambda, ByName, ByOneName, EveryChild, HandedOn, OwnPenalty, Bookkeeping],
 )
 def test_a_layer_that_may_be_called_is_adapted(kind):
     model = kind()

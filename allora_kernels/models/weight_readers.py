@@ -16,6 +16,7 @@ _METADATA = frozenset(
 )
 # What a weight may be handed to without its values being taken.
 _LOOKS = frozenset({"hasattr", "isinstance", "to", "type", "type_as"})
+_ANY = "*"
 _EVERY_CHILD = frozenset({"_modules", "children", "modules", "named_children", "named_modules"})
 
 
@@ -114,21 +115,23 @@ def _uses_in_class(source: str, name: str) -> _ClassUse | None:
                 takes.add(use.attr)
             elif not _leaves_alone(use, parents):
                 found.uses.add(use.attr)
-        if any(map(_may_be_any, ast.walk(method))):
-            return found._replace(uses=None)
-    return found
+    named = set(map(_named, ast.walk(node)))
+    return found._replace(uses=None if _ANY in named else found.uses | named)
 
 
 def _is_of_self(node: ast.AST) -> bool:
     return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
 
 
-def _may_be_any(node: ast.AST) -> bool:
-    """Whether this may be any attribute of self: ``getattr(self, name)``, ``self.children()``."""
+def _named(node: ast.AST) -> str:
+    """The attribute of self that this names in another way than by a dot: ``getattr(self, "layer")``; `_ANY` where it may be
+    any, as in ``getattr(self, name)`` and ``self.children()``; "" where it names none."""
     if _is_of_self(node):
-        return node.attr in _EVERY_CHILD
-    named = isinstance(node, ast.Call) and getattr(node.func, "id", None) == "getattr" and len(node.args) > 1
-    return named and getattr(node.args[0], "id", None) == "self" and not isinstance(node.args[1], ast.Constant)
+        return _ANY if node.attr in _EVERY_CHILD else ""
+    called = isinstance(node, ast.Call) and getattr(node.func, "id", None) == "getattr" and len(node.args) > 1
+    if not called or getattr(node.args[0], "id", None) != "self":
+        return ""
+    return node.args[1].value if isinstance(node.args[1], ast.Constant) else _ANY
 
 
 def _takes_weight(node: ast.Attribute, parents: dict[ast.AST, ast.AST]) -> bool:
