@@ -17,6 +17,7 @@ from .fused_linear_persistent import aligned_rows
 from .fused_linear_pipelined import (
     describe,
     let_next_kernel_begin,
+    make_ring,
     multiply_step,
     slot_of,
     wait_for_kernel_in_front,
@@ -165,16 +166,9 @@ def _adapted_linear_pipelined_kernel(
         let_next_kernel_begin()
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_R, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_N, 16])
-    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
-    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)
     a_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES] + a_desc.block_type.shape, a_desc.layout)
     y_bufs = gl.allocate_shared_memory(y_desc.dtype, [2] + y_desc.block_type.shape, y_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-    # Now the tensor memory unit sees them.
-    fence_async_shared()
-    ring, wide, low_rank = (x_bufs, w_bufs, full), (x_desc, w_desc), (s_desc, b_desc)
+    ring, wide, low_rank = make_ring(x_desc, w_desc, STAGES), (x_desc, w_desc), (s_desc, b_desc)
 
     num_m, num_n = gl.cdiv(y_desc.shape[0], BLOCK_M), gl.cdiv(y_desc.shape[1], BLOCK_N)
     k_steps = gl.cdiv(x_desc.shape[1], BLOCK_K)
@@ -211,21 +205,16 @@ def _adapted_linear_pipelined_kernel(
             left.store(s)
             fence_async_shared()
             _write_s(s, s_ptr, under_way_ptr, start_m, s_desc.shape[0], R, CHAIN)
-            acc = multiply_step(acc, True, count, ring, low_rank, B_ROWS_OVER_R)
-            at = _load_step(at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS)
-            count += 1
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            write_tile(acc, y_desc, y_bufs, bias_ptr, stride_bias, start_m, start_n, HAS_BIAS)
         else:
             for step in range(0, k_steps):
                 acc = multiply_step(acc, step > 0, count, ring, wide, W_ROWS_OVER_K)
                 at = _load_step(at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS)
                 count += 1
-            acc = multiply_step(acc, True, count, ring, low_rank, B_ROWS_OVER_R)
-            at = _load_step(at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS)
-            count += 1
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            write_tile(acc, y_desc, y_bufs, bias_ptr, stride_bias, start_m, start_n, HAS_BIAS)
+        acc = multiply_step(acc, True, count, ring, low_rank, B_ROWS_OVER_R)
+        at = _load_step(at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS)
+        count += 1
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        write_tile(acc, y_desc, y_bufs, bias_ptr, stride_bias, start_m, start_n, HAS_BIAS)
     tma.store_wait(pendings=0)
 
 

@@ -74,6 +74,19 @@ def _tile_start(tile, num_m, num_n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
 
 
 @gluon.jit
+def make_ring(left_desc, right_desc, STAGES: gl.constexpr):
+    """Buffers for STAGES steps of the left and of the right operand, and for each a barrier that says when they are full."""
+    lefts = gl.allocate_shared_memory(left_desc.dtype, [STAGES] + left_desc.block_type.shape, left_desc.layout)
+    rights = gl.allocate_shared_memory(right_desc.dtype, [STAGES] + right_desc.block_type.shape, right_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)
+    # Now the tensor memory unit sees them.
+    fence_async_shared()
+    return lefts, rights, full
+
+
+@gluon.jit
 def slot_of(count, ring, descs):
     """The buffers of step number `count` in the shapes and layouts of `descs` (a narrower one fills the first part of its
     buffer), and the barrier that says when they are full."""
@@ -216,15 +229,8 @@ def _fused_linear_pipelined_kernel(
     if CHAIN != "":
         let_next_kernel_begin()
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_N, 16])
-    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
-    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)
     y_bufs = gl.allocate_shared_memory(y_desc.dtype, [2] + y_desc.block_type.shape, y_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-    # Now the tensor memory unit sees them.
-    fence_async_shared()
-    ring, wide, low_rank = (x_bufs, w_bufs, full), (x_desc, w_desc), (s_desc, b_desc)
+    ring, wide, low_rank = make_ring(x_desc, w_desc, STAGES), (x_desc, w_desc), (s_desc, b_desc)
 
     num_m, num_n = gl.cdiv(y_desc.shape[0], BLOCK_M), gl.cdiv(y_desc.shape[1], BLOCK_N)
     k_steps = gl.cdiv(x_desc.shape[1], BLOCK_K)

@@ -60,3 +60,8 @@ def laid_out(t: torch.Tensor, layout: str) -> torch.Tensor:
         wide = torch.zeros(t.shape[0], 3 * t.shape[1] + 1, dtype=t.dtype, device=t.device)
         return wide[:, 1::3].copy_(t)
     return t
+
+
+def doubles(*tensors):
+    """The tensors in float64, whole numbers and None as they are."""
+    return tuple(t.double() if t is not None and t.is_floating_point() else t for t in tensors)

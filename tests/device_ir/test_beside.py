@@ -3,7 +3,7 @@
 import pytest
 import torch
 from asynchrony import ByRounds, as_late_as_allowed
-from matrix import BF16
+from matrix import BF16, doubles
 from planting import module, plant
 from ttsem.sanitize import Unjudged
 
@@ -26,10 +26,6 @@ def under_way(monkeypatch, launches):
     counts = torch.zeros(chain.MAX_ROUNDS, dtype=torch.int32)
     monkeypatch.setattr(module("beside"), "counts", lambda device: counts)
     return counts
-
-
-def double(tensors):
-    return tuple(t.double() for t in tensors)
 
 
 @pytest.fixture
@@ -55,7 +51,7 @@ def ran(monkeypatch):
 def y_in_rounds(M, rank):
     x, weight, bias, a, b, _ = tensors = make_inputs(M, 520, 144, rank, BF16)
     y, s = csrc_triton.adapted_linear(x, weight, bias, a, b, BF16, pipelined("adapted_linear", M, 520, 144, rank))
-    eager, exact = (reference.adapted_linear(*t[:5], t[0].dtype) for t in (tensors, double(tensors)))
+    eager, exact = (reference.adapted_linear(*t[:5], t[0].dtype) for t in (tensors, doubles(*tensors)))
     for name, *values in zip(("y", "s"), (y, s), eager, exact):
         assert_close(*values, name)
 
@@ -71,7 +67,7 @@ def gradients_in_rounds(M, norm, monkeypatch):
         ds, da, db = reference.adapter_grads(g, x, s, b, c, ETA, norm, True, a.dtype, b.dtype)
         return reference.fused_linear(g, weight.mT, None, ds, a.mT), da, db
 
-    for name, *values in zip(("dx", "da", "db"), ours, by_steps(*tensors), by_steps(*double(tensors))):
+    for name, *values in zip(("dx", "da", "db"), ours, by_steps(*tensors), by_steps(*doubles(*tensors))):
         assert_close(*values, name)
 
 

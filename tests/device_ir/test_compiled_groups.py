@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from matrix import laid_out, over
+from matrix import doubles, laid_out, over
 
 import csrc_triton
 from allora_kernels import reference
@@ -15,10 +15,6 @@ from csrc_triton import configs
 ETA = 1.3
 # Rows of each group, and those that belong to none.
 CUTS = [((37, 0, 70, 1), 5), ((0, 0, 130, 0), 0), ((1,) * 9, 2), ((0, 0), 7), ((150,), 0)]
-
-
-def doubles(*tensors):
-    return tuple(t.double() if t is not None and t.is_floating_point() else t for t in tensors)
 
 
 def make(cut, shape, dtypes, layout):

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from matrix import AXES, BF16, F16, F32, laid_out, over
+from matrix import AXES, BF16, F16, F32, doubles, laid_out, over
 
 import csrc_triton
 from allora_kernels import reference, use_batch_invariant
@@ -17,10 +17,6 @@ from csrc_triton.combine import combine_pair
 from csrc_triton.parts import in_parts
 
 ETA = 1.3
-
-
-def doubles(*tensors):
-    return tuple(None if t is None else t.double() for t in tensors)
 
 
 def down_project_in_order(x, a, dtype):

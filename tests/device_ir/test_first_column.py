@@ -2,7 +2,7 @@
 
 import pytest
 from first_column import y_and_s
-from matrix import BF16, F16
+from matrix import BF16, F16, doubles
 from planting import plant
 from ttsem.sanitize import Unjudged
 
@@ -11,12 +11,8 @@ from allora_kernels.testing import assert_close, make_inputs
 from csrc_triton import configs, plans
 
 
-def double(*tensors):
-    return tuple(None if t is None else t.double() for t in tensors)
-
-
 def check(tensors, config, overlap):
-    eager, exact = (reference.adapted_linear(*t, t[0].dtype) for t in (tensors, double(*tensors)))
+    eager, exact = (reference.adapted_linear(*t, t[0].dtype) for t in (tensors, doubles(*tensors)))
     for name, *values in zip(("y", "s"), y_and_s(tensors, config, overlap), eager, exact):
         assert_close(*values, name)
 

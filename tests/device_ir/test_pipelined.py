@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 from asynchrony import as_late_as_allowed
-from matrix import BF16, F16, F32
+from matrix import BF16, F16, F32, doubles
 from planting import module, plant
 from ttsem.sanitize import Unjudged
 
@@ -13,10 +13,6 @@ from allora_kernels import reference
 from allora_kernels.testing import assert_close, make_inputs
 from csrc_triton import configs, plans
 from csrc_triton.chain import chained, next_place
-
-
-def double(*tensors):
-    return tuple(None if t is None else t.double() for t in tensors)
 
 
 def check(args, config, place=""):
@@ -29,7 +25,7 @@ def check(args, config, place=""):
             if place == "midway":
                 next_place()
             module("fused_linear_pipelined").launch_pipelined(*args, y, config, place != "")
-    assert_close(y, reference.fused_linear(*args), reference.fused_linear(*double(*args)), "y")
+    assert_close(y, reference.fused_linear(*args), reference.fused_linear(*doubles(*args)), "y")
     return ran.counts
 
 
@@ -73,7 +69,7 @@ def test_fp32_factors_are_waited_for_while_they_are_written_in_parts(factor, wai
     reported = contextlib.nullcontext() if waits else pytest.raises(Unjudged, match="may not have written")
     with as_late_as_allowed() as ran, reported:
         y = module("fused_linear").fused_linear(*args, plan)
-        assert_close(y, reference.fused_linear(*args), reference.fused_linear(*double(*args)), "y")
+        assert_close(y, reference.fused_linear(*args), reference.fused_linear(*doubles(*args)), "y")
 
 
 # What is changed, and what is then reported.
