@@ -1,6 +1,7 @@
 """The forward pass: ``S = x Aᵀ`` and ``y = x Wᵀ + bias + S Bᵀ``, in one launch or in two; for training with C, beside them."""
 
 import functools
+import operator
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ def hides_c(x: Tensor, a: Tensor, b: Tensor) -> bool:
     and it pays; where y goes another way, C stands in front of it as of the backward pass."""
     if not (torch.compiler.is_compiling() or x.numel() * b.shape[0] >= C_FROM):
         return False
-    return _leaves_room(x.shape[1], a.shape[0], x.dtype, a.dtype, b.dtype, x.device)
+    R, K = a.shape
+    return _leaves_room(operator.index(K), operator.index(R), x.dtype, a.dtype, b.dtype, x.device)
 
 
 @torch.compiler.assume_constant_result

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from allora_kernels import FusedALLoRALinear, apply_allora, merge_adapter, reference
+from allora_kernels import FusedALLoRALinear, allora_linear, apply_allora, merge_adapter, reference
 from allora_kernels.layer.backend import TRITON_INSTALLED
 
 K, HIDDEN, N, R = 12, 20, 9, 3
@@ -113,9 +113,27 @@ def test_a_second_length_compiles_for_all_lengths(backend, compiles):
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
-def test_one_graph_takes_all_lengths(backend, compiles):
+@pytest.mark.parametrize("norm", ["row", "token"])
+def test_one_graph_takes_all_lengths(norm, backend, compiles):
     how = {"backend": "aot_eager", "dynamic": True}
-    check_compiled(make_model("token"), make_model("token"), [4, 7, 11, 3], compiles, [1, 0, 0, 0], how=how)
+    check_compiled(make_model(norm), make_model(norm), [4, 7, 11, 3], compiles, [1, 0, 0, 0], how=how)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_a_compiled_call_on_tensors_whose_sizes_all_change(backend, compiles):
+    """Sizes of what is no parameter are symbols, too."""
+    compiled = torch.compile(allora_linear, fullgraph=True, backend="aot_eager", dynamic=True)
+    for m, n, k, r in ((8, 20, 12, 3), (7, 9, 16, 8)):
+        tensors = [torch.randn(size) for size in ((m, k), (n, k), (r, k), (n, r))]
+        for t in (tensors[0], *tensors[2:]):
+            t.requires_grad_()
+
+        def run(function, x, weight, a, b):
+            y = function(x, weight, None, a, b)
+            return y, *torch.autograd.grad(y.square().sum(), (x, a, b))
+
+        for found, expected in zip(run(compiled, *tensors), run(allora_linear, *tensors)):
+            torch.testing.assert_close(found, expected)
 
 
 def test_inductor_on_the_cpu(compiles, monkeypatch):
