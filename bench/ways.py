@@ -1,22 +1,32 @@
-"""The section "ways": every plan of y and of dX beside the frozen GEMM, and how near the best the one that is picked comes."""
+"""The section "ways": every plan of y and of dX, and both places of C, beside the frozen GEMM; how near the best what is picked
+comes."""
 
 import functools
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from typing import Any
 
+from allora_kernels import reference
 from allora_kernels.layer.backend import TRITON_INSTALLED
+from allora_kernels.testing import Inputs
 from allora_kernels.tools.timing import interleaved
+from allora_kernels.tools.tune import Product, plans_of, products, rejected
 
 from . import cases
 from .cases import Case
 from .layer import as_row, failure
+from .providers import ETA
 from .runner import Run
+
+WITH_C = "y with C"
+"""The product y together with the coefficient of the rule "row", by one call, which may hide C beside the GEMM, or by two."""
 
 
 def grid() -> list[Case]:
-    """The targets, small M, narrow and long layers, a larger rank."""
+    """The targets, small M, narrow and long layers, a larger rank, fp32 factors."""
     more = [(512, 4096, 4096, 16), (8192, 1024, 4096, 16), (512, 1024, 4096, 16), (8192, 4096, 14336, 16)]
-    return [*cases.TARGETS.values(), *(Case(*sizes) for sizes in more), cases.ONE_RANK_MORE]
+    with_fp32 = replace(cases.TARGETS["M=8192, 4096x4096"], adapter_dtype="float32")
+    return [*cases.TARGETS.values(), *(Case(*sizes) for sizes in more), cases.ONE_RANK_MORE, with_fp32]
 
 
 def run_ways(run: Run) -> None:
@@ -28,7 +38,7 @@ def run_ways(run: Run) -> None:
         if run.time_is_up():
             run.leave("ways", [(asdict(rest), ["frozen"]) for rest in chosen[position:]])
             return
-        steps = {step: asdict(case) | {"product": step} for step in ("y", "dx")}
+        steps = {step: asdict(case) | {"product": step} for step in ("y", "dx", WITH_C)}
         if run.only_missing and all(run.results.has("ways", named, ["frozen"]) for named in steps.values()):
             continue
         for step, rows in _measure(run, case):
@@ -37,22 +47,64 @@ def run_ways(run: Run) -> None:
 
 
 def _measure(run: Run, case: Case) -> Iterator[tuple[str, dict[str, dict]]]:
-    from allora_kernels.tools.tune import plans_of, products
+    inputs = case.inputs(run.device)
+    for product in products(inputs):
+        yield product.step, _rows(run, product, _plans)
+    yield WITH_C, _rows(run, _with_c(inputs), _places_of_c)
+
+
+def _plans(product: Product) -> tuple[dict[str, Any], str]:
+    """Every plan, by its words, and which is picked."""
     from csrc_triton import describable, plans
 
-    for product in products(case.inputs(run.device)):
-        try:
-            options, rejected = plans_of(product, untried=True)
-            picked = plans.pick(product.call, run.device, describable(*product.operands[:2], product.operands[4]))
-            calls = {name: functools.partial(product.launch, plan) for name, plan in options.items()}
-            timings = interleaved(
-                {"frozen": product.frozen, **calls}, rounds=run.rounds, device=run.device, budget_s=run.case_budget_s
-            )
-            rows = {
-                name: {"status": "ok", "time": as_row(timing), "picked": name == str(picked)}
-                for name, timing in timings.items()
-            }
-            rows |= {name: {"status": "wrong", "reason": why} for name, why in rejected.items()}
-        except Exception as error:
-            rows = {"frozen": failure(error)}
-        yield product.step, rows
+    x, weight, *_, b = product.operands
+    return plans_of(product, untried=True), str(plans.pick(product.call, x.device, describable(x, weight, b)))
+
+
+def _places_of_c(product: Product) -> tuple[dict[str, Callable], str]:
+    """The launchers that find y, S and C, and which is picked."""
+    import csrc_triton
+
+    def by_itself(x, weight, bias, a, b, dtype, eta):
+        return *csrc_triton.adapted_linear(x, weight, bias, a, b, dtype), csrc_triton.weight_coefficient(
+            a, b, eta, "row"
+        )
+
+    names = ("C on the way forward", "C by itself")
+    x, _, _, a, b = product.operands
+    picked = names[0] if csrc_triton.hides_c(x, a, b) else names[1]
+    return dict(zip(names, (csrc_triton.adapted_linear_and_coefficient, by_itself))), picked
+
+
+def _with_c(inputs: Inputs) -> Product:
+    y = next(products(inputs))
+    *operands, _ = inputs
+
+    def formula(x, weight, bias, a, b):
+        return *y.formula(x, weight, bias, a, b), reference.weight_coefficient(a, b, ETA, "row")
+
+    return replace(
+        y,
+        step=WITH_C,
+        launch=lambda launcher: launcher(*operands, y.call.low_rank_dtype, ETA),
+        formula=formula,
+    )
+
+
+def _rows(run: Run, product: Product, choices: Callable[[Product], tuple[dict[str, Any], str]]) -> dict[str, dict]:
+    """The frozen product's time and that of every choice, or why it has none."""
+    try:
+        options, picked = choices(product)
+        wrong = rejected(product, options)
+        calls = {
+            name: functools.partial(product.launch, option) for name, option in options.items() if name not in wrong
+        }
+        timings = interleaved(
+            {"frozen": product.frozen, **calls}, rounds=run.rounds, device=run.device, budget_s=run.case_budget_s
+        )
+    except Exception as error:
+        return {"frozen": failure(error)}
+    rows = {
+        name: {"status": "ok", "time": as_row(timing), "picked": name == picked} for name, timing in timings.items()
+    }
+    return rows | {name: {"status": "wrong", "reason": why} for name, why in wrong.items()}

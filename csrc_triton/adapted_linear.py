@@ -8,11 +8,11 @@ from torch import Tensor
 
 from . import batch_invariance, configs, plans
 from .beside import counted, room
-from .chain import chained
+from .chain import chained, counts
 from .down_project import down_project, down_project_beside
 from .fused_linear import fused_linear, launch_persistently, launch_tiles
 from .fused_linear_persistent import describable
-from .row_norms import weight_coefficient
+from .row_norms import row_coefficient_late, weight_coefficient
 
 C_FROM = 2**35
 """Multiplications of the GEMM for y from which C is found beside it in an eager layer (M=2048 at 4096 x 4096): one output more
@@ -20,8 +20,9 @@ costs the host some 15 us a step (docs/performance.md), and of a smaller layer t
 
 
 def hides_c(x: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether `adapted_linear_and_coefficient` finds room for C beside a persistent GEMM, for x [M, K], a [R, K] and b [N, R],
-    and it pays; where y goes another way, C stands in front of it as of the backward pass."""
+    """Whether `adapted_linear_and_coefficient` finds room for C and S beside a persistent GEMM, for x [M, K], a [R, K] and
+    b [N, R], and it pays; where y goes another way, C stands in front of it as of the backward pass. No GPU has run C behind
+    the GEMM, so that is not asked for."""
     if not (torch.compiler.is_compiling() or x.numel() * b.shape[0] >= C_FROM):
         return False
     R, K = a.shape
@@ -68,7 +69,8 @@ def adapted_linear_and_coefficient(
     eta: float,
     plan: plans.Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`adapted_linear`, and C [N] (fp32) of the rule "row" for the backward pass: beside the GEMM, if S is."""
+    """`adapted_linear`, and C [N] (fp32) of the rule "row" for the backward pass: beside a persistent GEMM, in front of it if
+    S is there, too, else behind it."""
     return _adapted_linear(x, weight, bias, a, b, dtype, eta, plan)
 
 
@@ -95,9 +97,35 @@ def _adapted_linear(x, weight, bias, a, b, dtype, eta, plan):
             c = None if eta is None else weight_coefficient(a, b, eta, "row")
             launch_persistently(x, weight, bias, s, b, y, plan, beside=True, counted=beside.awaited)
         return y, s, c
+    if M and eta is not None and _leaves_room_behind(plan, K, R, x.dtype, dtype, x.device):
+        under_way = counts(x.device)
+        if under_way is not None:
+            return _and_coefficient_behind(x, weight, bias, a, b, dtype, eta, plan, under_way)
     c = None if eta is None else weight_coefficient(a, b, eta, "row")
     if M and plan.way == "inside":
         s = torch.empty(M, R, device=x.device, dtype=dtype)
         return launch_tiles(x, weight, bias, a, s, b, plan.config), s, c
     s = down_project(x, a, dtype)
     return fused_linear(x, weight, bias, s, b, plan), s, c
+
+
+def _leaves_room_behind(
+    plan: plans.Plan, K: int, R: int, dtype: torch.dtype, low_rank_dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether C comes behind the GEMM of `plan`: where S has no room beside it, however few its rows."""
+    if plan.way not in plans.PERSISTENT or not configs.can_overlap(device):
+        return False
+    return configs.beside(K, R, dtype, configs.arch_of(device), low_rank_dtype) is None
+
+
+def _and_coefficient_behind(x, weight, bias, a, b, dtype, eta, plan, under_way):
+    """y, S and C, whose kernels come behind the GEMM and take what room it leaves, at the latest where its last tiles leave
+    multiprocessors idle."""
+    s = down_project(x, a, dtype)
+    y = torch.empty(len(x), len(weight), device=x.device, dtype=x.dtype)
+    in_parts = plans.takes_parts(plan.way, x.dtype, dtype)
+    with chained(True, *("midway",) * in_parts, "late", "late"):
+        held = launch_persistently(x, weight, bias, s, b, y, plan, beside=True)
+        c = row_coefficient_late(a, b, eta, under_way)
+        del held
+    return y, s, c

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .chain import join_chain, leave_chain
+from .chain import end_round, join_chain, leave_chain, wait_for_counted
 from .configs import cdiv
 from .groups import group_strides
 from .launching import launch
@@ -34,6 +34,7 @@ _MAX_PARTS = 32
 def _gram_kernel(
     f_ptr,
     partial_ptr,
+    under_way_ptr,
     L,
     R,
     stride_fg,
@@ -50,9 +51,9 @@ def _gram_kernel(
     """``partial[g, p] = F_g[:, part p] F_g[:, part p]ᵀ`` for F [E, R, L], partial [E, P, R, R], part p = SPLIT_L columns.
 
     One program writes one [BLOCK_R, BLOCK_R] tile of one part. Products of 16-bit elements are exact in fp32, in which they
-    are added up.
+    are added up. With counts the program is counted (`chain`).
     """
-    join_chain(CHAIN)
+    join_chain(CHAIN, under_way_ptr)
     offs_i = offsets(tl.program_id(0) * BLOCK_R, BLOCK_R)
     offs_j = offsets(tl.program_id(1) * BLOCK_R, BLOCK_R)
     part = tl.program_id(2) % PARTS
@@ -72,11 +73,13 @@ def _gram_kernel(
         acc = added_apart(dot(rows, columns, tl.zeros_like(acc), DTYPE, PRECISION), acc)
     partial_ptrs = partial_ptr + tl.program_id(2).to(tl.int64) * R * R + offs_i[:, None] * R + offs_j[None, :]
     tl.store(partial_ptrs, acc, mask=mask_i[:, None] & mask_j[None, :])
+    end_round(under_way_ptr, 0)
     leave_chain(CHAIN)
 
 
-def gram_parts(factor: Tensor) -> Tensor:
-    """``F Fᵀ`` as the sum of parts [P, R, R] in fp32, for a factor [R, L] of any strides; [E, P, R, R] for one [E, R, L]."""
+def gram_parts(factor: Tensor, under_way: Tensor | None = None) -> Tensor:
+    """``F Fᵀ`` as the sum of parts [P, R, R] in fp32, for a factor [R, L] of any strides; [E, P, R, R] for one [E, R, L]. With
+    `under_way` (`chain.counts`) by counted programs."""
     *groups, R, L = factor.shape
     groups = math.prod(groups)
     tiles = cdiv(R, _BLOCK_R)
@@ -92,6 +95,7 @@ def gram_parts(factor: Tensor) -> Tensor:
         (tiles, tiles, groups * parts),
         factor,
         partial,
+        under_way,
         L,
         R,
         *group_strides(factor),
@@ -125,6 +129,7 @@ def _quadratic_coefficient_kernel(
     q_ptr,
     inv_etas_squared_ptr,
     c_ptr,
+    under_way_ptr,
     L,
     R,
     PARTS,
@@ -140,9 +145,11 @@ def _quadratic_coefficient_kernel(
     """``c[g, l] = C(√(v_g[l,:] Q_g v_g[l,:]ᵀ))`` for v [E, L, R], Q_g the sum of parts [E, PARTS, R, R] (fp32, contiguous),
     c [E, L] fp32.
 
-    One program writes BLOCK_L coefficients; the quadratic form is clamped at 0, below which only rounding takes it.
+    One program writes BLOCK_L coefficients; the quadratic form is clamped at 0, below which only rounding takes it. With
+    counts Q's parts are what counted programs write (`chain`).
     """
     join_chain(CHAIN)
+    wait_for_counted(under_way_ptr)
     group = tl.program_id(1).to(tl.int64)
     v_ptr += group * stride_vg
     q_ptr += group * PARTS * R * R
@@ -171,11 +178,14 @@ def _quadratic_coefficient_kernel(
         inv_eta_squared = tl.load(inv_etas_squared_ptr + tl.program_id(1))
     c = coefficient(sqrt_of_square(form), inv_eta_squared)
     tl.store(c_ptr + offs_l, c, mask=mask_l)
+    leave_chain(CHAIN)
 
 
-def quadratic_coefficient(v: Tensor, q: Tensor, eta: float, inv_etas_squared: Tensor | None = None) -> Tensor:
+def quadratic_coefficient(
+    v: Tensor, q: Tensor, eta: float, inv_etas_squared: Tensor | None = None, under_way: Tensor | None = None
+) -> Tensor:
     """``C(√(v[l,:] Q v[l,:]ᵀ)) [L]`` in fp32 for v [L, R] of any strides and a Gram matrix in parts q [P, R, R]; [E, L] for v
-    [E, L, R] and q [E, P, R, R]."""
+    [E, L, R] and q [E, P, R, R]. With `under_way` q may be what counted programs write."""
     *groups, L, R = v.shape
     c = torch.empty(v.shape[:-1], device=v.device, dtype=torch.float32)
     if L == 0:
@@ -189,6 +199,7 @@ def quadratic_coefficient(v: Tensor, q: Tensor, eta: float, inv_etas_squared: Te
         q,
         inv_etas_squared,
         c,
+        under_way,
         L,
         R,
         q.shape[-3],
@@ -350,6 +361,12 @@ def weight_coefficient(a: Tensor, b: Tensor, eta: float, norm: str, inv_etas_squ
         return c
     assert norm == "factor", norm
     return factor_coefficient(a, b, eta, inv_etas_squared)
+
+
+def row_coefficient_late(a: Tensor, b: Tensor, eta: float, under_way: Tensor) -> Tensor:
+    """`weight_coefficient` of the rule "row", [N], by two "late" kernels of a chain, of which the second waits for the first
+    alone, by `chain.counts`."""
+    return quadratic_coefficient(b, gram_parts(a, under_way), eta, under_way=under_way)
 
 
 def token_coefficient(s: Tensor, b: Tensor, eta: float) -> Tensor:

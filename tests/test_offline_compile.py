@@ -284,6 +284,53 @@ for rank in (8, 16, 32):
 
 
 @pytest.mark.slow
+def test_c_has_room_behind_a_gemm_that_s_has_none_beside():
+    """C's kernels let the next begin at once; the first is counted until it has written, the second reads after it has waited
+    for that, and neither ends before the GEMM."""
+    script = """
+import re, torch, triton, csrc_triton
+from bench.occupancy import fit_together
+from bench.offline_compile import TARGETS, catch_launches, compile_launch, specialize
+half, whole = torch.bfloat16, torch.float32
+x, w = torch.empty(8192, 4096, dtype=half), torch.empty(4096, 4096, dtype=half)
+touches = r"ld[.]global[.](?!gpu)|st[.]global|cp[.]async[.]c"
+count = r"(?:atom|ld|red)[.]global[.]gpu[.](acquire|acq_rel|release)"
+for rank, factors in ((64, half), (256, half), (16, whole)):
+    a, b = torch.empty(rank, 4096, dtype=factors), torch.empty(4096, rank, dtype=factors)
+    caught = catch_launches(
+        lambda: csrc_triton.adapted_linear_and_coefficient(x, w, None, a, b, factors, 2.0), "sm_90"
+    )
+    kernels = [kernel.__name__ for kernel, *_ in caught]
+    gemm = kernels.index("_fused_linear_pipelined_kernel")
+    assert kernels[gemm + 1 :] == ["_gram_kernel", "_quadratic_coefficient_kernel"], kernels
+    blocks = []
+    for launched in caught[gemm:]:
+        source, options = specialize(*launched, "sm_90")
+        result = compile_launch(source, options, "sm_90", "bfloat16", "")
+        assert not result.spills
+        blocks.append((result.num_warps, result.registers, result.shared))
+        if len(blocks) == 1:
+            assert launched[2]["CHAIN"] == ("first" if factors == half else "midway")
+            continue
+        assert launched[2]["CHAIN"] == "late" and launched[2]["launch_pdl"]
+        ptx = triton.compile(source, target=TARGETS["sm_90"], options=options).asm["ptx"]
+        waits, lets = (ptx.find(f"griddepcontrol.{name}") for name in ("wait", "launch_dependents"))
+        touched = [match.start() for match in re.finditer(touches, ptx)]
+        counts, orders = zip(*((match.start(), match[1]) for match in re.finditer(count, ptx)))
+        assert lets < touched[0] and touched[-1] < waits
+        if len(blocks) == 2:
+            assert orders == ("acq_rel", "release"), orders
+            assert counts[0] < lets and touched[-1] < counts[1] < waits
+        else:
+            assert orders == ("acquire",) and lets < counts[0] < touched[0]
+    for small in blocks[1:]:
+        assert fit_together("sm_90", blocks[0], small), (rank, factors, blocks)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
 def test_what_the_kernels_of_a_chain_write_is_allocated_in_front_of_what_is_given_back():
     """Torch may give memory that is given back to what begins before the kernel that was using it has ended."""
     script = """
@@ -303,7 +350,7 @@ class Noted(TorchDispatchMode):
 
 g, x, w = (torch.empty(size, dtype=half) for size in ((2048, 4096), (2048, 4096), (4096, 4096)))
 s, a, b = (torch.empty(size, dtype=half) for size in ((2048, 16), (16, 4096), (4096, 16)))
-wide_s, wide_b = s.float(), b.float()
+wide_s, wide_a, wide_b = s.float(), a.float(), b.float()
 watch.watcher = lambda kernel, *_: done.append(kernel.__name__.removesuffix("_kernel"))
 S, GEMM, pair = "_down_project", "_fused_linear_pipelined", "_outer_pair"
 calls = {
@@ -311,6 +358,10 @@ calls = {
     lambda: csrc_triton.adapted_linear(x, w, None, a, b, half): ["new", "new", S, GEMM],
     lambda: csrc_triton.adapted_linear_and_coefficient(x, w, None, a, b, half, 2.0): [
         *("new", "new", S, "new", "_gram", "new", "_quadratic_coefficient", GEMM)
+    ],
+    # y; the factors' parts; C's scratch, C.
+    lambda: csrc_triton.adapted_linear_and_coefficient(x, w, None, wide_a, wide_b, torch.float32, 2.0): [
+        *("new", "new", "new", "_in_parts", GEMM, "new", "_gram", "new", "_quadratic_coefficient")
     ],
     # dX; dS and u; dB and dA.
     lambda: csrc_triton.layer_grads(g, x, s, w, a, b, 2.0, "row", half, half): [
@@ -324,6 +375,7 @@ for call, expected in calls.items():
     with Noted():
         catch_launches(call, "sm_90")
     start = done.index(S) - 2 if pair in expected else 0
+    start = done.index("_in_parts") - 3 if "_in_parts" in expected else start
     assert done[start : start + len(expected)] == expected, done
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -34,8 +34,8 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Product:
-    """A linear product of the layer: `launch(plan)` computes ``formula(*operands)`` on the kernels, and `frozen()` the GEMM
-    alone; the first two operands are the GEMM's."""
+    """A linear product of the layer: `launch(option)`, of a plan or of what else there is to choose, computes
+    ``formula(*operands)`` on the kernels, and `frozen()` the GEMM alone; the first two operands are the GEMM's."""
 
     step: str
     call: tuple
@@ -72,16 +72,29 @@ def products(inputs: Inputs) -> Iterator[Product]:
     )
 
 
-def plans_of(product: Product, untried: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
-    """(every plan that can be launched and is right, by its words; why the others are not); `untried` as in `plans.options`."""
+def plans_of(product: Product, untried: bool = False) -> dict[str, Any]:
+    """Every plan that can run the product, by its words; `untried` as in `plans.options`."""
     import csrc_triton
     from csrc_triton import configs, plans
 
     operands = product.operands
     arch, describable = configs.arch_of(operands[0].device), csrc_triton.describable(*operands[:2], operands[4])
-    options = {str(plan): plan for plan in plans.options(product.call, arch, describable, untried)}
-    rejected = _reject(product, options)
-    return {name: plan for name, plan in options.items() if name not in rejected}, rejected
+    return {str(plan): plan for plan in plans.options(product.call, arch, describable, untried)}
+
+
+def rejected(product: Product, options: dict[str, Any]) -> dict[str, str]:
+    """Those of the options, by their names, with which the product raises or is wrong, and why."""
+    eager = product.formula(*product.operands)
+    exact = product.formula(*(None if t is None else t.double() for t in product.operands))
+    found = {}
+    for name, option in options.items():
+        try:
+            for values in zip(product.launch(option), eager, exact):
+                assert_close(*values)
+        except Exception as error:
+            # Whatever a compiler or a driver raises where this device cannot run a configuration: the others may.
+            found[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return found
 
 
 def tune(
@@ -102,27 +115,13 @@ def tune(
     from csrc_triton import plans, tuning
 
     for product in products(make_inputs(*shape, dtype, adapter_dtype, device=device)):
-        options, rejected = plans_of(product)
-        calls = {name: functools.partial(product.launch, plan) for name, plan in options.items()}
+        options = plans_of(product)
+        wrong = rejected(product, options)
+        calls = {name: functools.partial(product.launch, plan) for name, plan in options.items() if name not in wrong}
         times = timing.interleaved(calls, rounds=rounds, device=device)
-        result = Tuned(product.step, {name: time.median_ms for name, time in times.items()}, rejected)
+        result = Tuned(product.step, {name: time.median_ms for name, time in times.items()}, wrong)
         today = datetime.date.today().isoformat()
         entry = tuning.entry(product.call, *options[result.winner], result.milliseconds, today)
         tuning.save(tuning.device_key(device), entry)
         plans.forget()
         yield result
-
-
-def _reject(product: Product, options: dict) -> dict[str, str]:
-    """The plans that raise or are wrong, and why."""
-    eager = product.formula(*product.operands)
-    exact = product.formula(*(None if t is None else t.double() for t in product.operands))
-    rejected = {}
-    for name, plan in options.items():
-        try:
-            for values in zip(product.launch(plan), eager, exact):
-                assert_close(*values)
-        except Exception as error:
-            # Whatever a compiler or a driver raises where this device cannot run a configuration: the others may.
-            rejected[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return rejected

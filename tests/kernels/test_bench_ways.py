@@ -5,7 +5,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from allora_kernels.tools import tune
 from bench import ways
 from bench.cases import Case
 from bench.results import Results
@@ -21,36 +20,39 @@ def run(device):
 def test_every_plan_has_a_time(run):
     # S inside needs a rank of eights on a GPU.
     products = dict(ways._measure(run, Case(8, 32, 16, 8, "float16", "float16")))
-    assert list(products) == ["y", "dx"]
+    assert list(products) == ["y", "dx", "y with C"]
     for step, rows in products.items():
         assert {row["status"] for row in rows.values()} == {"ok"}
         assert rows["frozen"]["time"]["median_ms"] > 0 and not rows["frozen"]["picked"]
         assert sum(row["picked"] for row in rows.values()) == 1
         words = " ".join(rows)
+        if step == "y with C":
+            assert set(rows) == {"frozen", "C on the way forward", "C by itself"}
+            continue
         assert ("S inside" in words) == (step == "y") and "vendor" in words and "descriptors" in words
 
 
 def test_a_wrong_plan_has_none(run, monkeypatch):
-    monkeypatch.setattr(tune, "_reject", lambda product, options: {next(iter(options)): "an error of 3"})
+    monkeypatch.setattr(ways, "rejected", lambda product, options: {next(iter(options)): "an error of 3"})
     for _, rows in ways._measure(run, Case(8, 24, 16, 4, "float16", "float16")):
         wrong = [row for row in rows.values() if row["status"] == "wrong"]
         assert len(wrong) == 1 and wrong[0]["reason"] == "an error of 3"
 
 
 def test_a_product_that_fails_does_not_stop_the_run(run, monkeypatch):
-    monkeypatch.setattr(tune, "plans_of", lambda *_, **__: 1 / 0)
-    for _, rows in ways._measure(run, Case(8, 24, 16, 4)):
-        assert rows["frozen"]["status"] == "failed"
+    monkeypatch.setattr(ways, "plans_of", lambda *_, **__: 1 / 0)
+    failed = [rows["frozen"]["status"] for _, rows in ways._measure(run, Case(8, 24, 16, 4))]
+    assert failed == ["failed", "failed", "ok"]
 
 
 def test_the_section_goes_over_its_grid_and_leaves_what_no_time_is_for(run, monkeypatch):
     monkeypatch.setattr(Run, "on_gpu", True)
     monkeypatch.setattr(ways, "grid", lambda: [Case(8, 24, 16, 4, "float16", "float16"), Case(16, 24, 16, 4)])
     monkeypatch.setattr(
-        ways, "_measure", lambda run, case: [(step, {"frozen": {"status": "ok"}}) for step in ("y", "dx")]
+        ways, "_measure", lambda run, case: [(step, {"frozen": {"status": "ok"}}) for step in ("y", "dx", ways.WITH_C)]
     )
     ways.run_ways(run)
-    assert [record["case"]["product"] for record in run.results.data["records"]] == ["y", "dx"] * 2
+    assert [record["case"]["product"] for record in run.results.data["records"]] == ["y", "dx", "y with C"] * 2
     run.deadline = 0.0
     run.results.data["records"].clear()
     ways.run_ways(run)
