@@ -6,7 +6,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 # Two workers fit the two cores CI has; each keeps to one thread.
 WORKERS ?= 2
 
-.PHONY: test test-gpu test-configurations test-device-ir test-hub test-oldest-peft demo demo-lm qlora trl-sft trl-dpo mislabelled study bench lint test-newest docs clean
+.PHONY: test test-gpu test-configurations test-device-ir test-hub test-deepspeed test-oldest-peft demo demo-lm qlora trl-sft trl-dpo mislabelled study bench lint test-newest docs clean
 
 test: $(VENV)/.ready lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal --durations=20
@@ -64,6 +64,14 @@ test-hub: $(VENV)/hub/.ready
 
 $(VENV)/hub/.ready: $(VENV)/.ready requirements-hub.txt
 	$(PIP) install -q --no-deps --upgrade --target $(VENV)/hub -r requirements-hub.txt
+	touch $@
+
+# DeepSpeed's ZeRO, which stands apart for the same reason.
+test-deepspeed: $(VENV)/deepspeed/.ready
+	PYTHONPATH=$(abspath $(VENV)/deepspeed) OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/test_deepspeed.py
+
+$(VENV)/deepspeed/.ready: $(VENV)/.ready requirements-deepspeed.txt
+	$(PIP) install -q --no-deps --upgrade --target $(VENV)/deepspeed -r requirements-deepspeed.txt
 	touch $@
 
 # The kernels as compiled for a GPU, executed on the CPU. FULL=1: every combination, where CI takes every pair.

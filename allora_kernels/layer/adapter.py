@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import switching
+from .zero import whole_shape
 
 DEFAULT_ADAPTER = "default"
 """The name of an adapter that was given none, as in PEFT."""
@@ -32,7 +33,7 @@ class NamedAdapter(nn.Module):
     @property
     def r(self) -> int:
         """The rank."""
-        return self.lora_A.shape[0]
+        return whole_shape(self.lora_A)[0]
 
     def extra_repr(self) -> str:
         return f"r={self.r}, eta={self.eta}, norm={self.norm!r}"

@@ -7,6 +7,8 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from .zero import whole_shape
+
 _BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
 _TORCHAO = ("Float8Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor")
 # Of torchao's weights: what is set where the activations are quantized too, which autograd does not see through.
@@ -138,7 +140,7 @@ def settle_compute_dtype(module: nn.Module, x: Tensor) -> None:
 def numel(parameter: Tensor) -> int:
     """The number of weights in `parameter`, of which bitsandbytes packs several into an element."""
     state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else math.prod(state.shape)
+    return whole_shape(parameter).numel() if state is None else math.prod(state.shape)
 
 
 def nbytes(t: Tensor) -> int:

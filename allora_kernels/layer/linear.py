@@ -8,6 +8,7 @@ from . import bases, batch_invariance, functional, switching
 from .adapter import ALLoRALayer
 from .explanation import Explanation, explain, explain_disabled
 from .sharding import local_shape
+from .zero import is_cut_up, whole_shape
 
 
 class FusedALLoRALinear(ALLoRALayer, nn.Linear):
@@ -90,7 +91,8 @@ class FusedALLoRALinear(ALLoRALayer, nn.Linear):
             )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.out_features, layer.in_features = linear.weight.mT.shape if fan_in_fan_out else linear.weight.shape
+        shape = whole_shape(linear.weight)
+        layer.out_features, layer.in_features = reversed(shape) if fan_in_fan_out else shape
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.fan_in_fan_out = fan_in_fan_out
         layer._freeze()
@@ -151,10 +153,14 @@ class FusedALLoRALinear(ALLoRALayer, nn.Linear):
         For inference and export. Do not train on it: in bf16 the sum rounds small later updates away.
 
         Raises:
-            ValueError: the layer is disabled, so that the sum would not be what it computes.
+            ValueError: the layer is disabled, so that the sum would not be what it computes, or cut up by DeepSpeed's ZeRO-3.
         """
         if not self.enabled:
             raise ValueError("the layer is disabled, so W + BA is not what it computes: enable it before merging")
+        if is_cut_up(self.weight):
+            raise ValueError(
+                "the weight is cut up by DeepSpeed's ZeRO-3: save the adapter, and merge it in one process"
+            )
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         product = self.lora_B.to(wide) @ self.lora_A.to(wide)
         linear = nn.Linear(
@@ -172,13 +178,17 @@ class FusedALLoRALinear(ALLoRALayer, nn.Linear):
             return explain_disabled()
         return explain(
             rows,
-            *local_shape(self.frozen_weight),
+            *self._shape_here(),
             self.r,
             self.norm,
             device or self.weight.device,
             self.weight.dtype,
             self.lora_A.dtype,
         )
+
+    def _shape_here(self) -> torch.Size | tuple[int, int]:
+        cut_up = is_cut_up(self.weight)
+        return (self.out_features, self.in_features) if cut_up else local_shape(self.frozen_weight)
 
     def extra_repr(self) -> str:
         choice = _backend.choose(self.weight.device, self.weight.dtype)
@@ -197,4 +207,4 @@ def computes_as_linear(module: nn.Linear) -> bool:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether `module` is transformers' Conv1D, a linear layer whose weight is stored [in_features, out_features]."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module.weight, "ndim", 0) == 2
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and len(whole_shape(module.weight)) == 2

@@ -12,6 +12,7 @@ from torch import nn
 from ..layer import bases
 from ..layer.adapter import DEFAULT_ADAPTER, ALLoRALayer, NamedAdapter
 from ..layer.wrapped import WrappedALLoRALinear
+from ..layer.zero import whole_shape
 from .experts import ADAPTERS
 from .saved_whole import ModuleOfEachAdapter
 from .selection import clean_name, some, stacked_weights
@@ -240,7 +241,7 @@ def report(model: nn.Module, skipped: Mapping[str, str] | None = None) -> AdaptR
         adapted={name: (layer.out_features, layer.in_features, layer.r) for name, layer in layers.items()},
         experts={name: layer.experts for name, layer in layers.items() if layer.grouped},
         modules_to_save=tuple(saved_modules(model)),
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        trainable=sum(whole_shape(p).numel() for p in parameters if p.requires_grad),
         total=sum(map(bases.numel, parameters)),
         skipped=dict(skipped or {}),
         stacked=_stacked(model, skipped or {}),

@@ -10,12 +10,12 @@ from ..layer import switching
 from ..layer.adapter import ALLoRALayer
 from ..layer.block_hook import BlockHook
 from ..layer.functional import check_rule
-from ..layer.sharding import is_sharded
 from .adapt import check_adapter_name, put, ranks_of
 from .adapted import AdaptReport, adapter_layers, adapter_names, known_adapter, report, saved_modules
 from .batch_rows import BatchRows
 from .saved_whole import ModuleOfEachAdapter, copies_of
 from .selection import clean_name, module_slots, unwrap
+from .sharded import in_pieces
 
 
 def add_adapter(
@@ -192,7 +192,7 @@ def _changeable(model: nn.Module, call: str, inside: bool = False) -> tuple[nn.M
             raise ValueError(
                 f"{name} adapts the experts of a mixture, which take one adapter: {call} is for models without"
             )
-        if is_sharded(layer.lora_A) or is_sharded(layer.lora_B):
+        if in_pieces(layer.lora_A) or in_pieces(layer.lora_B):
             raise ValueError(
                 f"{name}.lora_A is sharded, and {call} knows of whole adapters only: use DistributedDataParallel, or one "
                 "adapter"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..layer.sharding import is_sharded
 from .adapted import adapter_names, known_adapter
 from .adapter_files import write_adapter
 from .saving import prepare_save, values_in_file
 from .selection import unwrap
+from .sharded import in_pieces
 
 _lock = threading.Lock()
 # The thread that began last: the next one waits for it, so that of two saves into one folder the later one stays.
@@ -106,7 +106,7 @@ def save_adapters_async(
         for name, folder in folders.items()
     ]
     for name, _, _, tensors in prepared:
-        if any(map(is_sharded, tensors.values())):
+        if any(map(in_pieces, tensors.values())):
             raise ValueError(
                 f"adapter {name!r} is sharded, and all processes must gather it together: use save_adapter"
             )

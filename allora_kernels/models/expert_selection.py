@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..layer.adapter import ALLoRALayer
+from ..layer.zero import whole_shape
 from .experts import ADAPTERS, ExpertsAdapter, goes_through_registry
 from .selection import (
     ADAPTABLE_DTYPES,
@@ -41,11 +42,13 @@ class Stack:
     @property
     def sizes(self) -> tuple[int, int, int]:
         """``(E, N, K)``, whichever way it is stored."""
-        return tuple((self.weight.mT if self.module.is_transposed else self.weight).shape)
+        experts, *sizes = whole_shape(self.weight)
+        return experts, *(reversed(sizes) if self.module.is_transposed else sizes)
 
     def new_adapter(self, r: int, eta: float, norm: str | None, dtype: torch.dtype | None) -> ExpertsAdapter:
         """An adapter for it, which does nothing yet."""
-        return ExpertsAdapter(self.weight, self.module.is_transposed, r, eta, norm, dtype)
+        like = {"device": self.weight.device, "dtype": dtype or self.weight.dtype}
+        return ExpertsAdapter(self.sizes, self.module.is_transposed, r, eta, norm, **like)
 
 
 def _parameters(module: nn.Module) -> tuple[str, str]:
@@ -71,8 +74,9 @@ def obstacle_of_experts(module: nn.Module) -> str | None:
             return f"{kind} whose {name} is no plain nn.Parameter (quantized, sharded or parametrized)"
         if weight.dtype not in ADAPTABLE_DTYPES:
             return f"{kind} with a {str(weight.dtype).removeprefix('torch.')} {name} (quantized)"
-        if weight.ndim != 3 or weight.shape[0] != module.num_experts:
-            return f"{kind} whose {name} is {list(weight.shape)}, no stack of {module.num_experts} experts"
+        shape = whole_shape(weight)
+        if len(shape) != 3 or shape[0] != module.num_experts:
+            return f"{kind} whose {name} is {list(shape)}, no stack of {module.num_experts} experts"
     if module.num_experts == 1:
         return f"{kind} with one expert, for which PEFT's files have another layout"
     return None
@@ -190,7 +194,7 @@ def _near(model: nn.Module, target: str) -> str:
 def _why_no_stack(model: nn.Module, name: str) -> str:
     owner, _, parameter = name.rpartition(".")
     module = next(m for m, names in module_names(model).items() if owner in names) if owner else model
-    if module._parameters[parameter].ndim < 3:
+    if len(whole_shape(module._parameters[parameter])) < 3:
         return "only stacks of experts' weights get adapters this way; target_modules reaches linear layers"
     return obstacle_of_experts(module) or "it is not one of the experts' two projections"
 

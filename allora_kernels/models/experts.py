@@ -36,18 +36,17 @@ class ExpertsAdapter(ALLoRALayer):
 
     def __init__(
         self,
-        stack: Tensor,
+        sizes: tuple[int, int, int],
         transposed: bool,
         r: int,
         eta: float,
         norm: str | None,
-        adapter_dtype: torch.dtype | None = None,
+        **like,
     ) -> None:
         super().__init__()
         self.transposed = transposed
-        self.experts, self.out_features, self.in_features = (stack.mT if transposed else stack).shape
+        self.experts, self.out_features, self.in_features = sizes
         self.r, self.eta, self.norm = r, float(eta), norm
-        like = {"device": stack.device, "dtype": adapter_dtype or stack.dtype}
         self.lora_A = nn.Parameter(torch.empty(self.experts, r, self.in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(self.experts, self.out_features, r, **like))
         self.reset_adapter()

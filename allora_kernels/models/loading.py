@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..layer.adapter import DEFAULT_ADAPTER, ALLoRALayer
 from ..layer.linear import is_conv1d
+from ..layer.zero import whole_shape
 from .adapt import attach, check_adapter_name
 from .adapted import AdaptReport, adapter_names, chosen_adapter, layers_of, report, saved_modules
 from .adapter_config import AdapterConfig, read_config
@@ -207,8 +208,8 @@ def _whole_problems(
         t = whole.get(key)
         if t is None:
             yield f"it has no tensor {key}, which is in modules_to_save"
-        elif t.shape != target.shape:
-            yield f"{key} must be {list(target.shape)}, got {list(t.shape)}"
+        elif t.shape != whole_shape(target):
+            yield f"{key} must be {list(whole_shape(target))}, got {list(t.shape)}"
         elif t.is_floating_point() != target.is_floating_point():
             yield f"{key} must be {target.dtype} or alike, got {t.dtype}"
         elif target.is_meta:

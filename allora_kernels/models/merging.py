@@ -5,6 +5,7 @@ from torch import nn
 
 from ..layer.adapter import ALLoRALayer
 from ..layer.wrapped import WrappedALLoRALinear
+from ..layer.zero import is_cut_up
 from .adapt import leave_fast_paths, put, restore_fast_paths
 from .adapted import SAVED_WHOLE, active_adapter, adapter_layers, adapter_names
 from .experts import dtypes_before_merging, experts_with_adapters, merge_experts, merged_experts, unmerge_experts
@@ -33,7 +34,8 @@ def merge_adapter(model: nn.Module, *, keep: bool = False) -> nn.Module:
 
     Raises:
         ValueError: the model has no adapters, several of them without `keep`, a disabled one or one on a quantized layer; it is
-            in `adapter_rows`, or is itself a `FusedALLoRALinear` (use its `merge()`). The model is untouched then.
+            in `adapter_rows`, cut up by DeepSpeed's ZeRO-3, or is itself a `FusedALLoRALinear` (use its `merge()`). The model
+            is untouched then.
     """
     root = unwrap(model)
     layers = adapter_layers(root)
@@ -46,6 +48,10 @@ def merge_adapter(model: nn.Module, *, keep: bool = False) -> nn.Module:
     if wrapped := [(name, layer) for name, layer in layers.items() if isinstance(layer, WrappedALLoRALinear)]:
         name, layer = wrapped[0]
         raise ValueError(f"{name}: {layer.why_it_cannot_merge}")
+    if any(map(is_cut_up, root.parameters())):
+        raise ValueError(
+            "the model's parameters are cut up by DeepSpeed's ZeRO-3: save_adapter, load it in one process, and merge there"
+        )
     if disabled := [name for name, layer in layers.items() if not layer.enabled]:
         raise ValueError(
             f"{disabled[0]} is disabled, so W + BA is not what the model computes: set_enabled(model, True) before merging"

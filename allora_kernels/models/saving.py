@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..layer.adapter import ALLoRALayer
-from ..layer.sharding import is_sharded
+from ..layer.zero import whole_shape
 from .adapted import adapter_layers, adapter_parameters, chosen_adapter, layers_of, saved_modules
 from .adapter_config import config_for
 from .adapter_files import write_adapter
@@ -18,7 +18,7 @@ from .expert_selection import Stack, adapted_stacks
 from .experts import ADAPTERS
 from .saved_whole import ModuleOfEachAdapter
 from .selection import clean_name, module_slots, some, unwrap
-from .sharded import together, whole_on_cpu, writes_files
+from .sharded import in_pieces, together, whole_on_cpu, writes_files
 
 PREFIX = "base_model.model."
 
@@ -37,8 +37,8 @@ def save_adapter(
     ``[r, K]`` and lora_B ``[N, r]`` also where the layer is a Conv1D. Both files take their places by one rename, when they are
     on disk: whatever interrupts a save leaves the former adapter or the new one.
 
-    Where the adapters are sharded (FSDP2, tensor parallelism), every process must call it. Process 0 gathers and writes; the
-    others return when the files are there, and raise where it fails.
+    Where the adapters are sharded (FSDP2, tensor parallelism, DeepSpeed's ZeRO-3), every process must call it. Process 0
+    gathers and writes; the others return when the files are there, and raise where it fails.
 
     Args:
         model: a model with adapters; wrappers of torch.compile and data parallelism are seen through.
@@ -55,7 +55,7 @@ def save_adapter(
         OSError: the folder cannot be written.
     """
     root, folder = unwrap(model), Path(path)
-    sharded = state_dict is None and any(map(is_sharded, _parameters(root)))
+    sharded = state_dict is None and any(map(in_pieces, _parameters(root)))
     in_step = together if sharded else lambda act: act()
     config, tensors = in_step(lambda: prepare_save(root, folder, adapter, base_model_name_or_path, state_dict))
     whole = values_in_file(root, tensors)
@@ -98,7 +98,8 @@ def values_in_file(root: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 def state_of(saved: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """The tensors of the modules that are saved whole, by their names in the file."""
-    return {clean_name(f"{name}.{key}"): t for name, module in saved.items() for key, t in module.state_dict().items()}
+    states = {name: module.state_dict(keep_vars=True) for name, module in saved.items()}
+    return {clean_name(f"{name}.{key}"): t for name, state in states.items() for key, t in state.items()}
 
 
 def _parameters(root: nn.Module) -> list[Tensor]:
@@ -129,7 +130,7 @@ def _tensors_to_save(
         experts = (layer.experts,) if layer.grouped else ()
         for factor, shape in (("lora_A", (own.r, layer.in_features)), ("lora_B", (layer.out_features, own.r))):
             t, shape = value(f"{place}.{factor}", getattr(own, factor)), (*experts, *shape)
-            if tuple(t.shape) != shape:
+            if tuple(whole_shape(t)) != shape:
                 raise ValueError(f"{place}.{factor} is {list(t.shape)} and not {list(shape)}: gather its shards first")
             key = f"{in_file.get(name, name)}.{factor}.weight"
             tensors[key] = t
@@ -196,7 +197,15 @@ class _SavePretrained:
                 "the model has adapters, and only they are saved, but its base has no name_or_path to load it from again: "
                 f"{_INSTEAD}; save the base before apply_allora, and load it from there"
             )
-        if is_main_process or (state_dict is None and any(map(is_sharded, _parameters(self.model)))):
+        if state_dict is not None and not state_dict:
+            # So Trainer calls it where the engine gathers nothing and writes a checkpoint of its own.
+            warnings.warn(
+                f"no values were given, so no adapter is written to {save_directory}: set "
+                "stage3_gather_16bit_weights_on_model_save in DeepSpeed's config, or call save_adapter in every process",
+                stacklevel=2,
+            )
+            return
+        if is_main_process or (state_dict is None and any(map(in_pieces, _parameters(self.model)))):
             save_adapter(self.model, save_directory, state_dict=state_dict)
 
 

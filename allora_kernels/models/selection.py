@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from ..layer import bases
 from ..layer.adapter import ALLoRALayer
 from ..layer.linear import computes_as_linear, is_conv1d
+from ..layer.zero import whole_shape
 from .experts import goes_through_registry
 from .weight_readers import use_of
 
@@ -212,7 +213,7 @@ def missing_targets(model: nn.Module, target_modules: str | Collection[str]) -> 
         return {}
     names = {name for names in module_names(model).values() for name in names}
     dotted = [f".{name}" for name in names]
-    stacked = [n for n, p in model.named_parameters() if p.ndim == 3]
+    stacked = [n for n, p in model.named_parameters() if len(whole_shape(p)) == 3]
     missing = {}
     for target in target_modules:
         if any(name.endswith(f".{target}") for name in dotted):
@@ -250,8 +251,8 @@ def stacked_weights(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of `module` itself that are stacks of weights, as of a mixture's experts: 3-D, and no convolution's."""
     if isinstance(module, (nn.modules.conv._ConvNd, nn.utils.parametrize.ParametrizationList)):
         return {}
-    own = module._parameters.items()
-    return {name: p for name, p in own if p is not None and p.ndim == 3 and p.shape[0] > 1 and min(p.shape[1:]) > 1}
+    own = {name: (p, whole_shape(p)) for name, p in module._parameters.items() if p is not None}
+    return {name: p for name, (p, shape) in own.items() if len(shape) == 3 and shape[0] > 1 and min(shape[1:]) > 1}
 
 
 def obstacle(module: nn.Module, slots: Mapping[nn.Module, list[tuple[nn.Module, str]]]) -> str | None:
@@ -261,7 +262,7 @@ def obstacle(module: nn.Module, slots: Mapping[nn.Module, list[tuple[nn.Module, 
         # It goes on to run its own forward pass and hooks.
         return bases.obstacle_of(module) or _reader_of_weight(slots[module]) or _kept_in_list(module, slots[module])
     if stacked := stacked_weights(module):
-        shapes = ", ".join(f"{name} {list(p.shape)}" for name, p in stacked.items())
+        shapes = ", ".join(f"{name} {list(whole_shape(p))}" for name, p in stacked.items())
         remedy = (
             "unless asked for by experts=True"
             if goes_through_registry(module)
@@ -282,7 +283,7 @@ def obstacle(module: nn.Module, slots: Mapping[nn.Module, list[tuple[nn.Module, 
         return f"{kind} with a forward pass of its own, which the adapted layer would not run"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{kind} with hooks, which the adapted layer would not run: register them after the adapters"
-    if 0 in weight.shape:
+    if 0 in whole_shape(weight):
         return f"{kind} with an empty weight"
     return None
 

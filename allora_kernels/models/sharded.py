@@ -1,4 +1,4 @@
-"""Tensors that several processes hold a part of each (FSDP2, tensor parallelism): gathered to save, cut up to load."""
+"""Tensors that several processes hold a part of each (FSDP2, tensor parallelism, ZeRO-3): gathered to save, cut up to load."""
 
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -8,8 +8,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..layer.sharding import is_sharded
+from ..layer.zero import filled, is_cut_up
 
 T = TypeVar("T")
+
+
+def in_pieces(t: Tensor) -> bool:
+    """Whether this process has a part of `t` only."""
+    return is_sharded(t) or is_cut_up(t)
 
 
 def whole_on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -20,18 +26,19 @@ def whole_on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     writes = writes_files(tensors)
     whole = {}
     for key, t in tensors.items():
-        value = t.detach()
-        if is_sharded(value):
-            value = value.full_tensor()
-        # A copy, because safetensors refuses tensors that share memory, as tied weights do.
-        if writes:
-            whole[key] = value.to("cpu", copy=True).contiguous()
+        with filled(t):
+            value = t.detach()
+            if is_sharded(value):
+                value = value.full_tensor()
+            # A copy, because safetensors refuses tensors that share memory, as tied weights do.
+            if writes:
+                whole[key] = value.to("cpu", copy=True).contiguous()
     return whole
 
 
 def writes_files(tensors: Mapping[str, Tensor]) -> bool:
     """Whether this process is the one that writes: any where nothing is sharded, else process 0."""
-    return not any(map(is_sharded, tensors.values())) or dist.get_rank() == 0
+    return not any(map(in_pieces, tensors.values())) or dist.get_rank() == 0
 
 
 def together(act: Callable[[], T]) -> T:
@@ -58,10 +65,12 @@ def together(act: Callable[[], T]) -> T:
 
 @torch.no_grad()
 def copy_into(target: Tensor, value: Tensor) -> None:
-    """Write the whole `value` into `target`, or where `target` is sharded, this process's part of it. No communication."""
+    """Write the whole `value` into `target`, or where `target` is sharded, this process's part of it. No communication, but
+    under ZeRO-3, where every process must call it."""
     if is_sharded(target):
         from torch.distributed.tensor import distribute_tensor
 
         value = value.to(target.device, target.dtype)
         value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-    target.copy_(value)
+    with filled(target, written=True):
+        target.copy_(value)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..layer import backend as _backend
 from ..layer.adapter import ALLoRALayer
 from ..layer.sharding import is_sharded
+from ..layer.zero import gives_gradients_away
 from .fsdp import averaged
 from .kept import Call, Kept, records
 from .recorded import adapted_layers
@@ -95,12 +96,18 @@ def clip_(model: nn.Module, max_norm: float) -> Tensor:
 
     Raises:
         ValueError: `max_norm` is not > 0; or a parameter has a gradient that was not recorded, which would stay unclipped.
-        RuntimeError: as `norms`; or a norms-only record was clipped before, or what it sums from was written to since.
+        RuntimeError: as `norms`; or a norms-only record was clipped before, or what it sums from was written to since; or
+            DeepSpeed's ZeRO trains the model.
     """
     if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not 0 < max_norm < math.inf:
         raise ValueError(f"max_norm must be a finite number > 0, got {max_norm!r}")
     recorded = [pair for layer in adapted_layers(model) for pair in recorded_adapters(layer)]
     written = {p for adapter, kept in recorded for p in _recorded_factors(adapter, kept)}
+    if any(map(gives_gradients_away, written)):
+        raise RuntimeError(
+            "DeepSpeed's ZeRO has taken the gradients as the backward pass found them, so its step would not see them clipped: "
+            "train in DistributedDataParallel or under FSDP2"
+        )
     replicated = _replicated_adapters(model)
     known = written.union(p for p in replicated if p.requires_grad)
     loose = [name for name, p in model.named_parameters() if p.grad is not None and p not in known]

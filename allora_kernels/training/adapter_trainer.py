@@ -8,11 +8,11 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..layer.adapter import ALLoRALayer
-from ..layer.sharding import is_sharded
 from ..models.adapted import adapter_layers, adapter_names, adapter_parameters
 from ..models.loading import load_adapter
 from ..models.saving import save_adapter
 from ..models.selection import unwrap
+from ..models.sharded import in_pieces
 from .parallel import RequireParallel, prepare_anew
 
 
@@ -74,7 +74,7 @@ class AdapterCheckpoints:
 
     def save_adapters(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
         """The adapters alone, from the process that writes, or all where they are sharded."""
-        sharded = state_dict is None and any(map(is_sharded, adapter_parameters(self.model)))
+        sharded = state_dict is None and any(map(in_pieces, adapter_parameters(self.model)))
         if self.args.should_save or sharded:
             save_adapter(
                 self.model,
