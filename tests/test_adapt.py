@@ -5,6 +5,7 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 
 import peft
 import pytest
@@ -577,6 +578,24 @@ def test_merge_computes_the_same_with_plain_layers(build):
         assert torch.equal(weight, before)
     plain.load_state_dict(model.state_dict())
     torch.testing.assert_close(logits(plain), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_merged_head_that_was_tied_may_be_tied_again():
+    model = llama(tie_word_embeddings=True)
+    apply_allora(model, r=3, target_modules=["lm_head"])
+    pretend_to_train(model)
+    adapted = logits(model)
+    with pytest.warns(UserWarning, match="lm_head shared the embeddings' weight .* set it False first"):
+        merge_adapter(model)
+    torch.testing.assert_close(logits(model), adapted)
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    # Of adapters elsewhere there is nothing to say.
+    model = llama(tie_word_embeddings=True)
+    apply_allora(model, r=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge_adapter(model)
 
 
 def test_after_merging_adapters_can_be_put_on_again():

@@ -10,7 +10,9 @@ from torch.utils import _pytree
 
 from ..groups.adapters import Adapter, apply
 from ..groups.packing import Layout
+from ..layer import switching
 from ..layer.adapter import ALLoRALayer
+from ..layer.batches import Batch, batch_of, may_turn
 from ..layer.dequantizing import PackedWeight
 from ..layer.host_values import on_device
 from ..layer.routing import among_experts
@@ -26,7 +28,11 @@ class BatchRows:
         number = {name: i for i, name in enumerate(self.used)} | {None: -1}
         self._numbers = [number[name] for name in self.names]
         self._layer_names = WeakKeyDictionary({layer: name for name, layer in layers.items()})
-        self._tokens: set[int] = set()
+        self._all_alike = len(set(names)) == 1 and None not in names
+        self._batch = Batch()
+        # What was decided of a layer and the shape of its rows, for what checkpointing runs again.
+        self._lengths: dict[tuple[str, tuple[int, ...]], int] = {}
+        self._turns = lambda: None
         self._places: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def __reduce__(self):
@@ -34,20 +40,20 @@ class BatchRows:
         return type(None), ()
 
     def note_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Hook before the model's forward pass: how many tokens a sample of this batch has, from its inputs.
+        """Hook before the model's forward pass, for what its inputs say of the batch. What checkpointing runs again keeps it.
 
         Raises:
             ValueError: no input has as many samples as there are names.
         """
-        tensors = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
-        count = len(self.names)
-        if tensors and all(t.shape[0] != count for t in tensors):
-            sizes = sorted({t.shape[0] for t in tensors})
+        if _runs_again():
+            return
+        batch, count = batch_of(module, args, kwargs), len(self.names)
+        if batch.sizes and count not in batch.sizes and not self._all_alike:
             raise ValueError(
-                f"adapter_rows names the adapters of {count} samples, but the model's inputs have {sizes} as their leading "
-                "dimensions: give a name for each sample of the batch"
+                f"adapter_rows names the adapters of {count} samples, but the model's inputs have {sorted(batch.sizes)} as "
+                "their leading dimensions: give a name for each sample of the batch"
             )
-        self._tokens.update(t.shape[1] for t in tensors if t.dim() > 1 and t.shape[0] == count)
+        self._batch, self._turns = batch, functools.partial(may_turn, module)
 
     def tokens_of(self, module: nn.Module, x: Tensor, trailing: int) -> int:
         """How many rows in succession each sample has in x, whose rows lie in all dimensions but the `trailing` last.
@@ -55,21 +61,41 @@ class BatchRows:
         Raises:
             ValueError: that cannot be told.
         """
-        lead, count = x.shape[: x.dim() - trailing], len(self.names)
-        name = self._layer_names.get(module, type(module).__name__)
-        routed = among_experts(name) and len(lead) == 1
-        if lead and not routed:
-            if lead[0] == count:
-                return lead[1:].numel()
-            if len(lead) == 1 and lead[0] % count == 0 and lead[0] // count in self._tokens:
-                return lead[0] // count
-        lengths = f", of {sorted(self._tokens)} tokens each" if self._tokens else ""
-        why = "they were routed to an expert of a mixture" if routed else f"it is neither {count} nor samples * tokens"
-        raise ValueError(
-            f"which sample each row is of cannot be told: adapter_rows names {count} samples{lengths}, but the input of {name} "
-            f"is {list(x.shape)} ({why}). Keep the samples in the leading dimension, or run each adapter's samples on their "
-            "own after set_adapter"
-        )
+        lead, name = x.shape[: x.dim() - trailing], self._layer_names.get(module, type(module).__name__)
+        if _runs_again() and (name, lead) in self._lengths:
+            return self._lengths[name, lead]
+        length = self._length_of(lead, name)
+        if isinstance(length, str):
+            lengths = sorted(self._batch.lengths(len(self.names)))
+            each = f", of {lengths} tokens each" if lengths else ""
+            raise ValueError(
+                f"which sample each row is of cannot be told: adapter_rows names {len(self.names)} samples{each}, but the "
+                f"input of {name} is {list(x.shape)} ({length}). Keep the samples in the leading dimension, or run each "
+                "adapter's samples on their own after set_adapter"
+            )
+        self._lengths[name, lead] = length
+        return length
+
+    def _length_of(self, lead: torch.Size, name: str) -> int | str:
+        """How many rows in succession each sample has, of rows that lie in the dimensions `lead`; or why it cannot be told."""
+        count, rows = len(self.names), lead.numel()
+        if count == 1 or (self._all_alike and rows % count == 0):
+            # Every row goes through one adapter, wherever it lies.
+            return rows // count
+        if not lead:
+            return "it has no rows"
+        if among_experts(name) and len(lead) == 1:
+            return "they were routed to an expert of a mixture"
+        if lead[0] == count:
+            if len(lead) > 1 and lead[1] == count and (turning := self._turns()):
+                return f"{turning} may exchange samples and tokens, of which there are as many"
+            if self._batch.misplaces_images(count, lead):
+                return "as many images as samples, but not one of each"
+            return lead[1:].numel()
+        of_tokens = len(lead) == 1 and rows % count == 0 and rows // count in self._batch.lengths(count)
+        if of_tokens and rows not in self._batch.beside:
+            return rows // count
+        return f"it is neither {count} nor samples * tokens"
 
     def _rows(self, length: int, device: torch.device, layout: Layout) -> tuple[Tensor, Tensor]:
         """`layout.rows` of this batch, once for all layers that lie alike."""
@@ -132,6 +158,10 @@ class BatchRows:
             )
         places = sorted(range(len(order)), key=order.__getitem__)
         return torch.cat(outputs).index_select(0, on_device(places, outputs[0].device, torch.int64))
+
+
+def _runs_again() -> bool:
+    return not torch.compiler.is_compiling() and switching.in_backward()
 
 
 def _spread(samples: list[int], repeat: int) -> list[int]:

@@ -1,5 +1,9 @@
 """Merging adapters into plain layers, and taking that back."""
 
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -65,6 +69,7 @@ def merge_adapter(model: nn.Module, *, keep: bool = False) -> nn.Module:
     if any(layer._state.rows is not None for layer in layers.values()):
         raise ValueError("inside adapter_rows W + BA is not what the model computes: merge outside")
     active_adapter(root)
+    _warn_of_ties(root, layers)
     save_models_again(root)
     slots = module_slots(root)
     layers = {name: layer for name, layer in layers.items() if not layer.grouped}
@@ -119,6 +124,18 @@ def unmerge_adapter(model: nn.Module) -> nn.Module:
     leave_fast_paths(root, ALLoRALayer)
     save_adapters_alone(root)
     return model
+
+
+def _warn_of_ties(root: nn.Module, layers: Mapping[str, ALLoRALayer]) -> None:
+    if not getattr(getattr(root, "config", None), "tie_word_embeddings", False):
+        return
+    owners = Counter(p for module in root.modules() for p in module._parameters.values() if p is not None)
+    if tied := [name for name, layer in layers.items() if not layer.grouped and owners[layer.weight] > 1]:
+        warnings.warn(
+            f"{tied[0]} shared the embeddings' weight and has one of its own now, but config.tie_word_embeddings is still "
+            "True: tie_weights() and resize_token_embeddings() would tie it again and lose the adapter; set it False first",
+            stacklevel=3,
+        )
 
 
 def _plain(layer: ALLoRALayer) -> nn.Module:

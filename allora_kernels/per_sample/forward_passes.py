@@ -8,9 +8,8 @@ current graph task nor the order of calls says it alone.
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree
 
+from ..layer.batches import Batch
 from .samples import Samples
 
 _UNKNOWN = -1
@@ -20,14 +19,14 @@ _UNKNOWN = -1
 class Forward:
     """Forward pass number `index` of the recorded model, or (`whole` False) of layers called one by one.
 
-    `batches`: the first two dimensions of the model's inputs, the second None where there is one. `node`: the number of the
-    next node of autograd's when it began. `count` samples, as `layer`, the first to run, saw them; `lengths`: how many rows
-    each has in a layer. `ragged`: its samples where they are, known when the first layer runs and it `began`.
+    `batch`: what the model's inputs say of it. `node`: the number of the next node of autograd's when it began. `count`
+    samples, as `layer`, the first to run, saw them; `lengths`: how many rows each has in a layer. `ragged`: its samples where
+    they are, known when the first layer runs and it `began`.
     """
 
     index: int
     whole: bool
-    batches: frozenset[tuple[int, int | None]] = frozenset()
+    batch: Batch = field(default_factory=Batch)
     node: int = 0
     count: int | None = None
     layer: str = ""
@@ -41,9 +40,9 @@ class Forward:
         return self.index != _UNKNOWN
 
     @property
-    def sizes(self) -> frozenset[int]:
-        """The leading dimensions of the model's inputs."""
-        return frozenset(size for size, _ in self.batches)
+    def of_one_sample(self) -> bool:
+        """Whether the model's inputs have one sample, so that all rows within are its."""
+        return self.batch.sizes == {1}
 
 
 class ForwardPasses:
@@ -60,15 +59,13 @@ class ForwardPasses:
         self._open_tasks: list[int] = []
         self._met: list[Forward] = []
 
-    def enter_model(self, inputs) -> None:
-        """The recorded model is called, on `inputs`, or is called again by a backward pass."""
+    def enter_model(self, batch: Batch) -> None:
+        """The recorded model is called, on `batch`, or is called again by a backward pass."""
         if in_backward():
             self._note_task()
             self._run_again = self._checkpointed()
             return
-        tensors = (t for t in _pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.dim())
-        batches = frozenset((t.shape[0], t.shape[1] if t.dim() > 1 else None) for t in tensors)
-        self._start(Forward(self._count, True, batches, torch.autograd._get_sequence_nr()), torch.is_grad_enabled())
+        self._start(Forward(self._count, True, batch, torch.autograd._get_sequence_nr()), torch.is_grad_enabled())
 
     def leave_model(self) -> None:
         """The call of the recorded model has ended: what runs next is not part of it."""

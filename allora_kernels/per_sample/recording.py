@@ -1,5 +1,6 @@
 """What `per_sample.record` keeps of a forward and backward pass, and when it refuses one."""
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..layer.batches import batch_of, may_turn, trained_over_batch
 from ..layer.routing import among_experts
 from ..layer.sharding import is_sharded
 from .forward_passes import Forward, ForwardPasses
@@ -54,6 +56,7 @@ class Recording:
         self._groups: dict[Forward, list[Forward]] = {}
         # FSDP2 frees the factors that it gathered for a pass.
         self._copies = any(is_sharded(layer.lora_B) for layer in names)
+        self._turns = lambda: None
         self._ragged = None
         if cu_seqlens is not None:
             self.set_cu_seqlens(cu_seqlens)
@@ -74,7 +77,13 @@ class Recording:
     def enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Hook before the recorded model's forward pass; refuses a compiled one as `sink` does."""
         _refuse_compiled()
-        self._passes.enter_model((args, kwargs))
+        if torch.is_grad_enabled() and (name := trained_over_batch(module)):
+            raise ValueError(
+                f"{name} ({type(module.get_submodule(name)).__name__}) normalizes each sample by the whole batch while it "
+                "trains, so that no sample has a gradient of its own: call its eval(), or put a GroupNorm in its place"
+            )
+        self._turns = functools.partial(may_turn, module)
+        self._passes.enter_model(batch_of(module, args, kwargs))
 
     def leave_model(self, *_) -> None:
         """Hook after it."""
@@ -163,8 +172,11 @@ class Recording:
         if (ragged := forward.ragged) is not None:
             _check_rows(forward, name, [tokens])
             return ragged.count, ragged.spread(torch.arange(ragged.count, device=device))
+        if self.batch_dim is None and forward.of_one_sample:
+            self._agree(name, f"{tokens} tokens", 1, forward)
+            return 1, torch.zeros(tokens, dtype=torch.int64, device=device)
         dim, count = self.batch_dim or 0, forward.count
-        batches = forward.batches if dim == 0 else ()
+        batches = forward.batch.shapes if dim == 0 else ()
         if count is None:
             fitting = {b for b, length in batches if length is not None and b * length == tokens}
             count = fitting.pop() if len(fitting) == 1 else None
@@ -193,12 +205,18 @@ class Recording:
                 be an expert that rows are routed to.
         """
         name = self.names[layer]
+        if self.batch_dim is None and forward.ragged is None and forward.of_one_sample:
+            rows = math.prod(x.shape[:-1])
+            self._agree(name, str(list(x.shape)), 1, forward)
+            forward.lengths.add(rows)
+            return Samples.equal(1, rows)
         if self.batch_dim is None and among_experts(name) and x.dim() == 2:
             raise ValueError(
                 f"which sample each row is of cannot be told: the input of layer {name!r} is {list(x.shape)}, and rows may "
                 "have been routed to an expert of a mixture. Where every expert sees all rows in their order, say so by "
                 "record(model, batch_dim=0)"
             )
+        self._check_order(name, x, forward)
         if forward.ragged is not None:
             _check_rows(forward, name, list(x.shape[:-1]))
             return forward.ragged
@@ -216,13 +234,36 @@ class Recording:
         forward.lengths.add(length)
         return Samples.equal(count, length)
 
+    def _check_order(self, name: str, x: Tensor, forward: Forward) -> None:
+        """ValueError where the rows of x may lie otherwise than by sample, and nobody has said that they do not."""
+        if self.batch_dim is not None or x.dim() < 3:
+            return
+        lead = tuple(x.shape[:-1])
+        if forward.ragged is not None and forward.batch.sizes and lead[0] not in forward.batch.sizes | {1}:
+            raise ValueError(
+                f"cu_seqlens cuts the rows as they lie, but those of layer {name!r} do not lie as in the model's inputs: its "
+                f"own is {list(x.shape)}, and these lead with {sorted(forward.batch.sizes)}"
+            )
+        if lead[0] == lead[1] and lead[0] > 1 and (turning := self._turns()):
+            raise ValueError(
+                f"the input of layer {name!r} is {list(x.shape)}, and {turning} may exchange samples and tokens, of which "
+                "there are as many: say which of its dimensions runs over samples by record(model, batch_dim=0) or 1, or "
+                "record another number of samples"
+            )
+        if forward.batch.misplaces_images(lead[0], lead):
+            raise ValueError(
+                f"which sample each row is of cannot be told: the input of layer {name!r} is {list(x.shape)}, as many images "
+                "as samples, but not one of each: adapt the language model alone, or record batches with one image a sample"
+            )
+
     def _agree(self, name: str, found: str, count: int, forward: Forward) -> None:
         """Note that layer `name` has `count` samples in this forward pass; ValueError unless that is what is known."""
         if forward.count not in (None, count):
             raise ValueError(
                 f"the number of samples is unknown: layer {forward.layer!r} has inputs for {forward.count} of them, layer "
                 f"{name!r} for {count} ({found}). Something between them mixes or drops samples (a loss or a pooling over the "
-                "leading dimension, a flattened batch); keep the leading dimension or pass cu_seqlens"
+                "leading dimension, a flattened batch); keep the leading dimension, or pass cu_seqlens where the rows of all "
+                "layers lie by sample"
             )
         if forward.count is None:
             forward.count, forward.layer = count, name
@@ -236,12 +277,11 @@ class Recording:
             raise ValueError(
                 f"record was told of {self.samples} samples, but layer {name!r} has inputs for {count}: {due}"
             )
-        if self.batch_dim is not None or self.samples is not None or not forward.sizes:
-            return
-        if count not in forward.sizes:
+        sizes = forward.batch.sizes
+        if self.batch_dim is None and sizes and count not in sizes:
             raise ValueError(
                 f"the number of samples is unknown: layer {name!r} has inputs for {count} ({found}), but no input of "
-                f"the model has {count} as its leading dimension (they have {sorted(forward.sizes)}): {due}"
+                f"the model has {count} as its leading dimension (they have {sorted(sizes)}): {due}"
             )
 
     def adapter_grads(self, part: Part, backend, g, x, s, lora_B, c, eta, norm, need_ds, *dtypes):

@@ -1,0 +1,99 @@
+"""What the inputs of a model say of its batch, and where they cannot: whose rows come to a layer within."""
+
+import functools
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+_OF_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels")
+"""What leads with the samples in models of transformers. What else such a call has may lead with images, or patches of them."""
+
+
+class Batch(NamedTuple):
+    """Of one call of a model: the first two dimensions of its inputs, the second None where there is one; the leading ones of
+    the inputs beside the tokens; and what asks, on the device, whether each sample has as many images as the others, None where
+    there are none or their places are not known."""
+
+    shapes: frozenset[tuple[int, int | None]] = frozenset()
+    beside: frozenset[int] = frozenset()
+    images: tuple[Tensor, int] | None = None
+
+    @property
+    def sizes(self) -> frozenset[int]:
+        """The leading dimensions of what leads with the samples."""
+        return frozenset(size for size, _ in self.shapes)
+
+    def lengths(self, count: int) -> set[int]:
+        """How many tokens `count` samples may have each."""
+        return {length for size, length in self.shapes if size == count and length is not None}
+
+    def misplaces_images(self, count: int, lead: tuple[int, ...]) -> bool:
+        """Whether `count` rows of a layer's input, which lie in the dimensions `lead`, may be images that are not one of each
+        sample. Waits for the device, for rows that are no tokens of a batch with images."""
+        if self.images is None or lead[0] != count or (len(lead) > 1 and lead[1] in self.lengths(count)):
+            return False
+        ids, token = self.images
+        counts = (ids == token).sum(dim=1)
+        return bool((counts != counts[0]).any())
+
+
+def batch_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Batch:
+    """The batch of this call of `module`."""
+    named = dict(zip(_parameters(type(module).forward), args)) | dict(kwargs)
+    tokens = {name: t for name in _OF_TOKENS if isinstance(t := named.get(name), Tensor) and t.dim()}
+    if not tokens:
+        return Batch(_shapes(_tensors((args, kwargs))))
+    others = {name: value for name, value in named.items() if name not in tokens}
+    beside = frozenset(t.shape[0] for t in _tensors(others))
+    return Batch(_shapes(tokens.values()), beside, _images(module, tokens.get("input_ids"), others))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in _pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.dim()]
+
+
+def _shapes(tensors: Iterable[Tensor]) -> frozenset[tuple[int, int | None]]:
+    return frozenset((t.shape[0], t.shape[1] if t.dim() > 1 else None) for t in tensors)
+
+
+@functools.cache
+def _parameters(forward) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _images(module: nn.Module, ids: Tensor | None, others: Mapping[str, Any]) -> tuple[Tensor, int] | None:
+    config = getattr(module, "config", None)
+    found = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+    token = next((token for token in found if token is not None), None)
+    there = any(name.startswith("pixel_values") and value is not None for name, value in others.items())
+    return (ids, token) if there and ids is not None and ids.dim() == 2 and isinstance(token, int) else None
+
+
+_TURNS = re.compile(r"(?:transpose|swapaxes)\((?:0, 1|1, 0)\)|permute\(1, 0\b")
+
+
+def may_turn(model: nn.Module) -> str | None:
+    """A class of `model` whose source exchanges the first two dimensions of a tensor; None where none is known."""
+    for cls in {type(module) for module in model.modules()}:
+        for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+            if not base.__module__.startswith("torch.") and _turns(base):
+                return base.__name__
+    return None
+
+
+@functools.cache
+def _turns(cls: type) -> bool:
+    try:
+        return _TURNS.search(inspect.getsource(cls)) is not None
+    except (OSError, TypeError):
+        return False
+
+
+def trained_over_batch(model: nn.Module) -> str | None:
+    """The name of a module of `model` that normalizes each sample by the whole batch in its present mode, or None."""
+    kinds = nn.modules.batchnorm._BatchNorm
+    return next((name for name, m in model.named_modules() if isinstance(m, kinds) and m.training), None)

@@ -1,0 +1,226 @@
+"""Models that turn, flatten, mix or add to a batch: `record` and `adapter_rows` find each sample's rows, or say that they
+cannot."""
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from allora_kernels import adapter_parameters, adapter_rows, add_adapter, apply_allora, per_sample, set_adapter
+
+K, PATCHES, IMAGE = 6, 3, 9
+
+
+class Turned(nn.Module):
+    """Works on [T, B, K]."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(K, K)
+
+    def forward(self, x):
+        return self.layer(x.transpose(0, 1)).tanh().transpose(0, 1)
+
+
+class Choices(nn.Module):
+    """Takes [B, choices, K] and works on [B * choices, K]."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(K, K)
+
+    def forward(self, x):
+        return self.layer(x.flatten(0, 1)).tanh().unflatten(0, x.shape[:2])
+
+
+class Looks(nn.Module):
+    """Tokens, and images [images, PATCHES, K] or, `ragged`, patches of all images [patches, K], which all samples see."""
+
+    def __init__(self, ragged=False):
+        super().__init__()
+        self.config = SimpleNamespace(image_token_id=IMAGE)
+        self.ragged = ragged
+        self.embed, self.words, self.image = nn.Embedding(10, K), nn.Linear(K, K), nn.Linear(K, K)
+
+    def forward(self, input_ids, pixel_values=None):
+        y = self.words(self.embed(input_ids)).tanh()
+        if pixel_values is None:
+            return y
+        seen = self.image(pixel_values).tanh()
+        if self.ragged:
+            return y + seen.sum()
+        # Each sample's images, one after the other.
+        counts = (input_ids == IMAGE).sum(1).tolist()
+        return y + torch.stack([part.sum((0, 1)) for part in seen.split(counts)])[:, None]
+
+
+class Normalized(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(K, K), nn.BatchNorm1d(K)
+
+    def forward(self, x):
+        return self.norm(self.layer(x))
+
+
+def make(cls, **kwargs):
+    torch.manual_seed(0)
+    model = cls(**kwargs).double()
+    apply_allora(model, r=2, adapter_name="a")
+    add_adapter(model, "b", r=3)
+    for name in "ab":
+        for p in adapter_parameters(model, name):
+            nn.init.normal_(p)
+    set_adapter(model, "a")
+    return model
+
+
+def recorded(model, *inputs, **settings):
+    model.zero_grad()
+    with per_sample.record(model, **settings):
+        model(*inputs).square().sum().backward()
+    return per_sample.norms(model)
+
+
+def alone(model, *samples):
+    """The norm of each sample's gradient, run by itself."""
+    found = []
+    for inputs in samples:
+        model.zero_grad()
+        model(*inputs).square().sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in adapter_parameters(model, "a") if p.grad is not None]).norm())
+    return torch.stack(found)
+
+
+def mixed(model, names, *inputs):
+    with torch.no_grad(), adapter_rows(model, names):
+        return model(*inputs)
+
+
+def one_by_one(model, names, *samples):
+    outputs = []
+    for name, inputs in zip(names, samples):
+        set_adapter(model, name)
+        with torch.no_grad():
+            outputs.append(model(*inputs))
+    set_adapter(model, "a")
+    return torch.cat(outputs)
+
+
+def singly(*inputs):
+    return list(zip(*(t.split(1) for t in inputs)))
+
+
+# --- which dimension ---
+
+
+def test_a_batch_with_as_many_tokens_as_samples_may_lie_either_way():
+    model, square = make(Turned), torch.randn(4, 4, K).double()
+    with pytest.raises(ValueError, match=r"Turned may exchange samples and tokens, of which there are as many"):
+        recorded(model, square)
+    torch.testing.assert_close(recorded(model, square, batch_dim=1), alone(model, *singly(square)))
+    with pytest.raises(ValueError, match="Turned may exchange samples and tokens"):
+        mixed(model, ["a", "b", "a", None], square)
+    # One that turns nothing has no need to ask.
+    plain = make(functools.partial(nn.Sequential, nn.Linear(K, K), nn.Tanh()))
+    torch.testing.assert_close(recorded(plain, square), alone(plain, *singly(square)))
+
+
+def test_ranges_of_rows_are_those_of_the_models_inputs():
+    model, x = make(Turned), torch.randn(4, 5, K).double()
+    ranges = torch.arange(0, 21, 5, dtype=torch.int32)
+    with pytest.raises(
+        ValueError, match=r"do not lie as in the model's inputs: its own is \[5, 4, 6\], and these lead with \[4\]"
+    ):
+        recorded(model, x, cu_seqlens=ranges)
+    plain = make(functools.partial(nn.Sequential, nn.Linear(K, K), nn.Tanh()))
+    for packed in (x, x.reshape(1, 20, K), x.reshape(20, K)):
+        torch.testing.assert_close(recorded(plain, packed, cu_seqlens=ranges), alone(plain, *singly(x)))
+
+
+def test_samples_do_not_hide_what_a_layer_sees():
+    model, x = make(Choices), torch.randn(8, 2, K).double()
+    with pytest.raises(ValueError, match=r"inputs for 8 .* \(they have \[4\]\)"), per_sample.record(model, samples=8):
+        (model(x[:4]).square().sum() + model(x[4:]).square().sum()).backward()
+
+
+# --- images beside tokens ---
+
+
+def images_of(ids, images):
+    """For each sample its own tokens and images."""
+    counts = (ids == IMAGE).sum(1).tolist()
+    return [(row[None], part if len(part) else None) for row, part in zip(ids, images.split(counts))]
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1), (2, 0, 1), (0, 1, 2)])
+def test_as_many_images_as_samples_are_one_of_each_or_refused(counts):
+    model, images = make(Looks), torch.randn(3, PATCHES, K).double()
+    ids = torch.tensor([[IMAGE] * n + [1] * (5 - n) for n in counts])
+    if counts == (1, 1, 1):
+        torch.testing.assert_close(recorded(model, ids, images), alone(model, *images_of(ids, images)))
+        found = mixed(model, ["a", "b", "b"], ids, images)
+        torch.testing.assert_close(found, one_by_one(model, ["a", "b", "b"], *images_of(ids, images)))
+    else:
+        for call in (lambda: recorded(model, ids, images), lambda: mixed(model, ["a", "b", "b"], ids, images)):
+            with pytest.raises(ValueError, match="as many images as samples, but not one of each"):
+                call()
+    # Without images there is nothing to ask.
+    torch.testing.assert_close(recorded(model, ids), alone(model, *singly(ids)))
+
+
+@pytest.mark.parametrize("patches", [10, 12])
+def test_patches_are_no_samples_nor_their_tokens(patches):
+    """Of two samples of five tokens each."""
+    model, ids, pixels = make(Looks, ragged=True), torch.ones(2, 5, dtype=torch.int64), torch.randn(patches, K).double()
+    with pytest.raises(ValueError, match=f"layer 'image' for {patches}"):
+        recorded(model, ids, pixels)
+    model(ids)  # Whatever came before.
+    with pytest.raises(ValueError, match="which sample each row is of cannot be told"):
+        mixed(model, ["a", "b"], ids, pixels)
+
+
+def test_the_tokens_of_an_earlier_batch_do_not_count():
+    """Ten patches would be five tokens of each of two samples, as the batch before had."""
+    model = make(Looks, ragged=True)
+    with torch.no_grad(), adapter_rows(model, ["a", "b"]):
+        model(torch.ones(2, 5, dtype=torch.int64))
+        with pytest.raises(ValueError, match=r"of \[4\] tokens each"):
+            model(torch.ones(2, 4, dtype=torch.int64), torch.randn(10, K).double())
+
+
+# --- samples that depend on one another ---
+
+
+def test_a_norm_over_the_batch_is_refused_while_it_trains():
+    model, x = make(Normalized), torch.randn(5, K).double()
+    with pytest.raises(
+        ValueError, match=r"norm \(BatchNorm1d\) normalizes each sample by the whole batch while it trains"
+    ):
+        recorded(model, x)
+    with per_sample.record(model), torch.no_grad():
+        model(x)
+    model.norm.eval()
+    torch.testing.assert_close(recorded(model, x), alone(model, *singly(x)))
+
+
+# --- one sample, one adapter ---
+
+
+@pytest.mark.parametrize("cls, size", [(Turned, (1, 4, K)), (Choices, (1, 4, K))])
+def test_all_rows_of_one_sample_are_its(cls, size):
+    model, x = make(cls), torch.randn(size).double()
+    torch.testing.assert_close(recorded(model, x), alone(model, (x,)))
+    torch.testing.assert_close(mixed(model, ["b"], x), one_by_one(model, ["b"], (x,)))
+
+
+def test_one_adapter_for_all_samples_needs_no_order():
+    model, x = make(Turned), torch.randn(4, 4, K).double()
+    set_adapter(model, "b")
+    with torch.no_grad():
+        expected = model(x)
+    torch.testing.assert_close(mixed(model, ["b"] * 4, x), expected)
+    with pytest.raises(ValueError, match="which sample each row is of cannot be told"):
+        mixed(model, ["b", "b", "b", None], x)
