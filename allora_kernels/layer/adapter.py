@@ -23,6 +23,34 @@ class CallState(NamedTuple):
     """Of a batch in which each sample names its adapter: what runs such a call, by `rows.linear(layer, x)`."""
 
 
+class _RemovedName(str):
+    """The name that an adapter had, which is no other's."""
+
+    def __eq__(self, other) -> bool:
+        return self is other
+
+    __hash__ = str.__hash__
+
+
+def forget_adapter(module: nn.Module, name: str) -> None:
+    """No call from before may be run again with what has this name from here on."""
+
+    def without(state: CallState) -> CallState:
+        if state.rows is not None:
+            state.rows.forget(name)
+        return state._replace(adapter=_RemovedName(name)) if state.adapter == name else state
+
+    switching.rewrite_past(module, without)
+
+
+def removed_since(name: str) -> RuntimeError:
+    """The error of a call that is run again without its adapter."""
+    return RuntimeError(
+        f"a checkpointed forward pass with adapter {str(name)!r} is run again, but that adapter was removed since: call "
+        "backward before remove_adapter"
+    )
+
+
 class NamedAdapter(nn.Module):
     """One of several adapters of a layer: lora_A ``[r, K]``, lora_B ``[N, r]`` and their rule."""
 
@@ -121,10 +149,7 @@ class ALLoRALayer(nn.Module):
         if name == self.adapter_name:
             return self
         if name not in self.adapter_names:
-            raise RuntimeError(
-                f"a checkpointed forward pass with adapter {name!r} is run again, but that adapter was removed since: call "
-                "backward before remove_adapter"
-            )
+            raise removed_since(name)
         return self.adapters[name]
 
     def add_named_adapter(self, name: str, r: int, eta: float, norm: str | None) -> None:
@@ -152,6 +177,7 @@ class ALLoRALayer(nn.Module):
 
     def remove_named_adapter(self, name: str) -> None:
         """Remove an adapter that is not active."""
+        forget_adapter(self, name)
         del self.adapters[name]
         if len(self.adapters) == 1:
             del self.adapters

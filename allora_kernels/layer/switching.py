@@ -6,6 +6,7 @@ the node's number against the numbers at which the layer was switched tells the 
 """
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -63,6 +64,13 @@ def note_switch(layer: nn.Module, before: State, after: State) -> None:
         _inside[layer] = (torch._C._current_graph_task_id(), after)
     elif before != after:
         _switches.setdefault(layer, deque(maxlen=_KEPT)).append((torch.autograd._get_sequence_nr(), before))
+
+
+def rewrite_past(layer: nn.Module, change: Callable[[State], State]) -> None:
+    """Let the states that `layer` had before be what `change` makes of them."""
+    past = _switches.get(layer, ())
+    for i, (first, before) in enumerate(past):
+        past[i] = first, change(before)
 
 
 def switch(layer: nn.Module, **fields) -> tuple:

@@ -116,7 +116,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     slots = module_slots(root)
     for module in list(root.modules()):
         if isinstance(module, ModuleOfEachAdapter):
-            del module.copies[name]
+            module.remove(name)
             if len(module.copies) == 1:
                 put(slots[module], module.active)
 

@@ -11,7 +11,7 @@ from torch.utils import _pytree
 from ..groups.adapters import Adapter, apply
 from ..groups.packing import Layout
 from ..layer import switching
-from ..layer.adapter import ALLoRALayer
+from ..layer.adapter import ALLoRALayer, removed_since
 from ..layer.batches import Batch, batch_of, may_turn
 from ..layer.dequantizing import PackedWeight
 from ..layer.host_values import on_device
@@ -30,6 +30,7 @@ class BatchRows:
         self._layer_names = WeakKeyDictionary({layer: name for name, layer in layers.items()})
         self._all_alike = len(set(names)) == 1 and None not in names
         self._batch = Batch()
+        self._removed: str | None = None
         # What was decided of a layer and the shape of its rows, for what checkpointing runs again.
         self._lengths: dict[tuple[str, tuple[int, ...]], int] = {}
         self._turns = lambda: None
@@ -45,7 +46,7 @@ class BatchRows:
         Raises:
             ValueError: no input has as many samples as there are names.
         """
-        if _runs_again():
+        if _runs_again() or not self._counts():
             return
         batch, count = batch_of(module, args, kwargs), len(self.names)
         if batch.sizes and count not in batch.sizes and not self._all_alike:
@@ -54,6 +55,16 @@ class BatchRows:
                 "their leading dimensions: give a name for each sample of the batch"
             )
         self._batch, self._turns = batch, functools.partial(may_turn, module)
+
+    def _counts(self) -> bool:
+        """Whether this is the innermost of blocks in one another."""
+        layer = next(iter(self._layer_names), None)
+        return layer is not None and layer._state.rows is self
+
+    def forget(self, name: str) -> None:
+        """The adapter `name` is removed: another may have its name from here on, which no call from before may run with."""
+        if name in self.used:
+            self._removed = name
 
     def tokens_of(self, module: nn.Module, x: Tensor, trailing: int) -> int:
         """How many rows in succession each sample has in x, whose rows lie in all dimensions but the `trailing` last.
@@ -97,9 +108,14 @@ class BatchRows:
             return rows // count
         return f"it is neither {count} nor samples * tokens"
 
+    def _check_adapters(self) -> None:
+        if self._removed is not None:
+            raise removed_since(self._removed)
+
     def _rows(self, length: int, device: torch.device, layout: Layout) -> tuple[Tensor, Tensor]:
         """`layout.rows` of this batch, once for all layers that lie alike."""
-        key = (length, device, layout.slots, layout.groups)
+        # What is made in inference mode no backward pass may keep.
+        key = (length, device, layout.slots, layout.groups, torch.is_inference_mode_enabled())
         if key not in self._places:
             self._places[key] = layout.rows_of_samples(self._numbers, length, device)
         return self._places[key]
@@ -110,6 +126,7 @@ class BatchRows:
         Raises:
             ValueError: as `tokens_of`; or what records `layer` has other samples.
         """
+        self._check_adapters()
         length = self.tokens_of(layer, x, trailing=1)
         shares = None
         if layer._recording is not None:
@@ -128,6 +145,7 @@ class BatchRows:
         Raises:
             ValueError: which samples an input has cannot be told, or the outputs do not fit together.
         """
+        self._check_adapters()
         repeats = {1}
 
         def part(t, samples: list[int]):

@@ -232,6 +232,11 @@ def merged_experts(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if _BEFORE_MERGING in m.__dict__}
 
 
+def forget_merged(experts: nn.Module) -> None:
+    """Let go of what `merge_experts` kept, if it did."""
+    experts.__dict__.pop(_BEFORE_MERGING, None)
+
+
 def dtypes_before_merging(experts: nn.Module) -> tuple[torch.dtype, torch.dtype]:
     """Of a merged experts module: the dtype its frozen parameters had, and the one that the merged ones have."""
     _, frozen = experts.__dict__[_BEFORE_MERGING]

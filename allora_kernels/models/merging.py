@@ -12,13 +12,24 @@ from ..layer.wrapped import WrappedALLoRALinear
 from ..layer.zero import is_cut_up
 from .adapt import leave_fast_paths, put, restore_fast_paths
 from .adapted import SAVED_WHOLE, active_adapter, adapter_layers, adapter_names
-from .experts import dtypes_before_merging, experts_with_adapters, merge_experts, merged_experts, unmerge_experts
+from .experts import (
+    dtypes_before_merging,
+    experts_with_adapters,
+    forget_merged,
+    merge_experts,
+    merged_experts,
+    unmerge_experts,
+)
+from .saved_whole import ModuleOfEachAdapter
 from .saving import save_adapters_alone, save_models_again
 from .selection import module_slots, unwrap
 
 _BEFORE_MERGING = "_allora_before_merging"
-"""Attribute of a merged layer: the adapted one in a tuple, which keeps it out of the model's modules. Of a module saved whole:
-an empty one."""
+"""Attribute of a merged layer: the adapted one and its weight's dtype in a tuple, which keeps it out of the model's modules. Of
+a module saved whole: an empty one."""
+
+_EACH_BEFORE_MERGING = "_allora_each_before_merging"
+"""Attribute of the active adapter's copy of a module saved whole: what had all copies, in a tuple."""
 
 
 def merge_adapter(model: nn.Module, *, keep: bool = False) -> nn.Module:
@@ -32,6 +43,7 @@ def merge_adapter(model: nn.Module, *, keep: bool = False) -> nn.Module:
     Args:
         model: a model with adapters.
         keep: keep the adapted layers beside the merged ones, for `unmerge_adapter`. Costs the memory of the frozen weights.
+            What an earlier merge kept is let go of.
 
     Returns:
         `model`.
@@ -70,6 +82,10 @@ def merge_adapter(model: nn.Module, *, keep: bool = False) -> nn.Module:
         raise ValueError("inside adapter_rows W + BA is not what the model computes: merge outside")
     active_adapter(root)
     _warn_of_ties(root, layers)
+    for module in root.modules():
+        # Of a merge before this one nothing can be put back any more.
+        module.__dict__.pop(_BEFORE_MERGING, None)
+        forget_merged(module)
     save_models_again(root)
     slots = module_slots(root)
     layers = {name: layer for name, layer in layers.items() if not layer.grouped}
@@ -80,9 +96,13 @@ def merge_adapter(model: nn.Module, *, keep: bool = False) -> nn.Module:
         _, layer = layers.popitem()
         merged = _plain(layer)
         if keep:
-            setattr(merged, _BEFORE_MERGING, (layer,))
+            setattr(merged, _BEFORE_MERGING, (layer, layer.weight.dtype))
         put(slots.pop(layer), merged)
     restore_fast_paths(root)
+    for each in [module for module in root.modules() if isinstance(module, ModuleOfEachAdapter)]:
+        # There are several adapters, so they are kept.
+        setattr(each.active, _EACH_BEFORE_MERGING, (each,))
+        put(slots[each], each.active)
     for module in root.modules():
         if module.__dict__.pop(SAVED_WHOLE, None) and keep:
             setattr(module, _BEFORE_MERGING, ())
@@ -108,7 +128,7 @@ def unmerge_adapter(model: nn.Module) -> nn.Module:
     experts = merged_experts(root)
     if not (merged or experts):
         raise ValueError("nothing to unmerge: only merge_adapter(model, keep=True) keeps what that takes")
-    dtypes = {name: (m.__dict__[_BEFORE_MERGING][0].weight.dtype, m.weight.dtype) for name, m in merged.items()}
+    dtypes = {name: (m.__dict__[_BEFORE_MERGING][1], m.weight.dtype) for name, m in merged.items()}
     for name, (before, now) in (dtypes | {name: dtypes_before_merging(m) for name, m in experts.items()}).items():
         if before != now:
             raise ValueError(f"{name} was {before} when it was merged and is {now} now: cast the model back")
@@ -116,11 +136,16 @@ def unmerge_adapter(model: nn.Module) -> nn.Module:
         unmerge_experts(module)
     slots = module_slots(root)
     for module in merged.values():
-        (layer,) = module.__dict__[_BEFORE_MERGING]
+        layer, _ = module.__dict__[_BEFORE_MERGING]
         put(slots[module], layer.to(module.weight.device).train(module.training))
     for module in found.values():
         if not module.__dict__.pop(_BEFORE_MERGING):
             setattr(module, SAVED_WHOLE, True)
+    for module in [module for module in root.modules() if _EACH_BEFORE_MERGING in module.__dict__]:
+        (each,) = module.__dict__.pop(_EACH_BEFORE_MERGING)
+        put(slots[module], each)
+        for other in each.copies.values():
+            other.to(next(module.parameters()).device)
     leave_fast_paths(root, ALLoRALayer)
     save_adapters_alone(root)
     return model

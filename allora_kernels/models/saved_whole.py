@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..layer import switching
-from ..layer.adapter import CallState
+from ..layer.adapter import CallState, forget_adapter, removed_since
 
 
 class ModuleOfEachAdapter(nn.Module):
@@ -21,7 +21,8 @@ class ModuleOfEachAdapter(nn.Module):
         super().__init__()
         self.copies = nn.ModuleDict({name: module})
         self._state = CallState(adapter=name)
-        self.train(module.training)
+        # Not train(): parts of the module may be in another mode.
+        self.training = module.training
 
     @property
     def active(self) -> nn.Module:
@@ -38,11 +39,13 @@ class ModuleOfEachAdapter(nn.Module):
         if rows is not None:
             return rows.each(self, self.copies, args, kwargs)
         if name not in self.copies:
-            raise RuntimeError(
-                f"a checkpointed forward pass with adapter {name!r} is run again, but that adapter was removed since: call "
-                "backward before remove_adapter"
-            )
+            raise removed_since(name)
         return self.copies[name](*args, **kwargs)
+
+    def remove(self, name: str) -> None:
+        """Remove the copy of an adapter that is not active."""
+        forget_adapter(self, name)
+        del self.copies[name]
 
     def __getattr__(self, name: str) -> Any:
         try:

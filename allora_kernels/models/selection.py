@@ -148,7 +148,11 @@ def find_saved(
     """The outermost modules whose name ends in one of `modules_to_save`, by name."""
     wanted = name_list(modules_to_save, "modules_to_save") if modules_to_save is not None else ()
     all_names = module_names(model)
-    found = {ns[0]: m for m, ns in all_names.items() if any(n.endswith(w) for n in ns for w in wanted)}
+    # An adapter's own name is the user's choice.
+    named = {part for m in all_names if isinstance(m, ALLoRALayer) for part in m.modules() if part is not m}
+    found = {
+        ns[0]: m for m, ns in all_names.items() if m not in named and any(n.endswith(w) for n in ns for w in wanted)
+    }
     inner = {child for module in found.values() for child in module.modules() if child is not module}
     found = {name: module for name, module in found.items() if module not in inner}
     for w in wanted if must_match else ():

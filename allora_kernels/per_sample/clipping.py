@@ -32,8 +32,12 @@ def recorded_adapters(layer: ALLoRALayer) -> list[tuple[nn.Module, Kept]]:
     """
     if layer not in records:
         # Set by other hands, or read from a file together with the model.
-        made = grad_samples(layer)
-        return [(layer, Kept([], made[0].grad_sample.shape[0]))] if made else []
+        found = []
+        for adapter in map(layer.adapter, layer.adapter_names):
+            if made := grad_samples(adapter):
+                places, count = getattr(made[0], "grad_sample_of", (None, made[0].grad_sample.shape[0]))
+                found.append((adapter, Kept([], count, places, named=places is not None)))
+        return found
     found = []
     for name, kept in records[layer].items():
         if name not in layer.adapter_names or kept.adapter() is not layer.adapter(name).lora_A:
@@ -49,12 +53,14 @@ def squared_norms(model: nn.Module) -> Tensor:
     """The squares of `norms`."""
     squares, found = [], {}
     for layer, name in adapted_layers(model).items():
-        for adapter, kept in recorded_adapters(layer):
+        recorded = recorded_adapters(layer)
+        named = any(kept.named for _, kept in recorded)
+        for adapter, kept in recorded:
             if kept.calls:
                 parts = [torch.cat([call.squares for call in kept.calls])]
             else:
                 parts = [_steps(p.grad_sample).squared_norms(p.grad_sample) for p in grad_samples(adapter)]
-            if kept.places is not None and not kept.named:
+            if kept.places is not None and not named:
                 raise RuntimeError(
                     f"layer {name!r} has gradients of {len(kept.places)} of {kept.count} samples: not every layer took part in "
                     "every backward pass"

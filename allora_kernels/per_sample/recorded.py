@@ -133,6 +133,9 @@ def _finish(layer: ALLoRALayer, kept: dict[str, Kept], norms_only: bool) -> None
         ):
             if parts[0] is not None:
                 parameter.grad_sample = parts[0] if len(parts) == 1 else torch.cat(parts)
+                if of_adapter.places is not None:
+                    # For a copy of the model that is read from a file.
+                    parameter.grad_sample_of = of_adapter.places, of_adapter.count
         of_adapter.calls = []
 
 
@@ -142,5 +145,5 @@ def clear(model: nn.Module) -> None:
         records.pop(layer, None)
         for adapter in map(layer.adapter, layer.adapter_names):
             for parameter in (adapter.lora_A, adapter.lora_B):
-                if hasattr(parameter, "grad_sample"):
-                    del parameter.grad_sample
+                for attribute in ("grad_sample", "grad_sample_of"):
+                    parameter.__dict__.pop(attribute, None)
