@@ -224,3 +224,30 @@ def test_one_adapter_for_all_samples_needs_no_order():
     torch.testing.assert_close(mixed(model, ["b"] * 4, x), expected)
     with pytest.raises(ValueError, match="which sample each row is of cannot be told"):
         mixed(model, ["b", "b", "b", None], x)
+
+
+def test_texts_and_images_of_another_number():
+    """As a model has them that compares each with each: the names say which of the two are the samples."""
+
+    class Compares(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.text, self.image = nn.Embedding(10, K), nn.Linear(K, K), nn.Linear(K, K)
+
+        def forward(self, input_ids, pixel_values):
+            return self.image(pixel_values) @ self.text(self.embed(input_ids)).sum(1).T
+
+    torch.manual_seed(0)
+    model = Compares().double()
+    apply_allora(model, r=2, adapter_name="a", target_modules=["image"])
+    add_adapter(model, "b", r=2)
+    for name in "ab":
+        for p in adapter_parameters(model, name):
+            nn.init.normal_(p)
+    ids, pixels = torch.ones(3, 4, dtype=torch.int64), torch.randn(2, K).double()
+    found = mixed(model, ["a", "b"], ids, pixels)
+    torch.testing.assert_close(found, one_by_one(model, ["a", "b"], *((ids, part) for part in pixels.split(1))))
+    set_adapter(model, "a")
+    with pytest.raises(ValueError, match=r"'image' has inputs for 2 .* \(they have \[3\]\)"):
+        recorded(model, ids, pixels)
+    recorded(model, ids, pixels, batch_dim=0)

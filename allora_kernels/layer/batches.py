@@ -42,7 +42,9 @@ class Batch(NamedTuple):
 
 
 def batch_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Batch:
-    """The batch of this call of `module`."""
+    """The batch of this call of `module`, which may be in DistributedDataParallel."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        module = module.module
     named = dict(zip(_parameters(type(module).forward), args)) | dict(kwargs)
     tokens = {name: t for name in _OF_TOKENS if isinstance(t := named.get(name), Tensor) and t.dim()}
     if not tokens:

@@ -49,10 +49,12 @@ class BatchRows:
         if _runs_again() or not self._counts():
             return
         batch, count = batch_of(module, args, kwargs), len(self.names)
-        if batch.sizes and count not in batch.sizes and not self._all_alike:
+        # Of a model of texts and images either may be the samples.
+        sizes = batch.sizes | batch.beside
+        if sizes and count not in sizes and not self._all_alike:
             raise ValueError(
-                f"adapter_rows names the adapters of {count} samples, but the model's inputs have {sorted(batch.sizes)} as "
-                "their leading dimensions: give a name for each sample of the batch"
+                f"adapter_rows names the adapters of {count} samples, but the model's inputs have {sorted(sizes)} as their "
+                "leading dimensions: give a name for each sample of the batch"
             )
         self._batch, self._turns = batch, functools.partial(may_turn, module)
 
