@@ -53,7 +53,7 @@ class Looks(nn.Module):
             return y + seen.sum()
         # Each sample's images, one after the other.
         counts = (input_ids == IMAGE).sum(1).tolist()
-        return y + torch.stack([part.sum((0, 1)) for part in seen.split(counts)])[:, None]
+        return y + torch.stack([part.reshape(-1, K).sum(0) for part in seen.split(counts)])[:, None]
 
 
 class Normalized(nn.Module):
@@ -155,9 +155,10 @@ def images_of(ids, images):
     return [(row[None], part if len(part) else None) for row, part in zip(ids, images.split(counts))]
 
 
+@pytest.mark.parametrize("size", [(PATCHES, K), (K,)])
 @pytest.mark.parametrize("counts", [(1, 1, 1), (2, 0, 1), (0, 1, 2)])
-def test_as_many_images_as_samples_are_one_of_each_or_refused(counts):
-    model, images = make(Looks), torch.randn(3, PATCHES, K).double()
+def test_as_many_images_as_samples_are_one_of_each_or_refused(counts, size):
+    model, images = make(Looks), torch.randn(3, *size).double()
     ids = torch.tensor([[IMAGE] * n + [1] * (5 - n) for n in counts])
     if counts == (1, 1, 1):
         torch.testing.assert_close(recorded(model, ids, images), alone(model, *images_of(ids, images)))

@@ -236,9 +236,16 @@ class Recording:
 
     def _check_order(self, name: str, x: Tensor, forward: Forward) -> None:
         """ValueError where the rows of x may lie otherwise than by sample, and nobody has said that they do not."""
-        if self.batch_dim is not None or x.dim() < 3:
-            return
         lead = tuple(x.shape[:-1])
+        if self.batch_dim is not None or not lead:
+            return
+        if forward.ragged is None and forward.batch.misplaces_images(lead[0], lead):
+            raise ValueError(
+                f"which sample each row is of cannot be told: the input of layer {name!r} is {list(x.shape)}, as many images "
+                "as samples, but not one of each: adapt the language model alone, or record batches with one image a sample"
+            )
+        if len(lead) == 1:
+            return
         if forward.ragged is not None and forward.batch.sizes and lead[0] not in forward.batch.sizes | {1}:
             raise ValueError(
                 f"cu_seqlens cuts the rows as they lie, but those of layer {name!r} do not lie as in the model's inputs: its "
@@ -249,11 +256,6 @@ class Recording:
                 f"the input of layer {name!r} is {list(x.shape)}, and {turning} may exchange samples and tokens, of which "
                 "there are as many: say which of its dimensions runs over samples by record(model, batch_dim=0) or 1, or "
                 "record another number of samples"
-            )
-        if forward.batch.misplaces_images(lead[0], lead):
-            raise ValueError(
-                f"which sample each row is of cannot be told: the input of layer {name!r} is {list(x.shape)}, as many images "
-                "as samples, but not one of each: adapt the language model alone, or record batches with one image a sample"
             )
 
     def _agree(self, name: str, found: str, count: int, forward: Forward) -> None:
