@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..layer.adapter import DEFAULT_ADAPTER, ALLoRALayer, CallState
-from ..layer.bases import kind_of
+from ..layer.bases import keep_backward, kind_of
 from ..layer.functional import check_rule
 from ..layer.linear import FusedALLoRALinear
 from ..layer.wrapped import WrappedALLoRALinear
@@ -178,6 +178,9 @@ def attach(
     slots = module_slots(model)
     for p, _ in flags:
         p.requires_grad_(False)
+    for module in model.modules():
+        # Also of a layer without an adapter, through which another's gradient goes.
+        keep_backward(module)
     for linear, layer in adapted.items():
         layer._state = CallState(adapter=adapter_name)
         put(slots[linear], layer)

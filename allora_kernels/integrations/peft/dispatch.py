@@ -43,6 +43,14 @@ def _ruled_class(target: nn.Module) -> type[RuledLoraLayer] | None:
     return {"Linear4bit": bnb.ALLoRALinear4bit, "Linear8bitLt": bnb.ALLoRALinear8bitLt}[kind.split()[1]]
 
 
+def take_over(layer: nn.Module) -> None:
+    """Let a layer of PEFT's own, as an adapter without a rule brings it, be one on which none trains without."""
+    if fused_class(type(layer)) is not None:
+        layer.__class__ = _ruled_class(layer.base_layer)
+        layer.allora_eta, layer.allora_norm = {}, {}
+        bases.keep_backward(layer.base_layer)
+
+
 def make_layer(declared: Any, target: nn.Module, adapter_name: str, **kwargs: Any) -> RuledLoraLayer:
     """The layer that PEFT puts in `target`'s place, for the ALLoRAConfig `declared`.
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,9 +12,11 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
 
+from ...layer import bases
 from ...models.adapt import leave_fast_paths
 from ...models.selection import check_unadapted, module_slots, obstacle, some
 from .config import ALLoRAConfig
+from .dispatch import take_over
 from .ruled import RuledLoraLayer
 
 
@@ -32,11 +35,14 @@ class ALLoRAModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with undone_on_error(model):
-            return super().inject_adapter(model, *args, **kwargs)
+            result = super().inject_adapter(model, *args, **kwargs)
+            _see_to_layers(model)
+            return result
 
     def _create_and_replace(self, lora_config, adapter_name, target, target_name, parent, *args, **kwargs) -> None:
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, *args, **kwargs)
         layer = getattr(parent, target_name)
+        take_over(layer)
         # PEFT 0.18 does not show a layer that is there already the config of its next adapter.
         if isinstance(layer, RuledLoraLayer) and isinstance(lora_config, ALLoRAConfig):
             layer.set_rule(adapter_name, lora_config.allora_eta, lora_config.allora_norm)
@@ -146,7 +152,9 @@ def load_allora_model(
                 raise ValueError(f"{folder} does not fit the model: it has no {lacking}, of modules_to_save") from None
             except RuntimeError as error:
                 raise ValueError(f"{folder} does not fit the model: {error}") from None
-            problems = [f"it has no {key}" for key in result.missing_keys]
+            # PEFT names those of another adapter, too, where this one's name is a part of theirs.
+            own = re.compile(rf"\.(?:lora_\w+|modules_to_save)\.{re.escape(adapter_name)}(?:\.|$)")
+            problems = [f"it has no {key}" for key in result.missing_keys if own.search(key)]
             problems += [f"the model has no {key}" for key in result.unexpected_keys]
             if problems:
                 raise ValueError(f"{folder} does not fit the model: {some(problems, separator='; ')}")
@@ -196,18 +204,25 @@ def _embeddings(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _adopt(peft_model: PeftModel) -> PeftModel:
-    """See to it that every later adapter is told its rule; ValueError where an adapter would be passed by."""
-    slots = module_slots(peft_model)
-    for name, layer in peft_model.named_modules():
-        if isinstance(layer, RuledLoraLayer):
+    """See to it that every later adapter is told its rule; ValueError as `_see_to_layers`."""
+    _see_to_layers(peft_model)
+    peft_model.base_model.__class__ = ALLoRAModel
+    return peft_model
+
+
+def _see_to_layers(model: nn.Module) -> None:
+    """Have nothing computed past an adapter, nor without a backward pass; ValueError where one with a rule would be."""
+    slots = module_slots(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, RuledLoraLayer) and layer.allora_norm:
             reason = obstacle(layer.base_layer, {layer.base_layer: slots[layer]})
             if reason is not None:
                 raise ValueError(
                     f"{name}: {reason}: leave it out, with exclude_modules=[...] or narrower target_modules"
                 )
-    leave_fast_paths(peft_model, RuledLoraLayer)
-    peft_model.base_model.__class__ = ALLoRAModel
-    return peft_model
+    leave_fast_paths(model, RuledLoraLayer)
+    for module in model.modules():
+        bases.keep_backward(module)
 
 
 @contextlib.contextmanager
@@ -220,10 +235,15 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
         for value in attributes.values()
         if isinstance(value, (dict, list, set))
     ]
+    # Where layers are replicated PEFT writes their number there.
+    configs = [(m.config, dict(vars(m.config))) for m, _ in modules if hasattr(getattr(m, "config", None), "__dict__")]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         yield
     except BaseException:
+        for config, settings in configs:
+            vars(config).clear()
+            vars(config).update(settings)
         for module, attributes in modules:
             module.__dict__.clear()
             module.__dict__.update(attributes)

@@ -1,5 +1,6 @@
 """What every ALLoRA layer of PEFT's does: each adapter has its rule, and none trains without it."""
 
+import functools
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class RuledLoraLayer(FusedLoraLayer):
         if norm is not None and scaling != 1:
             raise RuntimeError(
                 f"adapter {adapter!r} is scaled by {scaling:g} while it is trained, and ALLoRA has no scaling: "
-                "unscale_layer() first, or freeze it"
+                "unscale_layer() first, or freeze it (as one of another lora_alpha than r, which hotswap_adapter brings)"
             )
         return base.run(x, factors, eta, norm)
 
@@ -74,15 +75,10 @@ class RuledLoraLayer(FusedLoraLayer):
         if lost and self.training:
             raise RuntimeError(message)
         y = super()._by_peft(reason, x, *args, **kwargs)
-        return _RefuseBackward.apply(y, message) if lost else y
+        if lost:
+            y.register_hook(functools.partial(_refuse, message))
+        return y
 
 
-class _RefuseBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y: Tensor, message: str) -> Tensor:
-        ctx.message = message
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, _):
-        raise RuntimeError(ctx.message)
+def _refuse(message: str, _: Tensor) -> None:
+    raise RuntimeError(message)
