@@ -168,11 +168,16 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     modules = layers | {clean_name(n): m for n, m in root.named_modules() if isinstance(m, ModuleOfEachAdapter)}
     rows = BatchRows(names, modules)
     hook = root.register_forward_pre_hook(BlockHook(rows.note_inputs), with_kwargs=True)
+    outer = next(iter(modules.values()))._state.rows
     before = [(module, switching.switch(module, rows=rows)) for module in modules.values()]
+    if outer is not None:
+        outer.inner += 1
     try:
         yield
     finally:
         hook.remove()
+        if outer is not None:
+            outer.inner -= 1
         for module, state in before:
             switching.switch_back(module, state)
 

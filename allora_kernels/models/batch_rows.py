@@ -30,6 +30,8 @@ class BatchRows:
         self._layer_names = WeakKeyDictionary({layer: name for name, layer in layers.items()})
         self._all_alike = len(set(names)) == 1 and None not in names
         self._batch = Batch()
+        self.inner = 0
+        """How many blocks are within this one: the innermost counts."""
         self._removed: str | None = None
         # What was decided of a layer and the shape of its rows, for what checkpointing runs again.
         self._lengths: dict[tuple[str, tuple[int, ...]], int] = {}
@@ -46,7 +48,7 @@ class BatchRows:
         Raises:
             ValueError: no input has as many samples as there are names.
         """
-        if _runs_again() or not self._counts():
+        if _runs_again() or self.inner:
             return
         batch, count = batch_of(module, args, kwargs), len(self.names)
         # Of a model of texts and images either may be the samples.
@@ -57,11 +59,6 @@ class BatchRows:
                 "leading dimensions: give a name for each sample of the batch"
             )
         self._batch, self._turns = batch, functools.partial(may_turn, module)
-
-    def _counts(self) -> bool:
-        """Whether this is the innermost of blocks in one another."""
-        layer = next(iter(self._layer_names), None)
-        return layer is not None and layer._state.rows is self
 
     def forget(self, name: str) -> None:
         """The adapter `name` is removed: another may have its name from here on, which no call from before may run with."""
@@ -116,8 +113,7 @@ class BatchRows:
 
     def _rows(self, length: int, device: torch.device, layout: Layout) -> tuple[Tensor, Tensor]:
         """`layout.rows` of this batch, once for all layers that lie alike."""
-        # What is made in inference mode no backward pass may keep.
-        key = (length, device, layout.slots, layout.groups, torch.is_inference_mode_enabled())
+        key = (length, device, layout.slots, layout.groups, _in_inference_mode())
         if key not in self._places:
             self._places[key] = layout.rows_of_samples(self._numbers, length, device)
         return self._places[key]
@@ -178,6 +174,11 @@ class BatchRows:
             )
         places = sorted(range(len(order)), key=order.__getitem__)
         return torch.cat(outputs).index_select(0, on_device(places, outputs[0].device, torch.int64))
+
+
+def _in_inference_mode() -> bool:
+    """What is made in it no backward pass may keep. (A compiled call cannot ask, and keeps what is made for it alone.)"""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
 def _runs_again() -> bool:
