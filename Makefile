@@ -55,7 +55,7 @@ test-newest: .venv-newest/.ready
 
 # The oldest PEFT that pyproject.toml allows, beside the pinned rest; CI runs the newest. That PEFT imports names which torchao has no more.
 test-oldest-peft: .venv-oldest-peft/.ready
-	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-oldest-peft/bin/python -m pytest -q -n $(WORKERS) tests/test_peft.py tests/test_peft_parity.py \
+	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-oldest-peft/bin/python -m pytest -q -n $(WORKERS) tests/test_peft.py tests/test_peft_parity.py tests/test_peft_sequences.py \
 	    tests/test_peft_quantized.py tests/test_peft_qlora.py tests/kernels/test_peft_layers.py tests/test_checkpoint.py
 
 # The package for the kernels hub by the hub's own loader, which stands apart: transformers changes its ways where it finds it.

@@ -44,8 +44,10 @@ def test_no_adapter_trains_without_a_rule_on_a_layer_of_its_own(tmp_path):
     expected = get_peft_model(net(), config("0"))
     expected.load_adapter(tmp_path, "third")
     expected.set_adapter("third")
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(x), expected.eval()(x))
+    y = model.eval()(x)
+    torch.testing.assert_close(y, expected.eval()(x))
+    with pytest.raises(RuntimeError, match="adapter 'third' has no eta and norm"):
+        y.sum().backward()
     with pytest.raises(RuntimeError, match="adapter 'third' has no eta and norm"):
         model.train()(x)
 
@@ -68,6 +70,27 @@ def test_an_adapter_has_its_rule_on_a_layer_that_a_frozen_one_brought(tmp_path):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_an_adapter_on_a_layer_that_has_no_rule_is_refused(tmp_path):
+    def net():
+        return nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4))
+
+    get_peft_model(net(), config("0", "1")).save_pretrained(tmp_path)
+    model = get_allora_model(net(), config("1"))
+    model.load_adapter(tmp_path, "reference")
+    with pytest.raises(ValueError, match=r"the target '0' cannot be ALLoRA \(a Embedding of PEFT's"):
+        model.add_adapter("b", ruled("0", "1"))
+    assert list(model.peft_config) == ["default", "reference"]
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_a_second_adapter_is_loaded_as_the_arguments_say(trainable, tmp_path):
+    get_allora_model(net().bfloat16(), config("0"), autocast_adapter_dtype=False).save_pretrained(tmp_path)
+    model = get_allora_model(net().bfloat16(), config("0"), autocast_adapter_dtype=False)
+    load_allora_model(model, tmp_path, "b", is_trainable=trainable, autocast_adapter_dtype=False)
+    own = [p for name, p in model.named_parameters() if ".b." in name]
+    assert [(p.dtype, p.requires_grad) for p in own] == [(torch.bfloat16, trainable)] * 2
 
 
 class Reads(nn.Module):

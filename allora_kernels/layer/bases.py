@@ -111,7 +111,8 @@ def damage_of(module: nn.Module) -> str | None:
 def keep_backward(module: nn.Module) -> bool:
     """Keep a bitsandbytes Linear4bit from packing its weight for the CPU in eval mode: what it packs has no backward pass any
     more, without a word, and coarser scales. Whether it would have packed."""
-    packs = getattr(module, "support_avx512bf16_for_cpu", False)
+    # Its own attribute: some wrappers of other libraries raise at any that they are asked for.
+    packs = module.__dict__.get("support_avx512bf16_for_cpu", False)
     if packs:
         module.support_avx512bf16_for_cpu = False
     return packs

@@ -208,8 +208,10 @@ def leave_fast_paths(model: nn.Module, adapted: type[nn.Module]) -> None:
     """Make torch's encoder modules call their layers of class `adapted` in eval mode too, where they would read the weights."""
     for module in model.modules():
         for cls, attribute in _FAST_PATHS.items():
+            if not isinstance(module, cls):
+                continue
             value = getattr(module, attribute, None)
-            if isinstance(module, cls) and value and any(isinstance(m, adapted) for m in module.modules()):
+            if value and any(isinstance(m, adapted) for m in module.modules()):
                 setattr(module, _FAST_PATH_BEFORE, value)
                 setattr(module, attribute, type(value)(0))
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -43,6 +44,12 @@ class ALLoRAModel(LoraModel):
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, *args, **kwargs)
         layer = getattr(parent, target_name)
         take_over(layer)
+        if isinstance(lora_config, ALLoRAConfig) and not isinstance(layer, RuledLoraLayer):
+            raise ValueError(
+                f"the target {target_name!r} cannot be ALLoRA (a {type(layer).__name__} of PEFT's, which another adapter has "
+                "brought), and PEFT would train it as plain LoRA: leave it out, with exclude_modules=[...] or narrower "
+                "target_modules"
+            )
         # PEFT 0.18 does not show a layer that is there already the config of its next adapter.
         if isinstance(layer, RuledLoraLayer) and isinstance(lora_config, ALLoRAConfig):
             layer.set_rule(adapter_name, lora_config.allora_eta, lora_config.allora_norm)
@@ -133,7 +140,9 @@ def load_allora_model(
                 raise ValueError("model is a PeftModel without ALLoRA: give load_allora_model the base model")
             if adapter_name in model.peft_config:
                 raise ValueError(f"model has an adapter {adapter_name!r} already: give adapter_name another name")
-            model.add_adapter(adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage)
+            # PEFT 0.18 takes one of them.
+            known = inspect.signature(model.add_adapter).parameters
+            model.add_adapter(adapter_name, config, **{name: on for name, on in settings.items() if name in known})
             peft_model = model
         else:
             check_unadapted(model)
@@ -158,6 +167,9 @@ def load_allora_model(
             problems += [f"the model has no {key}" for key in result.unexpected_keys]
             if problems:
                 raise ValueError(f"{folder} does not fit the model: {some(problems, separator='; ')}")
+    if is_trainable:
+        # As PEFT does for an adapter that it has put on while it loads.
+        peft_model.set_requires_grad(adapter_name)
     return peft_model
 
 

@@ -1,6 +1,7 @@
 """What every ALLoRA layer of PEFT's does: each adapter has its rule, and none trains without it."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,17 +51,32 @@ class RuledLoraLayer(FusedLoraLayer):
         if not factors.trains():
             # No gradient, no rule: PEFT may scale the adapter as it likes.
             return base.run(x, factors, eta, None)
+        problem = self._why_untrained(adapter, scaling)
+        if problem is None:
+            return base.run(x, factors, eta, norm)
+        return self._refused(problem, lambda: base.run(x, factors, eta, None))
+
+    def _why_untrained(self, adapter: str, scaling: float) -> str | None:
+        """Why a fused call cannot train `adapter` by a rule; None where it can."""
         if adapter not in self.allora_norm:
-            raise RuntimeError(
+            return (
                 f"adapter {adapter!r} has no eta and norm, so it cannot be trained here: add it with an ALLoRAConfig, or load "
                 "it with load_allora_model (in an ALLoRA model, PEFT's own load_adapter drops them)"
             )
-        if norm is not None and scaling != 1:
-            raise RuntimeError(
-                f"adapter {adapter!r} is scaled by {scaling:g} while it is trained, and ALLoRA has no scaling: "
-                "unscale_layer() first, or freeze it (as one of another lora_alpha than r, which hotswap_adapter brings)"
+        if self.allora_norm[adapter] is not None and scaling != 1:
+            return (
+                f"adapter {adapter!r} is scaled by {scaling:g} while it is trained, and ALLoRA has no scaling: where "
+                "scale_layer() did that, unscale_layer() first; else (as hotswap_adapter brings another lora_alpha) freeze it"
             )
-        return base.run(x, factors, eta, norm)
+        return None
+
+    def _refused(self, problem: str, call: Callable[[], Tensor]) -> Tensor:
+        """`call()`, which cannot train what it would: an error while training, else in the backward pass."""
+        if self.training:
+            raise RuntimeError(problem)
+        y = call()
+        y.register_hook(functools.partial(_refuse, problem))
+        return y
 
     def _by_peft(self, reason: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._disable_adapters or self.merged_adapters:
@@ -72,12 +88,10 @@ class RuledLoraLayer(FusedLoraLayer):
             f"this call cannot train {', '.join(lost)} by ALLoRA's rule, because it is not fused ({reason}): make one adapter "
             "that has a rule active with set_adapter, or freeze the adapters"
         )
-        if lost and self.training:
-            raise RuntimeError(message)
-        y = super()._by_peft(reason, x, *args, **kwargs)
-        if lost:
-            y.register_hook(functools.partial(_refuse, message))
-        return y
+        if not lost:
+            return super()._by_peft(reason, x, *args, **kwargs)
+        by_peft = super()._by_peft
+        return self._refused(message, lambda: by_peft(reason, x, *args, **kwargs))
 
 
 def _refuse(message: str, _: Tensor) -> None:
