@@ -195,6 +195,18 @@ def test_a_merged_model_has_one_head_and_gets_all_of_them_back():
     torch.testing.assert_close(model(x), y)
 
 
+def test_a_second_merge_has_the_head_that_is_there():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    apply_allora(model, r=2, target_modules=["0"], modules_to_save=["1"])
+    add_adapter(model, "b", r=2)
+    merge_adapter(model, keep=True)
+    apply_allora(model, r=2, target_modules=["0"])
+    head = model[1]
+    merge_adapter(model, keep=True)
+    unmerge_adapter(model)
+    assert model[1] is head and type(head) is nn.Linear
+
+
 def test_a_merged_layer_whose_weight_is_anothers_too_was_cast():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight

@@ -15,8 +15,8 @@ _OF_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs
 
 class Batch(NamedTuple):
     """Of one call of a model: the first two dimensions of its inputs, the second None where there is one; the leading ones of
-    the inputs beside the tokens; and what asks, on the device, whether each sample has as many images as the others, None where
-    there are none or their places are not known."""
+    the inputs beside the tokens; and where it has images, the tokens and the one that stands for an image, as far as that is
+    known."""
 
     shapes: frozenset[tuple[int, int | None]] = frozenset()
     beside: frozenset[int] = frozenset()

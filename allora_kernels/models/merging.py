@@ -84,7 +84,8 @@ def merge_adapter(model: nn.Module, *, keep: bool = False) -> nn.Module:
     _warn_of_ties(root, layers)
     for module in root.modules():
         # Of a merge before this one nothing can be put back any more.
-        module.__dict__.pop(_BEFORE_MERGING, None)
+        for kept in (_BEFORE_MERGING, _EACH_BEFORE_MERGING):
+            module.__dict__.pop(kept, None)
         forget_merged(module)
     save_models_again(root)
     slots = module_slots(root)
