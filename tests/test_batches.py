@@ -251,4 +251,14 @@ def test_texts_and_images_of_another_number():
     set_adapter(model, "a")
     with pytest.raises(ValueError, match=r"'image' has inputs for 2 .* \(they have \[3\]\)"):
         recorded(model, ids, pixels)
-    recorded(model, ids, pixels, batch_dim=0)
+    expected = alone(model, *((ids, part) for part in pixels.split(1)))
+    torch.testing.assert_close(recorded(model, ids, pixels, batch_dim=0), expected)
+
+
+def test_where_the_images_are_is_asked_once_a_batch(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda t: asked.append(t) or bool(t.item()))
+    model, ids = make(Looks), torch.tensor([[IMAGE, 1], [IMAGE, 1]])
+    model.image = nn.Sequential(model.image, nn.Tanh(), model.image)
+    recorded(model, ids, torch.randn(2, PATCHES, K).double())
+    assert len(asked) == 1

@@ -79,7 +79,7 @@ def test_an_adapter_on_a_layer_that_has_no_rule_is_refused(tmp_path):
     get_peft_model(net(), config("0", "1")).save_pretrained(tmp_path)
     model = get_allora_model(net(), config("1"))
     model.load_adapter(tmp_path, "reference")
-    with pytest.raises(ValueError, match=r"the target '0' cannot be ALLoRA \(a Embedding of PEFT's"):
+    with pytest.raises(ValueError, match=r"the target '0' cannot be ALLoRA \(a layer Embedding of PEFT's"):
         model.add_adapter("b", ruled("0", "1"))
     assert list(model.peft_config) == ["default", "reference"]
 

@@ -13,14 +13,26 @@ _OF_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs
 """What leads with the samples in models of transformers. What else such a call has may lead with images, or patches of them."""
 
 
+class _Images:
+    """The images of a batch: each sample's tokens [B, T], of which some stand for its images."""
+
+    def __init__(self, ids: Tensor, token: int) -> None:
+        self._ids, self._token = ids, token
+
+    @functools.cached_property
+    def are_unevenly_spread(self) -> bool:
+        """Whether some sample has more of them than another. Waits for the device, once a batch."""
+        counts = (self._ids == self._token).sum(dim=1)
+        return bool((counts != counts[0]).any())
+
+
 class Batch(NamedTuple):
     """Of one call of a model: the first two dimensions of its inputs, the second None where there is one; the leading ones of
-    the inputs beside the tokens; and where it has images, the tokens and the one that stands for an image, as far as that is
-    known."""
+    the inputs beside the tokens; and its images, as far as they and their places are known."""
 
     shapes: frozenset[tuple[int, int | None]] = frozenset()
     beside: frozenset[int] = frozenset()
-    images: tuple[Tensor, int] | None = None
+    images: _Images | None = None
 
     @property
     def sizes(self) -> frozenset[int]:
@@ -33,12 +45,10 @@ class Batch(NamedTuple):
 
     def misplaces_images(self, count: int, lead: tuple[int, ...]) -> bool:
         """Whether `count` rows of a layer's input, which lie in the dimensions `lead`, may be images that are not one of each
-        sample. Waits for the device, for rows that are no tokens of a batch with images."""
+        sample."""
         if self.images is None or lead[0] != count or (len(lead) > 1 and lead[1] in self.lengths(count)):
             return False
-        ids, token = self.images
-        counts = (ids == token).sum(dim=1)
-        return bool((counts != counts[0]).any())
+        return self.images.are_unevenly_spread
 
 
 def batch_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Batch:
@@ -67,12 +77,12 @@ def _parameters(forward) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
-def _images(module: nn.Module, ids: Tensor | None, others: Mapping[str, Any]) -> tuple[Tensor, int] | None:
+def _images(module: nn.Module, ids: Tensor | None, others: Mapping[str, Any]) -> _Images | None:
     config = getattr(module, "config", None)
     found = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
     token = next((token for token in found if token is not None), None)
     there = any(name.startswith("pixel_values") and value is not None for name, value in others.items())
-    return (ids, token) if there and ids is not None and ids.dim() == 2 and isinstance(token, int) else None
+    return _Images(ids, token) if there and ids is not None and ids.dim() == 2 and isinstance(token, int) else None
 
 
 _TURNS = re.compile(r"(?:transpose|swapaxes)\((?:0, 1|1, 0)\)|permute\(1, 0\b")
@@ -95,7 +105,7 @@ def _turns(cls: type) -> bool:
         return False
 
 
-def trained_over_batch(model: nn.Module) -> str | None:
-    """The name of a module of `model` that normalizes each sample by the whole batch in its present mode, or None."""
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of `model`, by name, that normalize each sample by the whole batch while they train."""
     kinds = nn.modules.batchnorm._BatchNorm
-    return next((name for name, m in model.named_modules() if isinstance(m, kinds) and m.training), None)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layer.adapter import ALLoRALayer
+from ..layer.batches import batch_norms
 from ..layer.block_hook import BlockHook
 from .fsdp import check_reduced, gradients, reshard
 from .kept import Kept, records
@@ -76,9 +77,9 @@ def record(
     Raises:
         TypeError: `cu_seqlens` is no int32 tensor; `batch_dim` or `samples` no int.
         ValueError: the model has no adapter or one shared by two layers; `cu_seqlens` does not start at 0 or decreases;
-            `batch_dim` or `samples` is negative. From the forward pass: `cu_seqlens` does not end at M, or the number of
-            samples is unknown. From the backward pass: it reaches several forward passes and `samples` is not given. From
-            leaving: they had not `samples` samples.
+            `batch_dim` or `samples` is negative. From the forward pass: `cu_seqlens` does not end at M, the number of samples
+            is unknown, or a BatchNorm trains. From the backward pass: it reaches several forward passes and `samples` is not
+            given. From leaving: they had not `samples` samples.
         RuntimeError: the model is being recorded already, or (from the forward pass) is compiled; or (from leaving) FSDP2 keeps
             its gradients back for a later pass.
     """
@@ -93,7 +94,7 @@ def record(
     busy = [name for layer, name in layers.items() if layer._recording is not None]
     if busy:
         raise RuntimeError(f"layer {busy[0]!r} is being recorded already: a record cannot be inside another")
-    recording = Recording(layers, cu_seqlens, norms_only, batch_dim, samples)
+    recording = Recording(layers, cu_seqlens, norms_only, batch_dim, samples, batch_norms(model))
     clear(model)
     before = gradients(layer.adapter(name) for layer in layers for name in layer.adapter_names)
     hooks = [

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..layer.batches import batch_of, may_turn, trained_over_batch
+from ..layer.batches import batch_of, may_turn
 from ..layer.routing import among_experts
 from ..layer.sharding import is_sharded
 from .forward_passes import Forward, ForwardPasses
@@ -47,7 +47,9 @@ class Recording:
         norms_only: bool,
         batch_dim: int | None,
         samples: int | None,
+        batch_norms: Mapping[str, nn.Module],
     ) -> None:
+        self.batch_norms = batch_norms
         self.names, self.norms_only, self.batch_dim, self.samples = names, norms_only, batch_dim, samples
         # By layer and by the name of its adapter.
         self._calls: dict[nn.Module, dict[str, dict[Forward, Call]]] = {layer: {} for layer in names}
@@ -77,11 +79,12 @@ class Recording:
     def enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Hook before the recorded model's forward pass; refuses a compiled one as `sink` does."""
         _refuse_compiled()
-        if torch.is_grad_enabled() and (name := trained_over_batch(module)):
-            raise ValueError(
-                f"{name} ({type(module.get_submodule(name)).__name__}) normalizes each sample by the whole batch while it "
-                "trains, so that no sample has a gradient of its own: call its eval(), or put a GroupNorm in its place"
-            )
+        for name, norm in self.batch_norms.items() if torch.is_grad_enabled() else ():
+            if norm.training:
+                raise ValueError(
+                    f"{name} ({type(norm).__name__}) normalizes each sample by the whole batch while it trains, so that no "
+                    "sample has a gradient of its own: call its eval(), or put a GroupNorm in its place"
+                )
         self._turns = functools.partial(may_turn, module)
         self._passes.enter_model(batch_of(module, args, kwargs))
 

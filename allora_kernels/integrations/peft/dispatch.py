@@ -51,6 +51,14 @@ def take_over(layer: nn.Module) -> None:
         bases.keep_backward(layer.base_layer)
 
 
+def cannot_be_ruled(called: str, reason: str) -> ValueError:
+    """The error of a target that PEFT would train without a rule."""
+    return ValueError(
+        f"{called} cannot be ALLoRA ({reason}), and PEFT would train it as plain LoRA: leave it out, with "
+        "exclude_modules=[...] or narrower target_modules"
+    )
+
+
 def make_layer(declared: Any, target: nn.Module, adapter_name: str, **kwargs: Any) -> RuledLoraLayer:
     """The layer that PEFT puts in `target`'s place, for the ALLoRAConfig `declared`.
 
@@ -69,10 +77,7 @@ def make_layer(declared: Any, target: nn.Module, adapter_name: str, **kwargs: An
     if reason is None and _ruled_class(target) is None:
         reason = f"no class for PEFT's layer on {bases.kind_of(target)}; apply_allora adapts it"
     if reason is not None:
-        raise ValueError(
-            f"{called} cannot be ALLoRA ({reason}), and PEFT would train it as plain LoRA: leave it out, with "
-            "exclude_modules=[...] or narrower target_modules"
-        )
+        raise cannot_be_ruled(called, reason)
     conv = isinstance(target, Conv1D)
     if "config" in kwargs:
         config.fan_in_fan_out = conv

@@ -17,7 +17,7 @@ from ...layer import bases
 from ...models.adapt import leave_fast_paths
 from ...models.selection import check_unadapted, module_slots, obstacle, some
 from .config import ALLoRAConfig
-from .dispatch import take_over
+from .dispatch import cannot_be_ruled, take_over
 from .ruled import RuledLoraLayer
 
 
@@ -45,11 +45,8 @@ class ALLoRAModel(LoraModel):
         layer = getattr(parent, target_name)
         take_over(layer)
         if isinstance(lora_config, ALLoRAConfig) and not isinstance(layer, RuledLoraLayer):
-            raise ValueError(
-                f"the target {target_name!r} cannot be ALLoRA (a {type(layer).__name__} of PEFT's, which another adapter has "
-                "brought), and PEFT would train it as plain LoRA: leave it out, with exclude_modules=[...] or narrower "
-                "target_modules"
-            )
+            reason = f"a layer {type(layer).__name__} of PEFT's, which another adapter has brought"
+            raise cannot_be_ruled(f"the target {target_name!r}", reason)
         # PEFT 0.18 does not show a layer that is there already the config of its next adapter.
         if isinstance(layer, RuledLoraLayer) and isinstance(lora_config, ALLoRAConfig):
             layer.set_rule(adapter_name, lora_config.allora_eta, lora_config.allora_norm)
