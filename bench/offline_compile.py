@@ -291,10 +291,15 @@ def launches(
                 f"outer_pair beside dx {norm} {label}",
                 in_a_chain(lambda rules=rules: outer_pair(g, s, rules[0], x, s, rules[1], *behind), "late"),
             )
-    for norm in (None, "row", "matrix", "factor", "token"):
+    call = plans.Call("layer_grads", m, k, n, r, dtype, compute)
+    untried = plans.options(call, arch, describable(g, w.mT, a.mT), untried=True)
+    columns = [plan for plan in untried if plan.way == "column"]
+    for norm, plan in itertools.product((None, "row", "matrix", "factor", "token"), (None, *columns)):
         yield (
-            f"layer_grads {norm} {label}",
-            lambda norm=norm: csrc_triton.layer_grads(g, x, s, w, a, b, 2.0, norm, adapter_dtype, adapter_dtype),
+            f"layer_grads {norm}{'' if plan is None else ' column'} {label}",
+            lambda norm=norm, plan=plan: csrc_triton.layer_grads(
+                g, x, s, w, a, b, 2.0, norm, adapter_dtype, adapter_dtype, plan=plan
+            ),
         )
     # Samples of 16 rows share a program, those of 512 are cut; the shortest take the Gram form.
     for norm, rows in (("row", 16), ("entry", 16), ("token", 512), ("row", 1), ("entry", 1)):

@@ -1,10 +1,12 @@
-"""The section "ways": every plan of y and of dX, and both places of C, beside the frozen GEMM; how near the best what is picked
-comes."""
+"""The section "ways": every plan of y and of dX, both places of C, and those of dS, beside the frozen GEMM; how near the best
+what is picked comes."""
 
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
+
+import torch
 
 from allora_kernels import reference
 from allora_kernels.layer.backend import TRITON_INSTALLED
@@ -20,6 +22,11 @@ from .runner import Run
 
 WITH_C = "y with C"
 """The product y together with the coefficient of the rule "row", by one call, which may hide C beside the GEMM, or by two."""
+
+BACKWARD = "backward"
+"""All three gradients by one call; what it may choose is who finds dS and u."""
+
+STEPS = ("y", "dx", WITH_C, BACKWARD)
 
 
 def grid() -> list[Case]:
@@ -38,7 +45,7 @@ def run_ways(run: Run) -> None:
         if run.time_is_up():
             run.leave("ways", [(asdict(rest), ["frozen"]) for rest in chosen[position:]])
             return
-        steps = {step: asdict(case) | {"product": step} for step in ("y", "dx", WITH_C)}
+        steps = {step: asdict(case) | {"product": step} for step in STEPS}
         if run.only_missing and all(run.results.has("ways", named, ["frozen"]) for named in steps.values()):
             continue
         for step, rows in _measure(run, case):
@@ -51,6 +58,7 @@ def _measure(run: Run, case: Case) -> Iterator[tuple[str, dict[str, dict]]]:
     for product in products(inputs):
         yield product.step, _rows(run, product, _plans)
     yield WITH_C, _rows(run, _with_c(inputs), _places_of_c)
+    yield BACKWARD, _rows(run, _backward(inputs), _places_of_ds)
 
 
 def _plans(product: Product) -> tuple[dict[str, Any], str]:
@@ -88,6 +96,42 @@ def _with_c(inputs: Inputs) -> Product:
         step=WITH_C,
         launch=lambda launcher: launcher(*operands, y.call.low_rank_dtype, ETA),
         formula=formula,
+    )
+
+
+def _places_of_ds(product: Product) -> tuple[dict[str, Any], str]:
+    """The plans of the backward pass, by who finds dS and u in them, and which is picked."""
+    import csrc_triton
+    from csrc_triton import configs, plans
+
+    g, _, _, weight, a, _ = product.operands
+    reach, arch = csrc_triton.describable(g, weight.mT, a.mT), configs.arch_of(g.device)
+    picked = "dS and u by a pass of their own"
+    columns = [plan for plan in plans.options(product.call, arch, reach, untried=True) if plan.way == "column"]
+    return {picked: plans.pick(product.call, g.device, reach), **{str(plan): plan for plan in columns}}, picked
+
+
+def _backward(inputs: Inputs) -> Product:
+    import csrc_triton
+    from csrc_triton.plans import Call
+
+    x, weight, _, a, b, g = inputs
+    (M, K), N, R = x.shape, len(weight), len(a)
+    compute = torch.promote_types(x.dtype, a.dtype)
+    s, c = reference.down_project(x, a, compute), reference.weight_coefficient(a, b, ETA, "row")
+
+    def formula(g, x, s, weight, a, b):
+        own = reference.weight_coefficient(a, b, ETA, "row")
+        ds, da, db = reference.adapter_grads(g, x, s, b, own, ETA, "row", True, a.dtype, b.dtype)
+        return reference.fused_linear(g, weight.mT, None, ds, a.mT), da, db
+
+    return Product(
+        BACKWARD,
+        Call("layer_grads", M, K, N, R, x.dtype, compute),
+        lambda plan: csrc_triton.layer_grads(g, x, s, weight, a, b, ETA, "row", a.dtype, b.dtype, c, plan),
+        lambda: g @ weight,
+        formula,
+        (g, x, s, weight, a, b),
     )
 
 

@@ -2,7 +2,8 @@
 
 A tile of the first column multiplies each step of x by A, too, and is done with S [BLOCK_M, R] when it is done with x. The
 other tiles of these rows need it for their last step, and wait for it. All tiles of the first column come before any other,
-so that what is waited for never waits itself. Not yet measured: no plan takes it unasked (`plans.options`).
+so that what is waited for never waits itself. The backward pass takes the same kernel for dX, dS and u
+(`layer_grads_pipelined`). Not yet measured: no plan takes it unasked (`plans.options`).
 """
 
 import torch
@@ -88,6 +89,7 @@ def _load_step(
     W_ROWS_OVER_K: gl.constexpr,
     B_ROWS_OVER_R: gl.constexpr,
     CHAIN: gl.constexpr,
+    A_IS_NEW: gl.constexpr,
     BLOCK_N: gl.constexpr,
     GROUP_M: gl.constexpr,
     NUM_PROGRAMS: gl.constexpr,
@@ -102,6 +104,9 @@ def _load_step(
     makes_s = needed & (start_n == 0)
     takes_s = needed & (start_n != 0)
     if step < k_steps:
+        if A_IS_NEW and CHAIN == "midway":  # noqa: SIM102 (a condition of its own decides what is compiled)
+            if makes_s & (step == 0):
+                wait_for_kernel_in_front()
         _load_wide(count, ring, a_bufs, wide, a_desc, start_m, start_n, step * BLOCK_K, makes_s, takes_s, W_ROWS_OVER_K)
     else:
         if takes_s:
@@ -118,17 +123,19 @@ def _load_step(
 
 
 @gluon.jit
-def _write_s(s, s_ptr, under_way_ptr, start_m, M, R, CHAIN: gl.constexpr):
+def _write_s(s, s_ptr, under_way_ptr, counted_ptr, start_m, M, S_WIDTH, CHAIN: gl.constexpr):
     """Write the tile `s` to S, and say that it is there."""
     offs_m = start_m + gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, s.type.layout))
     offs_r = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
-    s_ptrs = s_ptr + offs_m.to(gl.int64)[:, None] * R + offs_r[None, :]
-    gl.store(s_ptrs, s, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
+    s_ptrs = s_ptr + offs_m.to(gl.int64)[:, None] * S_WIDTH + offs_r[None, :]
+    gl.store(s_ptrs, s, mask=(offs_m < M)[:, None] & (offs_r < S_WIDTH)[None, :])
     sync_threads()
     if CHAIN == "midway":
         # It writes what says that S is not there yet.
         wait_for_kernel_in_front()
     gl.atomic_add(under_way_ptr + start_m // s.shape[0], -1, sem="release")
+    if counted_ptr is not None:
+        gl.atomic_add(counted_ptr, -1, sem="release")
 
 
 @gluon.jit
@@ -142,8 +149,11 @@ def _adapted_linear_pipelined_kernel(
     bias_ptr,
     s_ptr,
     under_way_ptr,
+    counted_ptr,
     stride_bias,
+    S_WIDTH,
     CHAIN: gl.constexpr,
+    A_IS_NEW: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     W_ROWS_OVER_K: gl.constexpr,
     B_ROWS_OVER_R: gl.constexpr,
@@ -156,13 +166,20 @@ def _adapted_linear_pipelined_kernel(
     NUM_PROGRAMS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """``S = x Aᵀ`` and ``y = x Wᵀ + bias + S Bᵀ`` for x [M, K], W [N, K] (W_ROWS_OVER_K: stored [K, N]), A [R, K], S [M, R],
-    B [N, R] (B_ROWS_OVER_R: stored [R, N]), y [M, N], all 16-bit, R <= BLOCK_R.
+    """``S = x Aᵀ [M, S_WIDTH]`` and ``y = x Wᵀ + bias + S[:, :R] Bᵀ`` for x [M, K], W [N, K] (W_ROWS_OVER_K: stored [K, N]),
+    A [S_WIDTH, K], B [N, R] (B_ROWS_OVER_R: stored [R, N]), y [M, N], all 16-bit, R <= S_WIDTH <= BLOCK_R.
 
     Program p writes the tiles p, p + NUM_PROGRAMS, ... of y and, of the first column, the rows of S; accumulates in fp32,
-    rounds once. under_way [tiles of M] is 1 until S is there.
+    rounds once. under_way [tiles of M] is 1 until S is there; with counts (`chain`) each tile of S is counted, too.
     """
-    if CHAIN != "":
+    num_m = gl.cdiv(y_desc.shape[0], BLOCK_M)
+    if counted_ptr is not None:
+        before = gl.atomic_add(counted_ptr, gl.cdiv(num_m - gl.program_id(0), NUM_PROGRAMS))
+        if CHAIN != "":  # noqa: SIM102 (a condition of its own decides what is compiled)
+            # As in `chain.join_chain`.
+            if before >= 0:
+                let_next_kernel_begin()
+    elif CHAIN != "":
         let_next_kernel_begin()
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_R, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_N, 16])
@@ -170,17 +187,18 @@ def _adapted_linear_pipelined_kernel(
     y_bufs = gl.allocate_shared_memory(y_desc.dtype, [2] + y_desc.block_type.shape, y_desc.layout)
     ring, wide, low_rank = make_ring(x_desc, w_desc, STAGES), (x_desc, w_desc), (s_desc, b_desc)
 
-    num_m, num_n = gl.cdiv(y_desc.shape[0], BLOCK_M), gl.cdiv(y_desc.shape[1], BLOCK_N)
+    num_n = gl.cdiv(y_desc.shape[1], BLOCK_N)
     k_steps = gl.cdiv(x_desc.shape[1], BLOCK_K)
     first = gl.program_id(0)
     start_m, start_n = _tile_start(first, num_m, num_n, BLOCK_M, BLOCK_N, GROUP_M)
     at = (0, first, 0, start_m, start_n)
     given = (ring, a_bufs, wide, low_rank, a_desc, (num_m, num_n, k_steps), under_way_ptr)
     for _ in gl.static_range(STAGES - 1):
-        at = _load_step(at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS)
+        at = _load_step(at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, A_IS_NEW, BLOCK_N, GROUP_M, NUM_PROGRAMS)
     count = 0
     # Descriptors reach rows of whole 16 bytes alone.
-    R = in_steps(s_desc.shape[1], 8)
+    S_WIDTH = in_steps(S_WIDTH, 8)
+    offs_r = gl.arange(0, BLOCK_R, layout=gl.SliceLayout(0, s_layout))
     for tile in range(first, num_m * num_n, NUM_PROGRAMS):
         start_m, start_n = _tile_start(tile, num_m, num_n, BLOCK_M, BLOCK_N, GROUP_M)
         acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, layout=acc_layout)
@@ -197,21 +215,26 @@ def _adapted_linear_pipelined_kernel(
                 # Those of the step before.
                 acc, acc_s = warpgroup_mma_wait(2, deps=(acc, acc_s))
                 sync_threads()
-                at = _load_step(at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS)
+                at = _load_step(
+                    at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, A_IS_NEW, BLOCK_N, GROUP_M, NUM_PROGRAMS
+                )
                 count += 1
             acc, acc_s = warpgroup_mma_wait(0, deps=(acc, acc_s))
             s = acc_s.to(s_desc.dtype)
             left, right, filled = slot_of(count, ring, low_rank)
-            left.store(s)
+            # Of what is no column of S times B an infinite x would make NaN.
+            left.store(gl.where((offs_r < s_desc.shape[1])[None, :], s, 0.0))
             fence_async_shared()
-            _write_s(s, s_ptr, under_way_ptr, start_m, s_desc.shape[0], R, CHAIN)
+            _write_s(s, s_ptr, under_way_ptr, counted_ptr, start_m, s_desc.shape[0], S_WIDTH, CHAIN)
         else:
             for step in range(0, k_steps):
                 acc = multiply_step(acc, step > 0, count, ring, wide, W_ROWS_OVER_K)
-                at = _load_step(at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS)
+                at = _load_step(
+                    at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, A_IS_NEW, BLOCK_N, GROUP_M, NUM_PROGRAMS
+                )
                 count += 1
         acc = multiply_step(acc, True, count, ring, low_rank, B_ROWS_OVER_R)
-        at = _load_step(at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, BLOCK_N, GROUP_M, NUM_PROGRAMS)
+        at = _load_step(at, given, W_ROWS_OVER_K, B_ROWS_OVER_R, CHAIN, A_IS_NEW, BLOCK_N, GROUP_M, NUM_PROGRAMS)
         count += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
         write_tile(acc, y_desc, y_bufs, bias_ptr, stride_bias, start_m, start_n, HAS_BIAS)
@@ -230,35 +253,62 @@ def adapted_linear_pipelined(
     which descriptors reach; M >= 1, R <= BLOCK_R, K over at least `num_stages` - 2 steps."""
     M, N, R = len(x), len(weight), len(a)
     y, s = (torch.empty(M, n, device=x.device, dtype=x.dtype) for n in (N, R))
-    w_rows_over_k, b_rows_over_r = not aligned_rows(weight), not aligned_rows(b)
-    block_m, block_n, block_k, block_r = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
-    programs, num_m = configs.num_sms(x.device), cdiv(M, block_m)
-    under_way = torch.empty(num_m, device=x.device, dtype=torch.int32)
+    under_way = torch.empty(cdiv(M, config.BLOCK_M), device=x.device, dtype=torch.int32)
     with chained(configs.can_overlap(x.device), "midway"):
         count_tiles(under_way)
-        launch(
-            _adapted_linear_pipelined_kernel,
-            (min(programs, num_m * cdiv(N, block_n)),),
-            describe(x, block_m, block_k),
-            describe(weight.mT, block_k, block_n) if w_rows_over_k else describe(weight, block_n, block_k),
-            describe(a, block_r, block_k),
-            describe(s, block_m, block_r),
-            describe(b.mT, block_r, block_n) if b_rows_over_r else describe(b, block_n, block_r),
-            describe(y, block_m, block_n // 4),
-            bias,
-            s,
-            under_way,
-            0 if bias is None else bias.stride(0),
-            HAS_BIAS=bias is not None,
-            W_ROWS_OVER_K=w_rows_over_k,
-            B_ROWS_OVER_R=b_rows_over_r,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            BLOCK_R=block_r,
-            STAGES=config.num_stages,
-            GROUP_M=config.GROUP_M,
-            NUM_PROGRAMS=programs,
-            num_warps=config.num_warps,
-        )
+        launch_by_first_column(x, weight, bias, a, s, b, y, config, under_way)
     return y, s
+
+
+def launch_by_first_column(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    s: Tensor,
+    b: Tensor,
+    y: Tensor,
+    config: Config,
+    under_way: Tensor,
+    a_is_new: bool = False,
+    counted: Tensor | None = None,
+) -> None:
+    """``S = x Aᵀ`` into s [M, width] and ``y = x Wᵀ + bias + S[:, :R] Bᵀ`` into y [M, N], for a [width, K] and b [N, R]; else
+    as in `adapted_linear_pipelined`.
+
+    under_way [tiles of M] is filled with ones by the kernel in front, which has also written A if it `a_is_new`; counted: as
+    `chain.counts`, for what runs beside this and waits for S.
+    """
+    N, R = b.shape
+    w_rows_over_k, b_rows_over_r = not aligned_rows(weight), not aligned_rows(b)
+    block_m, block_n, block_k, block_r = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
+    programs = configs.num_sms(x.device)
+    launch(
+        _adapted_linear_pipelined_kernel,
+        (min(programs, cdiv(len(x), block_m) * cdiv(N, block_n)),),
+        describe(x, block_m, block_k),
+        describe(weight.mT, block_k, block_n) if w_rows_over_k else describe(weight, block_n, block_k),
+        describe(a, block_r, block_k),
+        describe(s[:, :R], block_m, block_r),
+        describe(b.mT, block_r, block_n) if b_rows_over_r else describe(b, block_n, block_r),
+        describe(y, block_m, block_n // 4),
+        bias,
+        s,
+        under_way,
+        counted,
+        0 if bias is None else bias.stride(0),
+        s.shape[1],
+        A_IS_NEW=a_is_new,
+        HAS_BIAS=bias is not None,
+        W_ROWS_OVER_K=w_rows_over_k,
+        B_ROWS_OVER_R=b_rows_over_r,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        BLOCK_R=block_r,
+        STAGES=config.num_stages,
+        GROUP_M=config.GROUP_M,
+        NUM_PROGRAMS=programs,
+        num_warps=config.num_warps,
+        **({} if counted is None else configs.leave_registers(config)),
+    )

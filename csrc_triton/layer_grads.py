@@ -13,7 +13,7 @@ from torch import Tensor
 from . import batch_invariance, configs, plans
 from .adapter_grad import adapter_grads, project, rules
 from .beside import Beside, counted, room
-from .chain import chained
+from .chain import chained, counts
 from .configs import cdiv
 from .down_project import down_project_beside
 from .fused_linear import fused_linear, launch_persistently
@@ -64,11 +64,12 @@ def layer_grads(
     dtype_a: torch.dtype,
     dtype_b: torch.dtype,
     c: Tensor | None = None,
+    plan: plans.Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dX = g W + dS A [M, K]`` with ``dS = g B``, ``dA = (g~ B)ᵀ x [R, K]`` and ``dB = g~ᵀ S [N, R]`` with ``g~ = C ⊙ g``.
 
     g [M, N], x [M, K], s [M, R], weight [N, K], a [R, K] and b [N, R] of any strides; C by `norm` and `eta`; c where
-    `weight_coefficient` has been called already.
+    `weight_coefficient` has been called already. `plan` is of dX, chosen where none is given.
     """
     (M, N), K, R = g.shape, x.shape[1], s.shape[1]
     arch, can_overlap, dtypes = configs.arch_of(g.device), configs.can_overlap(g.device), (dtype_a, dtype_b)
@@ -78,15 +79,24 @@ def layer_grads(
         ds, da, db = adapter_grads(g, x, s, b, c, eta, norm, True, dtype_a, dtype_b)
         return fused_linear(g, weight.mT, None, ds, a.mT), da, db
 
-    call = plans.Call("layer_grads", M, K, N, R, g.dtype, s.dtype)
-    plan = plans.pick(call, g.device, describable(g, weight.mT, a.mT))
-    overlap = plan.way in plans.PERSISTENT and can_overlap
+    if plan is None or (plan.way == "column" and counts(g.device) is None):
+        call = plans.Call("layer_grads", M, K, N, R, g.dtype, s.dtype)
+        plan = plans.pick(call, g.device, describable(g, weight.mT, a.mT))
+    by_column, overlap = plan.way == "column", plan.way in plans.PERSISTENT and can_overlap
     beside = counted(room_for_ds(plan, M, N, K, R, norm, g.dtype, s.dtype, g.device), g.device)
     with chained(can_overlap):
         c = _coefficient(a, b, eta, norm) if c is None else c
         rule_g, rule_x = rules(s, b, c, eta, norm, K)
-        if beside is None:
+        if beside is None and not by_column:
             ds, u = project(g, b, c, norm, s.dtype, need_da=True)
+    if by_column:
+        # Here, as a Triton may have another Gluon (`plans.options`).
+        from .layer_grads_pipelined import layer_grads_pipelined
+
+        c = c if norm == "row" else None
+        return layer_grads_pipelined(
+            *(g, x, s, weight, a, b, c, (rule_g, rule_x)), plan.config, pair, dtypes, counts(g.device)
+        )
     if not overlap:
         sums = outer_pair(g, s, rule_g, x, u, rule_x, pair, dtypes)
         return fused_linear(g, weight.mT, None, ds, a.mT, plan), *add_up_pair(*sums, dtypes)

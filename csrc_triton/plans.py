@@ -18,8 +18,12 @@ WAYS = {
     "pipelined": "GEMM in Gluon, which loads the next tile while it stores one",
     "vendor": "the rank-R product, then the vendor's GEMM added to it",
 }
-UNTRIED_WAYS = {"column": "GEMM in Gluon, S by the tiles of its first column"}
+UNTRIED_WAYS = {"column": "GEMM in Gluon, S or dS by the tiles of its first column"}
 """Those that no GPU has run yet."""
+
+_WIDEST_COLUMN = {"adapted_linear": 64, "layer_grads": 16}
+"""The largest rank of each op that goes this way: with more columns for dS and u the GEMM leaves the sums for dB and dA no
+shared memory beside it."""
 
 OPS = ("adapted_linear", "fused_linear", "layer_grads")
 """The products that have a choice: y with S yet to be computed, any product with S given, and such a dX with the sums for dA
@@ -87,7 +91,7 @@ def options(call: Call, arch: str, describable: int = EVERYTHING, untried: bool 
     fits = R <= 64 and (arch == "interpreter" or narrow)
     if call.op == "adapted_linear" and fits:
         found += [Plan("inside", dataclasses.replace(config, BLOCK_R=configs.block_r(R))) for config in tiles]
-    if untried and call.op == "adapted_linear" and R <= 64 and dtype == low_rank_dtype and describable == EVERYTHING:
+    if untried and _WIDEST_COLUMN.get(call.op, 0) >= R and dtype == low_rank_dtype and describable == EVERYTHING:
         # Loads run ahead by all stages but one: not so far that a tile which makes S waits for another's.
         found += [
             Plan("column", config)

@@ -331,6 +331,53 @@ for rank, factors in ((64, half), (256, half), (16, whole)):
 
 
 @pytest.mark.slow
+def test_the_sums_have_room_beside_the_gemm_whose_first_column_finds_ds():
+    """The GEMM counts its tiles of dS before it lets the sums begin, and waits for what the kernel in front writes before it
+    loads that; what it writes is there before a count goes down."""
+    script = """
+import re, torch, triton, csrc_triton
+from bench.occupancy import fit_together
+from bench.offline_compile import TARGETS, catch_launches, compile_launch, specialize
+from csrc_triton import plans
+half = torch.bfloat16
+count = r"(?:atom|red)[.]global[.]gpu[.](acq_rel|release)"
+for rank in (8, 16):
+    g, x, w = (torch.empty(size, dtype=half) for size in ((2048, 4096), (2048, 4096), (4096, 4096)))
+    s, a, b = (torch.empty(size, dtype=half) for size in ((2048, rank), (rank, 4096), (4096, rank)))
+    found = plans.options(plans.Call("layer_grads", 2048, 4096, 4096, rank, half, half), "sm_90", untried=True)
+    for plan in [plan for plan in found if plan.way == "column"]:
+        caught = catch_launches(
+            lambda: csrc_triton.layer_grads(g, x, s, w, a, b, 2.0, "row", half, half, plan=plan), "sm_90"
+        )
+        kernels = [launched[0].__name__ for launched in caught]
+        front = kernels.index("_stack_factors_kernel")
+        assert kernels[front:] == [
+            "_stack_factors_kernel", "_adapted_linear_pipelined_kernel", "_outer_pair_kernel"
+        ], kernels
+        assert [launched[2]["CHAIN"] for launched in caught[front:]] == ["first", "midway", "late"]
+        blocks = []
+        for launched in caught[front:]:
+            source, options = specialize(*launched, "sm_90")
+            result = compile_launch(source, options, "sm_90", "bfloat16", "")
+            assert not result.spills
+            blocks.append((result.num_warps, result.registers, result.shared))
+            if len(blocks) == 2:
+                ptx = triton.compile(source, target=TARGETS["sm_90"], options=options).asm["ptx"]
+        assert fit_together("sm_90", *blocks[1:]), (rank, blocks)
+        counts = [(match.start(), match[1]) for match in re.finditer(count, ptx)]
+        (begins, first), *ends = counts
+        lets, loads = ptx.find("griddepcontrol.launch_dependents"), ptx.find("cp.async.bulk.tensor")
+        assert first == "acq_rel" and begins < lets < loads, counts
+        assert [order for _, order in ends] == ["release"] * 2, counts
+        stores = [match.start() for match in re.finditer("st[.]global", ptx)]
+        assert stores and stores[-1] < ends[0][0]
+        assert 0 < ptx.find("griddepcontrol.wait") < loads
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
 def test_what_the_kernels_of_a_chain_write_is_allocated_in_front_of_what_is_given_back():
     """Torch may give memory that is given back to what begins before the kernel that was using it has ended."""
     script = """
@@ -416,7 +463,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 import csrc_triton
-from csrc_triton import configs
+from csrc_triton import configs, plans
 
 read, doubtful, places = [], {}, []
 
@@ -452,9 +499,14 @@ for factors in (half, whole):
         lambda: csrc_triton.adapted_linear_and_coefficient(x, w, None, a, b, factors, 2.0),
         lambda: csrc_triton.fused_linear(x, w, None, s, b),
     ]
+    columns = [None]
+    if factors == half:
+        call = plans.Call("layer_grads", 2048, 4096, 4096, 16, half, half)
+        columns += [plan for plan in plans.options(call, "sm_90", untried=True) if plan.way == "column"][:1]
     calls += [
-        lambda norm=norm: csrc_triton.layer_grads(g, x, s, w, a, b, 2.0, norm, factors, factors)
+        lambda norm=norm, plan=plan: csrc_triton.layer_grads(g, x, s, w, a, b, 2.0, norm, factors, factors, plan=plan)
         for norm in ("row", "matrix", "factor", "token", None)
+        for plan in columns
     ]
     for call in calls:
         places.clear()

@@ -286,9 +286,19 @@ def test_files_are_kept_apart_by_device_and_versions():
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.bfloat16, torch.float32), (torch.float32,) * 2])
-@pytest.mark.parametrize("rank, K, offered", [(16, 4096, 2), (64, 4096, 2), (65, 4096, 0), (12, 4096, 0), (16, 64, 1)])
-def test_a_way_that_no_gpu_has_run_is_offered_to_who_asks_alone(dtypes, rank, K, offered):
-    call = plans.Call("adapted_linear", 4096, 4096, K, rank, *dtypes)
+@pytest.mark.parametrize(
+    "op, rank, K, offered",
+    [
+        *(
+            ("adapted_linear", *rest)
+            for rest in [(16, 4096, 2), (64, 4096, 2), (65, 4096, 0), (12, 4096, 0), (16, 64, 1)]
+        ),
+        *(("layer_grads", *rest) for rest in [(16, 4096, 2), (24, 4096, 0), (16, 64, 1)]),
+        ("fused_linear", 16, 4096, 0),
+    ],
+)
+def test_a_way_that_no_gpu_has_run_is_offered_to_who_asks_alone(dtypes, op, rank, K, offered):
+    call = plans.Call(op, 4096, 4096, K, rank, *dtypes)
 
     def found(**asked):
         return [plan for plan in plans.options(call, "sm_90", **asked) if plan.way in plans.UNTRIED_WAYS]

@@ -9,7 +9,7 @@ then be what they were; a store's buffer must not change before that is waited f
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 from unittest import mock
 
@@ -135,7 +135,7 @@ class Asynchrony:
 
     def __init__(self) -> None:
         self.now = UnderWay()
-        self.after_kernel_in_front: range = range(0)
+        self.after_kernel_in_front: Container[int] = range(0)
         self.by_rounds: ByRounds | None = None
         self.by_tiles: ByTiles | None = None
         self.counts = {"copies": 0, "products": 0, "stores": 0, "programs": 0}

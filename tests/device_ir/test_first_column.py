@@ -1,7 +1,9 @@
-"""y and S by one GEMM, S by the tiles of its first column: whatever is late, the others wait for it."""
+"""y and S, or dX, dS and u, by one GEMM, S or dS and u by the tiles of its first column: whatever is late, the others wait for
+it."""
 
 import pytest
-from first_column import y_and_s
+import torch
+from first_column import gradients, y_and_s
 from matrix import BF16, F16, doubles
 from planting import plant
 from ttsem.sanitize import Unjudged
@@ -9,6 +11,8 @@ from ttsem.sanitize import Unjudged
 from allora_kernels import reference
 from allora_kernels.testing import assert_close, make_inputs
 from csrc_triton import configs, plans
+
+ETA = 2.0
 
 
 def check(tensors, config, overlap):
@@ -35,6 +39,82 @@ def test_y_and_s(shape, weight_over, overlap, few_sms):
     assert len(found) == (1 if K <= 64 else 2)
     for plan in found:
         check((x, weight, bias, a, b), plan.config, overlap)
+
+
+def check_gradients(shape, norm, overlap, lay_out=lambda *tensors: tensors, place=0):
+    x, weight, _, a, b, g = make_inputs(*shape, BF16)
+    g, x, weight, a, b = lay_out(g, x, weight, a, b)
+    tensors = (g, x, reference.down_project(x, a, BF16), weight, a, b)
+    M, N, K, R = shape
+    call = plans.Call("layer_grads", M, K, N, R, BF16, BF16)
+    plan = [plan for plan in plans.options(call, "sm_90", untried=True) if plan.way == "column"][place]
+    ours = gradients(tensors, ETA, norm, plan.config, overlap)
+
+    def by_steps(g, x, s, weight, a, b):
+        c = reference.weight_coefficient(a, b, ETA, norm) if norm in reference.WEIGHT_NORMS else None
+        ds, da, db = reference.adapter_grads(g, x, s, b, c, ETA, norm, True, a.dtype, b.dtype)
+        return reference.fused_linear(g, weight.mT, None, ds, a.mT), da, db
+
+    for name, *values in zip(("dx", "da", "db"), ours, by_steps(*tensors), by_steps(*doubles(*tensors))):
+        assert_close(*values, name)
+
+
+@pytest.fixture
+def three_sms(monkeypatch, launches):
+    """So few that a program has several tiles."""
+    monkeypatch.setitem(configs.NUM_SMS, "sm_90", 3)
+    configs.sms_of.cache_clear()
+    monkeypatch.setattr(configs, "num_sms", lambda device: 3)
+
+
+@pytest.mark.parametrize(
+    "norm, overlap, place",
+    [
+        *(("row", overlap, place) for overlap in (False, True) for place in (0, 1)),
+        *((norm, True, 0) for norm in ("matrix", "factor", "token", None)),
+    ],
+)
+def test_gradients(norm, overlap, place, three_sms):
+    check_gradients((300, 144, 528, 16), norm, overlap, place=place)
+
+
+@pytest.mark.parametrize("shape", [(1, 80, 16, 8), (130, 512, 272, 8), (500, 80, 1040, 16)])
+def test_gradients_of_odd_sizes(shape, launches):
+    check_gradients(shape, "row", True)
+
+
+def test_gradients_of_other_layouts(three_sms):
+    def columns(*tensors):
+        return [t.mT.contiguous().mT for t in tensors]
+
+    check_gradients((300, 144, 528, 16), "row", True, lambda g, x, weight, a, b: (g, x, *columns(weight, a, b)))
+
+
+def check_infinity():
+    x, weight, bias, a, b, _ = make_inputs(130, 264, 136, 8, BF16)
+    x[7, 3] = torch.inf
+    config = configs.candidates("fused_linear_pipelined", 264, 136, 8, BF16, "sm_90")[0]
+    y, s = y_and_s((x, weight, bias, a, b), config)
+    eager = reference.adapted_linear(x, weight, bias, a, b, BF16)
+    for ours, theirs in zip((y, s), eager):
+        assert torch.equal(ours.isposinf(), theirs.isposinf()) and torch.equal(ours.isneginf(), theirs.isneginf())
+        assert not (ours.isnan() & ~theirs.isnan()).any()
+
+
+def test_an_infinite_x_is_no_nan_where_torch_has_none():
+    check_infinity()
+
+
+def test_what_is_no_column_of_s_is_left_out(tmp_path, monkeypatch):
+    plant(
+        "adapted_linear_pipelined",
+        "(offs_r < s_desc.shape[1])[None, :]",
+        "(offs_r >= 0)[None, :]",
+        tmp_path,
+        monkeypatch,
+    )
+    with pytest.raises(AssertionError):
+        check_infinity()
 
 
 def test_with_few_steps_a_program_would_wait_before_it_has_done_what_others_wait_for(monkeypatch):
@@ -104,3 +184,36 @@ def test_each_wait_is_needed(fault, tmp_path, monkeypatch):
     plant("adapted_linear_pipelined", *change, tmp_path, monkeypatch)
     with pytest.raises((Unjudged, AssertionError), match=message):
         check((x, weight, bias, a, b), config, True)
+
+
+# What is changed where, and what is then reported.
+FAULTS_OF_GRADIENTS = {
+    "the stacked factors are not waited for": (
+        "adapted_linear_pipelined",
+        'A_IS_NEW and CHAIN == "midway":',
+        'A_IS_NEW and CHAIN == "never":',
+        "a copy of what the kernel in front may not have written",
+    ),
+    "tiles are not counted": (
+        "adapted_linear_pipelined",
+        "gl.atomic_add(counted_ptr, gl.cdiv(num_m - gl.program_id(0), NUM_PROGRAMS))",
+        "gl.atomic_add(counted_ptr, 0)",
+        "has not ended its round",
+    ),
+    "tiles stay counted": (
+        "adapted_linear_pipelined",
+        '        gl.atomic_add(counted_ptr, -1, sem="release")',
+        "        pass",
+        "has not ended its round",
+    ),
+    "u is not waited for": ("outer_pair", "    if U_IS_COUNTED or HAS", "    if HAS", "da"),
+    "C is left out": ("layer_grads_pipelined", "b * c[None, :]", "b + 0 * c[None, :]", "da"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_GRADIENTS)
+def test_each_step_of_the_gradients_is_needed(fault, tmp_path, monkeypatch, three_sms):
+    name, *change, message = FAULTS_OF_GRADIENTS[fault]
+    plant(name, *change, tmp_path, monkeypatch)
+    with pytest.raises((Unjudged, AssertionError), match=message):
+        check_gradients((300, 144, 528, 16), "row", True)

@@ -36,6 +36,11 @@ def count_tiles():
     module("adapted_linear_pipelined").count_tiles(torch.empty(70, dtype=torch.int32))
 
 
+def stack_factors():
+    under_way = torch.empty(3, dtype=torch.int32)
+    module("layer_grads_pipelined").stack_factors(torch.randn(136, 3, dtype=F16), torch.randn(136), under_way)
+
+
 def sweep(norms=False, M=70, rows=7):
     g, x, s, b = (torch.randn(size) for size in ((M, 300), (M, 41), (M, 3), (300, 3)))
     grads = module("sample_grad").sample_squared_norms if norms else module("sample_grad").sample_grads
@@ -191,8 +196,13 @@ FAULTS = [
     write("_count_tiles_kernel", "adapted_linear_pipelined", "mask=offs < num_m)", "mask=offs >= 0)", count_tiles),
     race("_adapted_linear_pipelined_kernel", "adapted_linear_pipelined", "stride_bias, start_m, start_n, HAS_BIAS)",
          "stride_bias, 0, start_n, HAS_BIAS)", lambda: first_column(M=300)),
-    write("_adapted_linear_pipelined_kernel", "adapted_linear_pipelined", "mask=(offs_m < M)[:, None] & (offs_r < R)[None, :]",
-          "mask=(offs_r < R)[None, :]", first_column),
+    write("_adapted_linear_pipelined_kernel", "adapted_linear_pipelined", "mask=(offs_m < M)[:, None] & (offs_r",
+          "mask=(offs_r", first_column),
+    race("_stack_factors_kernel", "layer_grads_pipelined", "* N + offs_n[None, :]", "* N + (offs_n % BLOCK_N)[None, :]",
+         stack_factors),
+    write("_stack_factors_kernel", "layer_grads_pipelined", "mask=offs < num_m)", "mask=offs >= 0)", stack_factors),
+    read("_stack_factors_kernel", "layer_grads_pipelined", "mask=(offs_r < R)[:, None] & mask_n[None, :]",
+         "mask=(offs_r < R)[:, None]", stack_factors),
     race("_in_parts_kernel", "parts", "out_ptr + offs_l[:, None] * WIDTH + offs_r",
          "out_ptr + (offs_l - pid_l * BLOCK_L)[:, None] * WIDTH + offs_r", in_parts),
     write("_in_parts_kernel", "parts", "else high, mask=mask_l[:, None] & mask_r[None, :])",
