@@ -2,6 +2,9 @@
 cannot."""
 
 import functools
+import importlib.util
+import sys
+from collections import UserDict
 from types import SimpleNamespace
 
 import pytest
@@ -57,9 +60,9 @@ class Looks(nn.Module):
 
 
 class Normalized(nn.Module):
-    def __init__(self):
+    def __init__(self, **kwargs):
         super().__init__()
-        self.layer, self.norm = nn.Linear(K, K), nn.BatchNorm1d(K)
+        self.layer, self.norm = nn.Linear(K, K), nn.BatchNorm1d(K, **kwargs)
 
     def forward(self, x):
         return self.norm(self.layer(x))
@@ -118,7 +121,9 @@ def singly(*inputs):
 
 def test_a_batch_with_as_many_tokens_as_samples_may_lie_either_way():
     model, square = make(Turned), torch.randn(4, 4, K).double()
-    with pytest.raises(ValueError, match=r"Turned may exchange samples and tokens, of which there are as many"):
+    with pytest.raises(
+        ValueError, match=r"Turned may exchange samples and tokens .* record\(model, batch_dim=0\) or 1"
+    ):
         recorded(model, square)
     torch.testing.assert_close(recorded(model, square, batch_dim=1), alone(model, *singly(square)))
     with pytest.raises(ValueError, match="Turned may exchange samples and tokens"):
@@ -126,6 +131,115 @@ def test_a_batch_with_as_many_tokens_as_samples_may_lie_either_way():
     # One that turns nothing has no need to ask.
     plain = make(functools.partial(nn.Sequential, nn.Linear(K, K), nn.Tanh()))
     torch.testing.assert_close(recorded(plain, square), alone(plain, *singly(square)))
+
+
+TURNING = """
+import torch
+from torch import nn
+
+def first_two(x):
+    return x.transpose(1, 0)
+
+class Spelled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.layer({}).tanh()
+"""
+SPELLINGS = [
+    *("x.transpose(0,1)", "torch.transpose(x, 0, 1)", "x.transpose(-3, -2)", "x.swapdims(0, 1)", "x.movedim(0, 1)"),
+    *("x.permute((1, 0, 2))", "x.permute(1,0,2)", "torch.permute(x, [1, 0, 2])"),
+    *("torch.einsum('btk->tbk', x)", "first_two(x)"),
+]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_an_exchange_is_seen_however_it_is_written(spelling, tmp_path):
+    path = tmp_path / "turning.py"
+    path.write_text(TURNING.format(spelling))
+    spec = importlib.util.spec_from_file_location(f"turning_{SPELLINGS.index(spelling)}", path)
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])
+    model, square = make(sys.modules.pop(spec.name).Spelled), torch.randn(4, 4, K).double()
+    with pytest.raises(ValueError, match="Spelled may exchange samples and tokens"):
+        recorded(model, square)
+
+
+def test_a_class_whose_source_cannot_be_read_may_exchange_them():
+    names = {"__name__": "somewhere"}
+    exec(TURNING.format("x"), names)
+    with pytest.raises(ValueError, match="or its source cannot be read"):
+        recorded(make(names["Spelled"]), torch.randn(4, 4, K).double())
+
+
+@pytest.mark.parametrize("sizes", [(4, 6), (1, 6)])
+def test_an_input_of_another_size_does_not_make_tokens_samples(sizes):
+    """A mask leads with the tokens."""
+
+    class Masked(Turned):
+        def forward(self, x, mask):
+            return super().forward(x) * mask.sum()
+
+    model = make(Masked)
+    x, mask = torch.randn(*sizes, K).double(), torch.ones(6, 6).double()
+    with pytest.raises(ValueError, match="may exchange samples and tokens"):
+        recorded(model, x, mask)
+    found = recorded(model, x, mask, batch_dim=1)
+    torch.testing.assert_close(found, alone(model, *((part, mask) for part in x.split(1))))
+
+
+def test_what_the_inputs_are_held_in_is_looked_into():
+    class Unpacks(Turned):
+        def forward(self, inputs):
+            return super().forward(inputs["x"])
+
+    model, x = make(Unpacks), torch.randn(4, 6, K).double()
+    for held in ({"x": x}, UserDict(x=x)):
+        with pytest.raises(
+            ValueError, match=r"no input of the model has 6 as its leading dimension \(they have \[4\]\)"
+        ):
+            recorded(model, held)
+    packed = nn.utils.rnn.pack_sequence([torch.randn(3, K).double(), torch.randn(2, K).double()])
+    for call in (lambda: recorded(model, {"x": packed}), lambda: mixed(model, ["a", "b"], {"x": packed})):
+        with pytest.raises(ValueError, match="an input is a PackedSequence"):
+            call()
+
+
+# --- a part of the recorded model that is called by itself ---
+
+
+class Holds(nn.Module):
+    """Calls nothing itself, as a training framework's module."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+
+def test_a_part_that_is_called_by_itself_is_looked_at_as_the_model_is():
+    model, x = Holds(make(Turned)), torch.randn(4, 6, K).double()
+    with pytest.raises(ValueError, match=r"inputs for 6 .* \(they have \[4\]\)"), per_sample.record(model):
+        model.net(x).square().sum().backward()
+    with pytest.raises(ValueError, match="may exchange"), per_sample.record(model):
+        model.net(x[:, :4]).square().sum().backward()
+    model = Holds(make(Normalized))
+    for call in (model.net, model.net.forward):
+        with pytest.raises(ValueError, match=r"net.norm \(BatchNorm1d\)"), per_sample.record(model):
+            call(torch.randn(5, K).double())
+    assert model.net.layer._recording is None and not model.net._forward_pre_hooks
+
+
+def test_parts_that_follow_one_another_are_one_forward_pass():
+    model = Holds(
+        nn.Sequential(*(make(functools.partial(nn.Sequential, nn.Linear(K, K), nn.Tanh())) for _ in range(2)))
+    )
+    x = torch.randn(4, 5, K).double()
+    with per_sample.record(model):
+        model.net[1](model.net[0](x)).square().sum().backward()
+    found = per_sample.norms(model)
+    torch.testing.assert_close(found, alone(model.net, *singly(x)))
 
 
 def test_ranges_of_rows_are_those_of_the_models_inputs():
@@ -197,14 +311,15 @@ def test_the_tokens_of_an_earlier_batch_do_not_count():
 
 def test_a_norm_over_the_batch_is_refused_while_it_trains():
     model, x = make(Normalized), torch.randn(5, K).double()
-    with pytest.raises(
-        ValueError, match=r"norm \(BatchNorm1d\) normalizes each sample by the whole batch while it trains"
-    ):
+    with pytest.raises(ValueError, match=r"norm \(BatchNorm1d\) normalizes each sample by the whole batch, so that"):
         recorded(model, x)
     with per_sample.record(model), torch.no_grad():
         model(x)
     model.norm.eval()
     torch.testing.assert_close(recorded(model, x), alone(model, *singly(x)))
+    without_statistics = make(functools.partial(Normalized, track_running_stats=False)).eval()
+    with pytest.raises(ValueError, match="put a GroupNorm in its place where it keeps no statistics"):
+        recorded(without_statistics, x)
 
 
 # --- one sample, one adapter ---

@@ -211,6 +211,73 @@ def test_a_model_whose_adapters_would_silently_get_nothing_is_refused():
 
     refused(nn.Sequential(ReadsWeights()), "ReadsWeights.*hooks on them never run")
 
+    for norm in (nn.BatchNorm1d(T, affine=False), nn.BatchNorm1d(T, affine=False, track_running_stats=False).eval()):
+        refused(nn.Sequential(layer(), norm), r"'1' \(BatchNorm1d\) normalizes each sample by the whole batch")
+
+    class Above(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.position = layer(), nn.Parameter(torch.zeros(T, K))
+
+        def forward(self, x):
+            return self.layer(x + self.position)
+
+    refused(
+        Above(),
+        "the model trains 'position' itself, so that Opacus would run all of it by functorch, layer 'layer' too",
+    )
+
+    class Another(FusedALLoRALinear):
+        pass
+
+    refused(nn.Sequential(Another(K, N, r=R)), "no grad sampler for Another, the class of layer '0'")
+
+
+def private(model):
+    return opacus.PrivacyEngine().make_private(
+        module=model, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        data_loader=DataLoader(data(), batch_size=B), noise_multiplier=NOISE, max_grad_norm=MAX_NORM, poisson_sampling=False,
+    )[0]  # fmt: skip
+
+
+def test_an_input_that_all_samples_share_is_refused_in_the_backward_pass():
+    class WithPositions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer()
+
+        def forward(self, x):
+            return self.layer(x) + self.layer(x[:1] * 0 + 1)
+
+    model = private(WithPositions())
+    with pytest.raises(
+        ValueError, match=rf"called on {B} samples and on an input that leads with 1 \(\[1, {T}, {K}\]\)"
+    ):
+        model(data().tensors[0]).square().sum().backward()
+
+
+def test_adapter_rows_are_refused_in_the_backward_pass():
+    model = nn.Sequential(nn.Linear(K, N))
+    apply_allora(model, r=R, target_modules=["0"])
+    wrapped = private(model)
+    with allora_kernels.adapter_rows(model, ["default", None] * (B // 2)):
+        y = wrapped(data().tensors[0])
+        with pytest.raises(RuntimeError, match="Opacus sees no adapter_rows"):
+            y.square().sum().backward()
+
+
+def test_a_private_model_is_not_recorded_but_saved(tmp_path):
+    model = nn.Sequential(nn.Linear(K, N))
+    apply_allora(model, r=R, target_modules=["0"])
+    wrapped = private(model)
+    with pytest.raises(RuntimeError, match="is in a model that Opacus has made private"), per_sample.record(model):
+        pass
+    wrapped(data().tensors[0]).square().sum().backward()  # As before.
+    allora_kernels.save_adapter(wrapped, tmp_path)
+    other = nn.Sequential(nn.Linear(K, N))
+    allora_kernels.load_adapter(other, tmp_path)
+    assert torch.equal(other[0].lora_A, model[0].lora_A)
+
 
 def test_the_package_does_not_import_opacus():
     code = "import sys, allora_kernels, allora_kernels.integrations; assert 'opacus' not in sys.modules"
@@ -223,6 +290,7 @@ def test_a_pass_with_the_adapter_disabled_has_no_per_sample_gradient(sampler):
     sample = getattr(allora_kernels.integrations.opacus, sampler)
     for enabled in (True, False):
         model, found = layer(), []
+        model.max_batch_len = B  # As Opacus sets it in front of its samplers.
         with contextlib.nullcontext() if enabled else allora_kernels.disable_adapters(nn.ModuleList([model])):
             y = model(x)
         # As Opacus does, in a hook of the backward pass, which runs after the switch was taken back.

@@ -538,17 +538,26 @@ def test_norms_only_keeps_nothing_of_size_b(monkeypatch):
         per_sample.clip_(model, 1.0)
 
 
-@pytest.mark.parametrize("what", ["input", "step"])
-def test_clipping_refuses_to_sum_from_what_was_written_to_since(what, backend):
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_s_step_does_not_change_what_was_recorded(fused, backend):
+    """A fused one writes to the factors without a trace."""
     model, x = Net(), torch.randn(5, 3, 11)
-    optimizer = torch.optim.SGD(adapters(model).values(), lr=1e-3)
+    optimizer = torch.optim.AdamW(adapters(model).values(), lr=0.1, fused=fused)
     with per_sample.record(model, norms_only=True):
         model(x).square().sum().backward()
     before = [p.grad.clone() for p in adapters(model).values()]
-    if what == "input":
-        x.copy_(torch.randn(5, 3, 11))
-    else:
-        optimizer.step()
+    optimizer.step()
+    per_sample.clip_(model, 1e9)
+    for p, expected in zip(adapters(model).values(), before):
+        torch.testing.assert_close(p.grad, expected)
+
+
+def test_clipping_refuses_to_sum_from_what_was_written_to_since(backend):
+    model, x = Net(), torch.randn(5, 3, 11)
+    with per_sample.record(model, norms_only=True):
+        model(x).square().sum().backward()
+    before = [p.grad.clone() for p in adapters(model).values()]
+    x.copy_(torch.randn(5, 3, 11))
     with pytest.raises(RuntimeError, match="written to since the backward pass: call clip_ before"):
         per_sample.clip_(model, 1.0)
     assert all(torch.equal(p.grad, grad) for p, grad in zip(adapters(model).values(), before))
@@ -780,3 +789,67 @@ def test_an_error_inside_leaves_no_record():
         model(torch.randn(4, 11)).sum().backward()
         raise KeyError
     assert not hasattr(model.first.lora_A, "grad_sample") and "_recording" not in vars(model.first)
+
+
+# --- what adds nothing to an adapter's gradient, and records that follow one another ---
+
+
+@pytest.mark.parametrize("norms_only", [False, True])
+def test_a_gradient_of_the_input_is_not_recorded(norms_only, backend):
+    model, x = Net(), torch.randn(5, 3, 11, requires_grad=True)
+    with per_sample.record(model, norms_only=norms_only):
+        loss = model(x).square().sum()
+        for retain_graph in (True, True):
+            torch.autograd.grad(loss, x, retain_graph=retain_graph)
+        loss.backward(inputs=[x], retain_graph=True)
+        loss.backward()
+    found = per_sample.norms(model)
+    model.zero_grad()
+    with per_sample.record(model, norms_only=norms_only):
+        model(x.detach()).square().sum().backward()
+    torch.testing.assert_close(found, per_sample.norms(model))
+
+
+def test_adapters_asked_for_by_autograd_grad_are_recorded():
+    model, x = Net(), torch.randn(5, 3, 11)
+    with per_sample.record(model):
+        sums = torch.autograd.grad(model(x).square().sum(), list(adapters(model).values()))
+    for p, total in zip(adapters(model).values(), sums):
+        torch.testing.assert_close(p.grad_sample.sum(0), total)
+
+
+def test_records_that_followed_one_another_are_not_mixed():
+    model, x = Net(), torch.randn(5, 3, 11)
+    with per_sample.record(model):
+        model(x).square().sum().backward()
+    model.zero_grad()
+    with per_sample.record(model.second):
+        model(x).square().sum().backward()
+    model.zero_grad()
+    for call in (per_sample.norms, lambda m: per_sample.clip_(m, 1.0)):
+        with pytest.raises(
+            RuntimeError, match="'first' has gradients from a record that ended before that of layer 'second'"
+        ):
+            call(model)
+    assert per_sample.norms(model.second).shape == (5,) and all(p.grad is None for p in adapters(model).values())
+    with per_sample.record(model.first), per_sample.record(model.second):
+        model(x).square().sum().backward()
+    together = per_sample.norms(model)
+    model.zero_grad()
+    with per_sample.record(model):
+        model(x).square().sum().backward()
+    torch.testing.assert_close(together, per_sample.norms(model))
+
+
+def test_two_losses_of_one_forward_pass_under_re_entrant_checkpointing():
+    model, x = Net(), torch.randn(5, 3, 11, requires_grad=True)
+    with per_sample.record(model):
+        y = checkpoint(model, x, use_reentrant=True)
+        y.square().sum().backward(retain_graph=True)
+        y.sum().backward()
+    found = per_sample.norms(model)
+    model.zero_grad()
+    with per_sample.record(model):
+        y = model(x)
+        (y.square().sum() + y.sum()).backward()
+    torch.testing.assert_close(found, per_sample.norms(model))

@@ -5,13 +5,14 @@ Importing this module registers the layers' grad sampler and norm sampler with O
 """
 
 import torch
-from opacus.grad_sample import register_grad_sampler, register_norm_sampler
+from opacus.grad_sample import GradSampleModule, register_grad_sampler, register_norm_sampler
 from opacus.validators.errors import IllegalModuleConfigurationError, UnsupportedModuleError
 from opacus.validators.module_validator import ModuleValidator
 from torch import Tensor, nn
 
 from ..layer import backend as _backend
 from ..layer.adapter import ALLoRALayer
+from ..layer.batches import batch_norms, uses_the_batch
 from ..layer.linear import FusedALLoRALinear
 from ..layer.routing import among_experts
 from ..layer.switching import state_of_call
@@ -26,6 +27,14 @@ def _inputs(layer: ALLoRALayer, activations: list[Tensor], backprops: Tensor) ->
     x = activations[0]
     if x.dim() < 2:
         raise ValueError(f"Opacus needs inputs [b, ..., K], got {list(x.shape)}")
+    if x.shape[0] != layer.max_batch_len:
+        # Of all calls of the layer; Opacus would take what is missing for samples without a gradient.
+        raise ValueError(
+            f"which sample each row is of cannot be told: a layer is called on {layer.max_batch_len} samples and on an input "
+            f"that leads with {x.shape[0]} ({list(x.shape)}), as positions do that all samples share: adapt other layers"
+        )
+    if state_of_call(layer, layer._state).rows is not None:
+        raise RuntimeError("Opacus sees no adapter_rows: run each adapter's samples on their own")
     samples = Samples.equal(x.shape[0], x.shape[1:-1].numel())
     # The output has x's dtype, but for autocast: there it has autocast's, and the layer's products are in that.
     dtype = backprops.dtype
@@ -74,7 +83,17 @@ def norm_sample(layer: ALLoRALayer, activations: list[Tensor], backprops: Tensor
 def reasons_against(model: nn.Module) -> list[str]:
     """Why adapters of `model` would silently get no per-sample gradient, or a wrong one, from Opacus; empty if they get it."""
     reasons, owners = [], {}
+    adapted = [name for name, module in model.named_modules() if isinstance(module, ALLoRALayer)]
+    if adapted:
+        reasons += [
+            f"{name!r} ({type(norm).__name__}) normalizes each sample by the whole batch, so that no sample has a gradient of "
+            "its own: call its eval(), or put a GroupNorm in its place"
+            for name, norm in batch_norms(model).items()
+            if uses_the_batch(norm)
+        ]
     for name, module in model.named_modules():
+        if by_functorch := _trained_by_functorch(name, module, adapted):
+            reasons.append(by_functorch)
         if isinstance(module, ALLoRALayer):
             if len(module.adapter_names) > 1:
                 reasons.append(
@@ -111,6 +130,25 @@ def reasons_against(model: nn.Module) -> list[str]:
                 "out no gradient; call gradient_checkpointing_disable()"
             )
     return reasons
+
+
+def _trained_by_functorch(name: str, module: nn.Module, adapted: list[str]) -> str | None:
+    """Why Opacus would run `module`, an adapted layer or what holds some, by functorch, which cannot run them."""
+    own = [parameter for parameter, p in module.named_parameters(recurse=False) if p.requires_grad]
+    if type(module) in GradSampleModule.GRAD_SAMPLERS:
+        return None
+    if isinstance(module, ALLoRALayer):
+        # Experts have a reason of their own.
+        trained = module.lora_A.requires_grad or module.lora_B.requires_grad
+        known = module.grouped or not trained
+        return None if known else f"Opacus has no grad sampler for {type(module).__name__}, the class of layer {name!r}"
+    below = [layer for layer in adapted if not name or layer.startswith(f"{name}.")]
+    if not (own and below):
+        return None
+    return (
+        f"{repr(name) if name else 'the model'} trains {own[0]!r} itself, so that Opacus would run all of it by functorch, "
+        f"layer {below[0]!r} too: freeze {own[0]!r}, or hold it in a module of its own"
+    )
 
 
 def _calls_its_adapters(module: nn.Module) -> bool:

@@ -3,10 +3,11 @@
 import functools
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree
 
 _OF_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels")
@@ -52,7 +53,11 @@ class Batch(NamedTuple):
 
 
 def batch_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Batch:
-    """The batch of this call of `module`, which may be in DistributedDataParallel."""
+    """The batch of this call of `module`, which may be in DistributedDataParallel.
+
+    Raises:
+        ValueError: an input is a PackedSequence.
+    """
     if isinstance(module, nn.parallel.DistributedDataParallel):
         module = module.module
     named = dict(zip(_parameters(type(module).forward), args)) | dict(kwargs)
@@ -65,7 +70,19 @@ def batch_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Batch
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [t for t in _pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.dim()]
+    found = []
+    for leaf in _pytree.tree_leaves(tree, is_leaf=lambda t: isinstance(t, PackedSequence)):
+        if isinstance(leaf, PackedSequence):
+            raise ValueError(
+                "which sample each row is of cannot be told: an input is a PackedSequence, whose rows of one time step follow "
+                "those of another: pad the samples, or lay their rows one after another and record with cu_seqlens"
+            )
+        if isinstance(leaf, Mapping):
+            # BatchEncoding and its like are none of torch's trees.
+            found += _tensors(dict(leaf))
+        elif isinstance(leaf, Tensor) and leaf.dim():
+            found.append(leaf)
+    return found
 
 
 def _shapes(tensors: Iterable[Tensor]) -> frozenset[tuple[int, int | None]]:
@@ -85,11 +102,19 @@ def _images(module: nn.Module, ids: Tensor | None, others: Mapping[str, Any]) ->
     return _Images(ids, token) if there and ids is not None and ids.dim() == 2 and isinstance(token, int) else None
 
 
-_TURNS = re.compile(r"(?:transpose|swapaxes)\((?:0, 1|1, 0)\)|permute\(1, 0\b")
+_TENSOR_FIRST = r"\(\s*(?:[^(),\d\s-][^(),]*(?:\([^()]*\))?,\s*)?"
+_TURNS = re.compile(
+    rf"(?:transpose|swapaxes|swapdims|movedim|moveaxis){_TENSOR_FIRST}(?:0\s*,\s*1|1\s*,\s*0|-3\s*,\s*-2|-2\s*,\s*-3)\s*\)"
+    rf"|permute{_TENSOR_FIRST}[(\[]?\s*1\s*,\s*0\b"
+    # Of einsum, whose names are letters, and of einops.
+    r"""|["'](?:[^"']*,)?\s*(?:([a-zA-Z])\s*([a-zA-Z])[^"',]*(?:,[^"']*)?->\s*\2\s*\1|(\w+)\s+(\w+)\b[^"']*->\s*\4\s+\3\b)"""
+)
+"""The first two dimensions of a tensor exchanged, as far as a line of source shows it."""
 
 
 def may_turn(model: nn.Module) -> str | None:
-    """A class of `model` whose source exchanges the first two dimensions of a tensor; None where none is known."""
+    """A class of `model` whose source exchanges the first two dimensions of a tensor, or cannot be read; None where there is
+    none."""
     for cls in {type(module) for module in model.modules()}:
         for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
             if not base.__module__.startswith("torch.") and _turns(base):
@@ -99,13 +124,29 @@ def may_turn(model: nn.Module) -> str | None:
 
 @functools.cache
 def _turns(cls: type) -> bool:
+    own = [member for member in vars(cls).values() if inspect.isfunction(member)]
     try:
-        return _TURNS.search(inspect.getsource(cls)) is not None
+        # Of a class that was made without a source nothing can be read, but there may be nothing to read.
+        return any(_TURNS.search(inspect.getsource(part)) for part in ([cls, *_helpers(own)] if own else ()))
     except (OSError, TypeError):
-        return False
+        return True
+
+
+def _helpers(functions: Iterable[Any]) -> Iterator[Any]:
+    """The functions of the same modules that these call by name."""
+    for function in functions:
+        for name in function.__code__.co_names:
+            found = function.__globals__.get(name)
+            if inspect.isfunction(found) and found.__module__ == function.__module__:
+                yield found
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of `model`, by name, that normalize each sample by the whole batch while they train."""
+    """The modules of `model`, by name, that may normalize each sample by the whole batch: see `uses_the_batch`."""
     kinds = nn.modules.batchnorm._BatchNorm
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def uses_the_batch(norm: nn.Module) -> bool:
+    """Whether this one of the `batch_norms` does so now: while it trains, or always where it keeps no statistics."""
+    return norm.training or norm.running_mean is None

@@ -82,7 +82,11 @@ def check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor
     if torch.is_grad_enabled():
         for name, t in (("weight", weight), ("bias", bias)):
             if t is not None and t.requires_grad:
-                raise ValueError(f"{name} is frozen in ALLoRA and gets no gradient: call {name}.requires_grad_(False)")
+                transformed = torch._C._are_functorch_transforms_active()
+                due = (
+                    "differentiate by lora_A and lora_B alone" if transformed else f"call {name}.requires_grad_(False)"
+                )
+                raise ValueError(f"{name} is frozen in ALLoRA and gets no gradient: {due}")
 
 
 class _ALLoRALinear(torch.autograd.Function):

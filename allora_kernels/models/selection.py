@@ -24,7 +24,7 @@ _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """`model` without torch.compile's and data parallelism's wrappers, whose prefixes do not belong in names."""
+    """`model` without torch.compile's, data parallelism's and Opacus's wrappers, whose prefixes do not belong in names."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     while True:
@@ -32,6 +32,8 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod
+        elif type(model).__name__.startswith("GradSampleModule") and isinstance(model._module, nn.Module):
+            model = model._module
         else:
             return model
 

@@ -10,7 +10,7 @@ from ..layer.adapter import ALLoRALayer
 from ..layer.sharding import is_sharded
 from ..layer.zero import gives_gradients_away
 from .fsdp import averaged
-from .kept import Call, Kept, records
+from .kept import Block, Call, Kept, records
 from .recorded import adapted_layers
 from .steps import sample_steps
 
@@ -51,9 +51,10 @@ def recorded_adapters(layer: ALLoRALayer) -> list[tuple[nn.Module, Kept]]:
 
 def squared_norms(model: nn.Module) -> Tensor:
     """The squares of `norms`."""
-    squares, found = [], {}
+    squares, found, blocks = [], {}, []
     for layer, name in adapted_layers(model).items():
         recorded = recorded_adapters(layer)
+        blocks += [(kept.block, name) for _, kept in recorded if kept.block is not None]
         named = any(kept.named for _, kept in recorded)
         for adapter, kept in recorded:
             if kept.calls:
@@ -72,6 +73,7 @@ def squared_norms(model: nn.Module) -> Tensor:
         raise RuntimeError(
             "no per-sample gradient was recorded: run forward and backward inside per_sample.record(model)"
         )
+    _check_one_batch(blocks)
     if len(found) > 1:
         (b, first), (other, second) = list(found.items())[:2]
         raise RuntimeError(
@@ -82,12 +84,25 @@ def squared_norms(model: nn.Module) -> Tensor:
     return torch.stack([part.to(device) for part in squares]).sum(0)
 
 
+def _check_one_batch(blocks: list[tuple[Block, str]]) -> None:
+    """RuntimeError where a block had ended before another began."""
+    if not blocks:
+        return
+    (latest, after), (earliest, before) = max(blocks, key=lambda b: b[0].began), min(blocks, key=lambda b: b[0].ended)
+    if earliest.ended < latest.began:
+        raise RuntimeError(
+            f"layer {before!r} has gradients from a record that ended before that of layer {after!r} began: they may be of "
+            "other samples. Call per_sample.clear(model) between, or norms and clip_ of the part that was recorded"
+        )
+
+
 def norms(model: nn.Module) -> Tensor:
     """The norm of each recorded sample's gradient, over all adapters together: ``[b]`` in fp32 or better. In a batch of
     `adapter_rows` b counts all samples; those without an adapter have 0.
 
     Raises:
-        RuntimeError: nothing was recorded, layers have different numbers of samples, or a recorded adapter was removed since.
+        RuntimeError: nothing was recorded, layers have different numbers of samples or gradients from records that followed
+            one another, or a recorded adapter was removed since.
     """
     return squared_norms(model).sqrt()
 
@@ -119,16 +134,16 @@ def clip_(model: nn.Module, max_norm: float) -> Tensor:
     loose = [name for name, p in model.named_parameters() if p.grad is not None and p not in known]
     if loose:
         raise ValueError(
-            f"{loose[0]!r} has a gradient that was not recorded and would stay unclipped: freeze it, and call zero_grad before "
-            "the record"
+            f"{loose[0]!r} has a gradient that was not recorded and would stay unclipped: freeze it, and call "
+            "zero_grad(set_to_none=True) before the record"
         )
     to_sum = [call.weighing for _, kept in recorded for call in kept.calls]
     if None in to_sum:
         raise RuntimeError("this norms-only record was clipped already, which used it up")
     if any(weighing.is_stale for weighing in to_sum):
         raise RuntimeError(
-            "a norms-only record sums again from the layers' inputs and adapters, and one of them was written to since the "
-            "backward pass: call clip_ before the optimizer's step and before an input is reused, or record without norms_only"
+            "a norms-only record sums again from the layers' inputs, and one of them was written to since the backward pass: "
+            "call clip_ before an input is reused, or record without norms_only"
         )
     sample_norms = norms(model)
     weights = max_norm / sample_norms.clamp_min(max_norm)

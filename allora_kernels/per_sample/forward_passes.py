@@ -58,6 +58,7 @@ class ForwardPasses:
         self._run_again: Forward | None = None
         self._open_tasks: list[int] = []
         self._met: list[Forward] = []
+        self._first: Forward | None = None
 
     def enter_model(self, batch: Batch) -> None:
         """The recorded model is called, on `batch`, or is called again by a backward pass."""
@@ -85,7 +86,11 @@ class ForwardPasses:
                 self._without_gradients.remove(forward)
                 self._pending.append(forward)
                 return forward
-        return Forward(_UNKNOWN, True)
+        return self._only() or Forward(_UNKNOWN, True)
+
+    def _only(self) -> Forward | None:
+        """The forward pass, if there has been one: a second backward pass through it is no other's."""
+        return self._first if self._count == 1 else None
 
     def end(self) -> None:
         """What runs next is another forward pass."""
@@ -103,7 +108,7 @@ class ForwardPasses:
             return self._run_again
         self._note_task()
         found = self._pending or self._met[-1:]
-        return found[0] if len(found) == 1 else Forward(_UNKNOWN, True)
+        return found[0] if len(found) == 1 else self._only() or Forward(_UNKNOWN, True)
 
     def meet(self, forward: Forward) -> list[Forward]:
         """A backward pass has reached a call of `forward`: the forward passes that it has reached so far, in order.
@@ -125,6 +130,7 @@ class ForwardPasses:
     def _start(self, forward: Forward, differentiated: bool) -> None:
         self._open_tasks.clear()
         self._current = forward
+        self._first = self._first or forward
         self._count += 1
         (self._pending if differentiated else self._without_gradients).append(forward)
 

@@ -1,9 +1,10 @@
 """What a recording keeps of an adapter: a `Call` of each forward pass, and afterwards all its samples in order, `Kept`."""
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -14,6 +15,20 @@ from ..layer.host_values import on_device
 from .forward_passes import Forward
 from .grouped import GroupSamples
 from .samples import Samples
+
+_moments = itertools.count()
+
+
+@dataclass
+class Block:
+    """When a recording began and ended, among the beginnings and ends of all: those that were open together may be of the same
+    samples."""
+
+    began: int = field(default_factory=lambda: next(_moments))
+    ended: int | None = None
+
+    def end(self) -> None:
+        self.ended = next(_moments)
 
 
 class Weighing:
@@ -100,6 +115,8 @@ class Kept:
     """Whether samples named their adapters: then the others went through another one."""
     adapter: weakref.ref | None = None
     """The parameter lora_A: another adapter may have its name by now."""
+    block: Block | None = None
+    """Of the recording; None of gradients that were read from a file or set by other hands."""
 
     def spread(self, of_samples: Tensor) -> Tensor:
         """`of_samples` [this adapter's] among zeros for the others: [count]."""

@@ -11,7 +11,7 @@ from ..layer.adapter import ALLoRALayer
 from ..layer.batches import batch_norms
 from ..layer.block_hook import BlockHook
 from .fsdp import check_reduced, gradients, reshard
-from .kept import Kept, records
+from .kept import Block, Kept, records
 from .recording import Recording
 
 
@@ -55,7 +55,8 @@ def record(
 
     A sample is an entry of the leading dimension of a layer's input (of a 2-D input: a row), or with `cu_seqlens` the range
     ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]`` of its flattened rows. Afterwards each adapter parameter that got a gradient has
-    ``grad_sample [b, *shape]`` in fp32 or better, C included: its sum over b is what the passes inside added to ``grad``.
+    ``grad_sample [b, *shape]`` in fp32 or better, C included: its sum over b is what the passes inside added to ``grad``. (A
+    pass that adds nothing to it, as ``autograd.grad(loss, x)``, is not recorded.)
     Several forward passes inside, each with a backward pass, are micro-batches: their samples follow each other in order. Calls
     of a layer within one forward pass of `model` are of the same samples and add up. In a batch of `adapter_rows` b counts the
     samples that went through the adapter, in their order.
@@ -78,10 +79,10 @@ def record(
         TypeError: `cu_seqlens` is no int32 tensor; `batch_dim` or `samples` no int.
         ValueError: the model has no adapter or one shared by two layers; `cu_seqlens` does not start at 0 or decreases;
             `batch_dim` or `samples` is negative. From the forward pass: `cu_seqlens` does not end at M, the number of samples
-            is unknown, or a BatchNorm trains. From the backward pass: it reaches several forward passes and `samples` is not
-            given. From leaving: they had not `samples` samples.
-        RuntimeError: the model is being recorded already, or (from the forward pass) is compiled; or (from leaving) FSDP2 keeps
-            its gradients back for a later pass.
+            is unknown, or a BatchNorm normalizes by the batch. From the backward pass: it reaches several forward passes and
+            `samples` is not given. From leaving: they had not `samples` samples.
+        RuntimeError: the model is being recorded already, or Opacus's hooks are on it; or (from the forward pass) it is
+            compiled; or (from leaving) FSDP2 keeps its gradients back for a later pass.
     """
     for name, value in (("batch_dim", batch_dim), ("samples", samples)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
@@ -94,6 +95,7 @@ def record(
     busy = [name for layer, name in layers.items() if layer._recording is not None]
     if busy:
         raise RuntimeError(f"layer {busy[0]!r} is being recorded already: a record cannot be inside another")
+    _check_unhooked(layers)
     recording = Recording(layers, cu_seqlens, norms_only, batch_dim, samples, batch_norms(model))
     clear(model)
     before = gradients(layer.adapter(name) for layer in layers for name in layer.adapter_names)
@@ -101,11 +103,15 @@ def record(
         model.register_forward_pre_hook(BlockHook(recording.enter_model), with_kwargs=True),
         model.register_forward_hook(BlockHook(recording.leave_model), always_call=True),
     ]
+    for part in _parts_above(model, layers):
+        hooks.append(part.register_forward_pre_hook(BlockHook(recording.enter_part), with_kwargs=True))
+        hooks.append(part.register_forward_hook(BlockHook(recording.leave_part), always_call=True))
     for layer in layers:
         layer._recording = recording
     try:
         yield recording
     finally:
+        recording.block.end()
         for hook in hooks:
             hook.remove()
         for layer in layers:
@@ -114,17 +120,32 @@ def record(
     found = recording.kept()
     check_reduced(before, (layer.adapter(name) for layer, kept in found.items() for name in kept))
     for layer, kept in found.items():
-        _finish(layer, kept, norms_only)
+        _finish(layer, kept, norms_only, recording.block)
     recording.forget()
 
 
-def _finish(layer: ALLoRALayer, kept: dict[str, Kept], norms_only: bool) -> None:
+def _parts_above(model: nn.Module, layers: dict[nn.Module, str]) -> list[nn.Module]:
+    """The modules of `model` that hold some of the layers, without `model` itself."""
+    names = {name[:end] for name in layers.values() for end in range(len(name)) if name[end] == "."}
+    return [module for name, module in model.named_modules() if name in names and module not in layers]
+
+
+def _check_unhooked(layers: dict[nn.Module, str]) -> None:
+    for layer, name in layers.items():
+        if any(hasattr(p, "_forward_counter") for p in (layer.lora_A, layer.lora_B)):
+            raise RuntimeError(
+                f"layer {name!r} is in a model that Opacus has made private, and has per-sample gradients from its hooks: use "
+                "those, or record the model before make_private"
+            )
+
+
+def _finish(layer: ALLoRALayer, kept: dict[str, Kept], norms_only: bool, block: Block) -> None:
     if not kept:
         return
     records[layer] = kept
     for name, of_adapter in kept.items():
         adapter = layer.adapter(name)
-        of_adapter.adapter = weakref.ref(adapter.lora_A)
+        of_adapter.adapter, of_adapter.block = weakref.ref(adapter.lora_A), block
         if norms_only:
             continue
         calls = of_adapter.calls

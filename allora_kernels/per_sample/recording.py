@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..layer.batches import batch_of, may_turn
+from ..layer import backend as _backend
+from ..layer.batches import Batch, batch_of, may_turn, uses_the_batch
 from ..layer.routing import among_experts
-from ..layer.sharding import is_sharded
-from .forward_passes import Forward, ForwardPasses
+from .forward_passes import Forward, ForwardPasses, in_backward
 from .grouped import GroupSamples
-from .kept import Call, Kept, Run, Weighing, in_order
+from .kept import Block, Call, Kept, Run, Weighing, in_order
 from .samples import Rows, Samples
 from .steps import sample_steps
 
@@ -56,9 +56,11 @@ class Recording:
         self._passes = ForwardPasses()
         # By forward pass: those that its latest backward pass reached, itself among them.
         self._groups: dict[Forward, list[Forward]] = {}
-        # FSDP2 frees the factors that it gathered for a pass.
-        self._copies = any(is_sharded(layer.lora_B) for layer in names)
         self._turns = lambda: None
+        self._in_model = False
+        # The outermost module that runs now, where the recorded model does not, and what its inputs say.
+        self._part: tuple[nn.Module, Batch] | None = None
+        self.block = Block()
         self._ragged = None
         if cu_seqlens is not None:
             self.set_cu_seqlens(cu_seqlens)
@@ -79,19 +81,36 @@ class Recording:
     def enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Hook before the recorded model's forward pass; refuses a compiled one as `sink` does."""
         _refuse_compiled()
-        for name, norm in self.batch_norms.items() if torch.is_grad_enabled() else ():
-            if norm.training:
-                raise ValueError(
-                    f"{name} ({type(norm).__name__}) normalizes each sample by the whole batch while it trains, so that no "
-                    "sample has a gradient of its own: call its eval(), or put a GroupNorm in its place"
-                )
+        self._check_batch_norms()
         self._turns = functools.partial(may_turn, module)
         self._passes.enter_model(batch_of(module, args, kwargs))
+        self._in_model = True
 
     def leave_model(self, *_) -> None:
         """Hook after it."""
         _refuse_compiled()
         self._passes.leave_model()
+        self._in_model = False
+
+    def enter_part(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Hook before the forward pass of a module of the recorded model that has adapted layers: called by itself, its inputs
+        are what there is to know of the batch."""
+        if not (self._in_model or self._part or torch.compiler.is_compiling() or in_backward()):
+            self._turns = functools.partial(may_turn, module)
+            self._part = module, batch_of(module, args, kwargs)
+
+    def leave_part(self, module: nn.Module, *_) -> None:
+        """Hook after it."""
+        if self._part is not None and self._part[0] is module:
+            self._part, self._turns = None, lambda: None
+
+    def _check_batch_norms(self) -> None:
+        for name, norm in self.batch_norms.items() if torch.is_grad_enabled() else ():
+            if uses_the_batch(norm):
+                raise ValueError(
+                    f"{name} ({type(norm).__name__}) normalizes each sample by the whole batch, so that no sample has a "
+                    "gradient of its own: call its eval(), or put a GroupNorm in its place where it keeps no statistics"
+                )
 
     def _forward(self) -> Forward:
         """The forward pass that the call now made is part of. It keeps the ranges that held when its first layer ran."""
@@ -99,6 +118,9 @@ class Recording:
         forward = self._passes.of_call()
         if not forward.began:
             forward.began, forward.ragged = True, self._ragged
+            self._check_batch_norms()
+        if not forward.whole:
+            forward.batch = Batch() if self._part is None else self._part[1]
         return forward
 
     def sink(self, layer: nn.Module, adapter: str, x: Tensor) -> Part:
@@ -254,11 +276,12 @@ class Recording:
                 f"cu_seqlens cuts the rows as they lie, but those of layer {name!r} do not lie as in the model's inputs: its "
                 f"own is {list(x.shape)}, and these lead with {sorted(forward.batch.sizes)}"
             )
-        if lead[0] == lead[1] and lead[0] > 1 and (turning := self._turns()):
+        either = lead[0] == lead[1] > 1 or (lead[0] != lead[1] and {*lead[:2]} <= forward.batch.sizes)
+        if either and (turning := self._turns()):
             raise ValueError(
-                f"the input of layer {name!r} is {list(x.shape)}, and {turning} may exchange samples and tokens, of which "
-                "there are as many: say which of its dimensions runs over samples by record(model, batch_dim=0) or 1, or "
-                "record another number of samples"
+                f"the input of layer {name!r} is {list(x.shape)}, and {turning} may exchange samples and tokens (or its source "
+                "cannot be read), so that either of its first two dimensions may be the samples: say which by "
+                "record(model, batch_dim=0) or 1"
             )
 
     def _agree(self, name: str, found: str, count: int, forward: Forward) -> None:
@@ -290,7 +313,10 @@ class Recording:
             )
 
     def adapter_grads(self, part: Part, backend, g, x, s, lora_B, c, eta, norm, need_ds, *dtypes):
-        """`reference.adapter_grads`, and the samples' gradients or norms kept."""
+        """`reference.adapter_grads`, and the samples' gradients or norms kept, where they are added to a parameter's `grad`."""
+        if not _is_accumulated():
+            steps = _backend.steps(backend) if isinstance(backend, str) else backend
+            return steps.adapter_grads(g, x, s, lora_B, c, eta, norm, need_ds, *dtypes)
         self._meet(part)
         steps, samples, rows = sample_steps(backend), part.samples, part.rows
         g, x, s = (None if t is None else rows.by_sample(t) for t in (g, x, s))
@@ -299,8 +325,8 @@ class Recording:
         if self.norms_only:
             ds, da, db, call.squares = steps.sample_squared_norms(*common, need_ds, *dtypes, samples)
             call.totals = da, db
-            kept_b = lora_B.clone() if self._copies else lora_B
-            kept = (g, x, s, kept_b, c)
+            # A fused optimizer writes to it without a trace, and FSDP2 frees what it gathered for a pass.
+            kept = (g, x, s, lora_B.clone(), c)
             call.weighing = Weighing(lambda w: steps.weighted_grads(*kept, eta, norm, w, *dtypes, samples), kept)
         else:
             ds, call.a, call.b = steps.sample_grads(*common, need_ds, *(t is not None for t in dtypes), samples)
@@ -376,6 +402,18 @@ def _check_rows(forward: Forward, name: str, shape: list[int]) -> None:
             f"cu_seqlens must end at the number of rows, but it ends at {forward.ragged.rows} and the input of layer {name!r} "
             f"has {rows} ({shape})"
         )
+
+
+def _is_accumulated() -> bool:
+    """Whether the running backward pass reaches the adapter of the running node, and not only what lies behind it, as
+    ``autograd.grad(loss, x)`` and ``backward(inputs=...)`` may."""
+    nodes = (node for node, _ in torch._C._current_autograd_node().next_functions if node is not None)
+    leaves = [node for node in nodes if "AccumulateGrad" in node.name()]
+    try:
+        return not leaves or any(map(torch._C._will_engine_execute_node, leaves))
+    except RuntimeError:
+        # A leaf is asked for by autograd.grad itself.
+        return True
 
 
 def _refuse_compiled() -> None:
