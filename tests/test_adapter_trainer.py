@@ -205,7 +205,7 @@ def test_what_it_cannot_do_is_refused_at_once(base, tmp_path, monkeypatch):
     assert len(adapter_layers(model)) > 0
     peft = pytest.importorskip("peft")
     over = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["base_layer", "query"]))
-    with pytest.raises(ValueError, match="PEFT's LoraModel is around the adapted model.*leave peft_config out"):
+    with pytest.raises(ValueError, match=r"PEFT's LoraModel is around the adapted model.*leave peft_config out"):
         AdapterTrainer(model=over, args=arguments(tmp_path))
 
 
