@@ -7,6 +7,7 @@ import pytest
 import torch
 from quantized import KINDS, K, N, R, check, plain_results, quantized, results, torchao, wrapped
 from torch import nn
+from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from allora_kernels import FusedALLoRALinear, WrappedALLoRALinear, apply_allora, disable_adapters, per_sample, reference
@@ -152,6 +153,21 @@ def test_torch_compile_without_a_graph_break(kind):
     x.requires_grad_()
     y = compiled(x)
     torch.testing.assert_close((y, *torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), g)), plain)
+
+
+@pytest.mark.parametrize("kind", ["4bit nf4", "8bit", "int8", "int8 in groups", "float8", "int4"])
+def test_torch_func(kind):
+    layer, x = wrapped(kind), torch.randn(4, 7, K)
+    factors = {"lora_A": layer.lora_A.detach(), "lora_B": layer.lora_B.detach()}
+    gradients = grad(lambda factors, x: functional_call(layer, factors, (x,)).sum(), argnums=(0, 1))
+    if "bit" in kind:
+        with pytest.raises(RuntimeError, match="must override the setup_context staticmethod"):
+            gradients(factors, x)
+        return
+    _, dx, da, db = plain_results(layer, x, torch.ones(4, 7, N))
+    torch.testing.assert_close(gradients(factors, x), ({"lora_A": da, "lora_B": db}, dx))
+    by_sample, _ = vmap(gradients, in_dims=(None, 0))(factors, x)
+    torch.testing.assert_close({name: t.sum(0) for name, t in by_sample.items()}, {"lora_A": da, "lora_B": db})
 
 
 @pytest.mark.parametrize("kind", ["4bit nf4", "8bit", "int8"])
