@@ -359,7 +359,7 @@ def test_a_model_whose_embeddings_are_no_module_is_loaded(build, tmp_path):
 def test_other_configs_and_models_are_refused():
     with pytest.raises(TypeError, match=r"config must be a peft.LoraConfig, got AdaLoraConfig"):
         get_allora_model(llama(), peft.AdaLoraConfig(total_step=10))
-    with pytest.raises(TypeError, match="got ALLoRAConfig"):
+    with pytest.raises(TypeError, match=r"is an ALLoRAConfig: pass a plain peft\.LoraConfig, and the rule as eta="):
         get_allora_model(llama(), ALLoRAConfig())
     with pytest.raises(TypeError, match="names the class of its layers itself"):
         ALLoRAConfig()._register_custom_module({nn.Linear: nn.Linear})

@@ -24,6 +24,15 @@ class Explanation:
         return "\n".join(lines)
 
 
+def _choose(device: torch.device, dtype: torch.dtype) -> _backend.Choice:
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={str(device)!r}, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs, of which the plan "
+            "depends: explain on a machine that has one, or leave device out"
+        )
+    return _backend.choose(device, dtype)
+
+
 def explain(
     rows: int,
     out_features: int,
@@ -34,9 +43,9 @@ def explain(
     dtype: torch.dtype,
     adapter_dtype: torch.dtype,
 ) -> Explanation:
-    """The `Explanation` of one call on ``x [rows, in_features]``."""
+    """The `Explanation` of one call on ``x [rows, in_features]``; ValueError where torch sees no such GPU as `device`."""
     compute = torch.promote_types(dtype, adapter_dtype)
-    choice = _backend.choose(device, compute)
+    choice = _choose(device, compute)
     if choice.name == "triton":
         from csrc_triton import plan_steps
 
@@ -74,7 +83,7 @@ def explain_wrapped(
 ) -> Explanation:
     """The `Explanation` of a call on a layer whose y and dX another library's `base` computes; `why` it does."""
     compute = torch.promote_types(dtype, adapter_dtype)
-    choice = _backend.choose(device, compute)
+    choice = _choose(device, compute)
     where = "in place" if in_place else "into a copy, as the layer or a hook may keep what it returned"
     if choice.name == "triton":
         from csrc_triton import plan_added_steps
