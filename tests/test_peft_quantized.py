@@ -280,6 +280,58 @@ def test_a_4bit_layer_keeps_its_backward_pass_and_a_packed_one_is_refused():
         get_allora_model(packed, lora())
 
 
+class Beside(Body):
+    """A quantized layer without an adapter between those with one."""
+
+    def __init__(self):
+        super().__init__("4bit nf4")
+        self.between = quantized("4bit nf4", N, N)
+        self.between.support_avx512bf16_for_cpu = True
+
+    def forward(self, x):
+        h = self.up(x)
+        return x + self.down(h + torch.tanh(self.between(h)))
+
+
+def test_an_accelerated_model_keeps_the_backward_pass_of_all_its_layers():
+    model = randomised(peft.get_peft_model(Beside(), lora())).train()
+    accelerate_lora(model)
+    between = model.base_model.model.between
+    assert not between.support_avx512bf16_for_cpu
+    want = gradients(model)
+    of(model.eval())
+    torch.testing.assert_close(gradients(model.train()), want, rtol=0, atol=0)
+    accelerate_lora(model)
+    restore_lora(model)
+    assert between.support_avx512bf16_for_cpu and set(vars(between)) == set(vars(Beside().between))
+
+
+def test_a_packed_layer_without_an_adapter_is_refused_or_warned_of():
+    body = Beside()
+    body.between.weight.quant_state.packing_format_for_cpu = True
+    before = dict(vars(body.up))
+    message = (
+        "no right gradient goes through .*between to the adapters in front: bitsandbytes Linear4bit that an inference"
+    )
+    with pytest.raises(ValueError, match=message):
+        get_allora_model(body, lora())
+    assert vars(body.up) == before and body.between.support_avx512bf16_for_cpu
+    with pytest.warns(UserWarning, match=message):
+        accelerate_lora(peft.get_peft_model(body, lora()))
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_a_packed_weight_that_was_cast_does_not_train(back):
+    model = adapted("4bit stored as bf16")
+    model.half()
+    if back:
+        model.bfloat16()
+    with pytest.raises(
+        RuntimeError, match=r"by ALLoRA's rule.*packed weight was cast from torch.bfloat16 to torch.float16"
+    ):
+        model(batch(torch.bfloat16)[0])
+
+
 def test_a_refusal_leaves_a_4bit_layer_free_to_pack():
     model = Body("4bit nf4")
     model.up.support_avx512bf16_for_cpu = True

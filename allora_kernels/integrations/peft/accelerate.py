@@ -1,13 +1,19 @@
 """Plain LoRA of an existing PeftModel by the fused kernels, in place, and back."""
 
+import warnings
+
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from ...layer import bases
+from ...models.adapt import gradients_end, without_backward
 from .dispatch import fused_class, peft_class
 from .fused import FusedLoraLayer
 from .report import PeftReport, explain, reason_to_leave
 from .ruled import RuledLoraLayer
+
+_MAY_PACK = "_allora_may_pack"
+"""Attribute of a Linear4bit that `accelerate_lora` keeps from packing its weight."""
 
 
 def accelerate_lora(model: nn.Module) -> PeftReport:
@@ -16,8 +22,8 @@ def accelerate_lora(model: nn.Module) -> PeftReport:
     Only the class of a layer changes: parameters, names, hooks, state_dict and whatever an optimizer holds stay, and so do
     the results of disabling, merging, several adapters and the rest of PEFT. Any alpha and rsLoRA. May be called again.
 
-    Layers on quantized bases of bitsandbytes and torchao are switched, too. A Linear4bit no longer packs its weight for the CPU
-    in eval mode, as the packed one has no backward pass and coarser scales.
+    Layers on quantized bases of bitsandbytes and torchao are switched, too. No Linear4bit of the model packs its weight for the
+    CPU in eval mode any more, as the packed one has no backward pass and coarser scales; a warning says of those that have.
 
     Args:
         model: a PeftModel, or any module with PEFT's LoRA layers inside, prepared by a Trainer or not.
@@ -29,10 +35,14 @@ def accelerate_lora(model: nn.Module) -> PeftReport:
         ValueError: the model has no LoRA layers.
     """
     report = explain(model)
+    if lost := without_backward(model):
+        warnings.warn(gradients_end(lost), stacklevel=2)
     for module in model.modules():
         if isinstance(module, LoraLayer) and not isinstance(module, FusedLoraLayer) and reason_to_leave(module) is None:
-            module._base_packed = bases.keep_backward(module.base_layer)
             module.__class__ = fused_class(type(module))
+        if bases.keep_backward(module):
+            # Also of a layer without an adapter, through which another's gradient goes.
+            setattr(module, _MAY_PACK, True)
     return explain(model) if report.not_fused else report
 
 
@@ -42,5 +52,5 @@ def restore_lora(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FusedLoraLayer) and not isinstance(module, RuledLoraLayer):
             module.__class__ = peft_class(module)
-            if module.__dict__.pop("_base_packed", False):
-                bases.let_pack(module.base_layer)
+        if module.__dict__.pop(_MAY_PACK, False):
+            bases.let_pack(module)

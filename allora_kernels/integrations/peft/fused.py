@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layer import backend as _backend
+from ...layer import bases
 from ...layer.explanation import Explanation
 from .calls import DenseBase, Factors, QuantizedBase, intercepted
 
@@ -28,6 +29,11 @@ class FusedLoraLayer:
         if reason is not None:
             return self._by_peft(reason, x, *args, **kwargs)
         return self._fused(base, factors, x)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        bases.keep_damage(self.base_layer)
+        return self
 
     def explain(self, rows: int = 2048) -> Explanation:
         """What the next call on `rows` rows takes and why; backend ``"peft"`` where it is not fused."""

@@ -14,7 +14,7 @@ from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
 
 from ...layer import bases
-from ...models.adapt import leave_fast_paths
+from ...models.adapt import check_gradients_pass, leave_fast_paths
 from ...models.selection import check_unadapted, module_slots, obstacle, some
 from .config import ALLoRAConfig
 from .dispatch import cannot_be_ruled, take_over
@@ -229,6 +229,7 @@ def _see_to_layers(model: nn.Module) -> None:
                 raise ValueError(
                     f"{name}: {reason}: leave it out, with exclude_modules=[...] or narrower target_modules"
                 )
+    check_gradients_pass(model)
     leave_fast_paths(model, RuledLoraLayer)
     for module in model.modules():
         bases.keep_backward(module)
