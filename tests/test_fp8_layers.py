@@ -142,5 +142,5 @@ def test_peft_has_no_layer_for_it():
     with pytest.raises(ValueError, match="no class for PEFT's layer on transformers FP8Linear; apply_allora"):
         get_allora_model(nn.Sequential(linear()), config)
     model = peft.get_peft_model(nn.Sequential(linear()), config)
-    (why,) = accelerate_lora(model).not_fused.values()
+    (why,) = accelerate_lora(model).pefts.values()
     assert "the base layer is a FP8Linear" in why

@@ -18,6 +18,18 @@ class Explanation:
     own_product: str | None = None
     """Why a layer of another library computes y and dX itself, where it does."""
 
+    @property
+    def fused(self) -> bool:
+        """Whether the kernels run the layer, the frozen product too."""
+        return self.backend == "triton" and self.own_product is None
+
+    def why(self, base: str) -> str:
+        """`reason`, and what of the layer another library's `base` computes, if it does."""
+        if self.own_product is None:
+            return self.reason
+        why = "" if self.own_product == self.reason else f" ({self.own_product})"
+        return f"{base} computes y and dx{why}, the adapter is added by {self.backend}: {self.reason}"
+
     def __str__(self) -> str:
         lines = [f"backend: {self.backend} ({self.reason})"]
         lines += [f"  {step}: {what}" for step, what in self.plan.items()]

@@ -99,16 +99,12 @@ def explain(model: nn.Module, rows: int = 2048, device: torch.device | str | Non
             continue
         if isinstance(module, ALLoRALayer):
             found = module.explain(rows, device)
-            fused, reason = found.backend == "triton", found.reason
+            reason = found.reason if found.own_product is None else found.why(module.base_kind)
             if len(module.adapter_names) > 1:
                 reason = f"{reason}; adapter {module.adapter_name!r} of {len(module.adapter_names)}"
-            plan = tuple(found.plan.items()) if fused else ()
+            plan = tuple(found.plan.items()) if found.backend == "triton" else ()
             shape = (*((module.experts,) if module.grouped else ()), module.out_features, module.in_features)
-            if found.own_product is not None:
-                why = "" if found.own_product == found.reason else f" ({found.own_product})"
-                reason = f"{module.base_kind} computes y and dx{why}, the adapter is added by {found.backend}: {reason}"
-                fused = False
-            layers[names[module]] = LayerExplanation(shape, module.r, fused, reason, plan)
+            layers[names[module]] = LayerExplanation(shape, module.r, found.fused, reason, plan)
         elif looks_linear(module):
             if module in saved:
                 reason = "trained whole (modules_to_save)"

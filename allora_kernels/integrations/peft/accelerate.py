@@ -29,7 +29,7 @@ def accelerate_lora(model: nn.Module) -> PeftReport:
         model: a PeftModel, or any module with PEFT's LoRA layers inside, prepared by a Trainer or not.
 
     Returns:
-        PeftReport: the layers that run fused, and those left alone and why (dropout, DoRA, other quantized bases, ...).
+        PeftReport: what runs each layer now, and which are left alone and why (dropout, DoRA, other quantized bases, ...).
 
     Raises:
         ValueError: the model has no LoRA layers.
@@ -43,7 +43,7 @@ def accelerate_lora(model: nn.Module) -> PeftReport:
         if bases.keep_backward(module):
             # Also of a layer without an adapter, through which another's gradient goes.
             setattr(module, _MAY_PACK, True)
-    return explain(model) if report.not_fused else report
+    return explain(model) if report.pefts else report
 
 
 def restore_lora(model: nn.Module) -> None:

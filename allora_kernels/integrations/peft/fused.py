@@ -36,7 +36,7 @@ class FusedLoraLayer:
         return self
 
     def explain(self, rows: int = 2048) -> Explanation:
-        """What the next call on `rows` rows takes and why; backend ``"peft"`` where it is not fused."""
+        """What the next call on `rows` rows takes and why; backend ``"peft"`` where it is PEFT's own."""
         base, factors, reason = self._next_call()
         if reason is not None:
             return Explanation("peft", reason, True, {})
@@ -45,13 +45,15 @@ class FusedLoraLayer:
     def extra_repr(self) -> str:
         base, factors, reason = self._next_call()
         if reason is not None:
-            return f"not fused: {reason}"
-        eta, norm = self._rule(factors.adapter)
+            return f"PEFT's own forward pass: {reason}"
         lora_A = factors.lora_A
         choice = _backend.choose(lora_A.device, torch.promote_types(base.dtype, lora_A.dtype))
         note = f" ({choice.reason})" if choice.fallback else ""
-        rule = f"scaling={factors.scaling:g}" if norm is None else f"eta={eta}, norm={norm!r}"
-        return f"fused: {rule}{base.note}, backend={choice.name!r}{note}"
+        return f"{self._in_words(factors)}{base.note}, backend={choice.name!r}{note}"
+
+    def _in_words(self, factors: Factors) -> str:
+        eta, norm = self._rule(factors.adapter)
+        return f"scaling={factors.scaling:g}" if norm is None else f"eta={eta}, norm={norm!r}"
 
     def _rule(self, adapter: str) -> tuple[float, str | None]:
         """``(eta, norm)`` of an adapter."""
