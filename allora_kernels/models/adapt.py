@@ -135,25 +135,24 @@ def check_adapter_name(name: str) -> None:
         )
 
 
-def without_backward(model: nn.Module) -> dict[str, str]:
-    """Name of each quantized layer of `model` whose input gets no gradient, or a wrong one: why."""
+def check_gradients_pass(model: nn.Module, refuse: bool = True) -> None:
+    """See to it that no quantized layer, with an adapter or without, gives the adapters in front of it a wrong gradient without
+    a word.
+
+    Args:
+        refuse: whether a layer of bitsandbytes that has lost its backward pass is an error, as the model can be loaded anew; a
+            warning says of kinds of layers that have none.
+    """
     layers = {clean_name(name): module for name, module in model.named_modules() if kind_of(module) is not None}
-    return {name: reason for name, module in layers.items() if (reason := obstacle_of(module))}
-
-
-def gradients_end(layers: Mapping[str, str]) -> str:
-    """What to say of some layers `without_backward`."""
-    return f"no right gradient goes through {some(layers)} to the adapters in front: {next(iter(layers.values()))}"
-
-
-def check_gradients_pass(model: nn.Module) -> None:
-    """See to it that no layer gives the adapters in front of it a wrong gradient without a word. ValueError where one of
-    bitsandbytes has lost it, as the model can be loaded anew; a warning where a kind of layer has none."""
-    lost = without_backward(model)
-    if ours := {name: why for name, why in lost.items() if why.startswith("bitsandbytes ")}:
-        raise ValueError(gradients_end(ours))
-    if lost:
-        warnings.warn(gradients_end(lost), stacklevel=4)
+    lost = {name: reason for name, module in layers.items() if (reason := obstacle_of(module))}
+    refused = {name: reason for name, reason in lost.items() if refuse and reason.startswith("bitsandbytes ")}
+    if not lost:
+        return
+    found = refused or lost
+    where = f"{some(found)} to the adapters in front: {next(iter(found.values()))}"
+    if refused:
+        raise ValueError(f"no right gradient goes through {where}")
+    warnings.warn(f"no right gradient goes through {where}", stacklevel=4)
 
 
 # --- replacing ------------------------------------------------------------------------------------------------------

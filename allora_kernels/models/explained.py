@@ -74,7 +74,8 @@ def explain(model: nn.Module, rows: int = 2048, device: torch.device | str | Non
         device: where the calls would run; None for where each layer is. A model on the meta device costs no memory.
 
     Raises:
-        ValueError: the model has no linear layer or is PEFT's, `rows` is below 1, or inside `adapter_rows`.
+        ValueError: the model has no linear layer or is PEFT's, `rows` is below 1, `device` is a GPU that torch does not see, or
+            inside `adapter_rows`.
         TypeError: `model` is no nn.Module.
     """
     if rows < 1:

@@ -1,12 +1,10 @@
 """Plain LoRA of an existing PeftModel by the fused kernels, in place, and back."""
 
-import warnings
-
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from ...layer import bases
-from ...models.adapt import gradients_end, without_backward
+from ...models.adapt import check_gradients_pass
 from .dispatch import fused_class, peft_class
 from .fused import FusedLoraLayer
 from .report import PeftReport, explain, reason_to_leave
@@ -35,8 +33,7 @@ def accelerate_lora(model: nn.Module) -> PeftReport:
         ValueError: the model has no LoRA layers.
     """
     report = explain(model)
-    if lost := without_backward(model):
-        warnings.warn(gradients_end(lost), stacklevel=2)
+    check_gradients_pass(model, refuse=False)
     for module in model.modules():
         if isinstance(module, LoraLayer) and not isinstance(module, FusedLoraLayer) and reason_to_leave(module) is None:
             module.__class__ = fused_class(type(module))

@@ -81,7 +81,8 @@ def get_allora_model(
     Raises:
         ValueError: a setting that ALLoRA has no meaning for (dropout, a scaling, DoRA, ...), with the line to write; a
             target that cannot be ALLoRA, such as an embedding, a quantized layer without a backward pass or one whose weight
-            another module reads itself; a model that has adapters; what PEFT refuses. The model is untouched then.
+            another module reads itself; a layer of bitsandbytes that has lost its backward pass, target or not; a model that
+            has adapters; what PEFT refuses. The model is untouched then.
         TypeError: `config` is no LoraConfig; r is no int or eta no number.
     """
     declared = ALLoRAConfig.from_lora_config(config, eta, norm)
