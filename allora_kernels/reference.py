@@ -59,7 +59,8 @@ def token_norms(s: Tensor, lora_B: Tensor) -> Tensor:
 
 def entry_norms(s: Tensor, lora_B: Tensor) -> Tensor:
     """``|(S Bᵀ)[m,i]| [M, N]``."""
-    return (_at_least_fp32(s) @ _at_least_fp32(lora_B).mT).abs()
+    dtype = torch.promote_types(torch.promote_types(s.dtype, lora_B.dtype), torch.float32)
+    return (s.to(dtype) @ lora_B.to(dtype).mT).abs()
 
 
 # --- the coefficient ------------------------------------------------------------------------------------------------

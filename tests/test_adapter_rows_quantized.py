@@ -148,6 +148,27 @@ def test_a_hook_that_comes_inside_the_block_is_an_error_and_not_passed_by():
             model(torch.randn(len(NAMES), TOKENS, K))
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_weight_that_was_cast_is_named(inside):
+    model = several("4bit stored as bf16")
+    if not inside:
+        model.half()
+    with pytest.raises(RuntimeError, match=r"packed weight was cast from .*destroys it"), adapter_rows(model, NAMES):
+        model.half()
+        model(torch.randn(len(NAMES), TOKENS, K))
+
+
+def test_a_refused_call_settles_nothing():
+    model, x = several("4bit nf4"), torch.randn(len(NAMES), TOKENS, K)
+    with adapter_rows(model, NAMES):
+        with torch.autocast("cpu", HALF), pytest.raises(ValueError, match=r"autocast in torch.bfloat16"):
+            model(x)
+        assert model[0].base_layer.compute_dtype is None
+        with pytest.raises(ValueError, match="computes garbage"):
+            model(x.double())
+        assert model(x.to(HALF)).dtype == model[0].base_layer.compute_dtype == HALF
+
+
 def test_torch_compile_without_a_graph_break(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from allora_kernels import FusedALLoRALinear, apply_allora, explain, set_enabled
+from allora_kernels import FusedALLoRALinear, WrappedALLoRALinear, apply_allora, explain, set_enabled
 
 
 class Block(nn.Module):
@@ -81,6 +81,13 @@ class BaseTunerLayer(nn.Module):
         (nn.Sequential(BaseTunerLayer()), {}, ValueError, "integrations.peft.explain"),
         (nn.ReLU(), {}, ValueError, "no linear layers"),
         (nn.Linear(2, 2), {"rows": 0}, ValueError, "rows must be at least 1, got 0"),
+        (
+            FusedALLoRALinear(4, 3, r=2),
+            {"device": "cuda:99"},
+            ValueError,
+            r"device='cuda:99', but torch .* sees \d+ GPUs",
+        ),
+        (WrappedALLoRALinear(nn.Linear(4, 3), r=2), {"device": "cuda:99"}, ValueError, "device='cuda:99', but torch"),
         (3, {}, TypeError, "model must be an nn.Module, got int"),
     ],
 )

@@ -122,6 +122,18 @@ def test_a_weight_that_was_dequantized_is_a_layer_with_a_forward_pass_of_its_own
     assert "a forward pass of its own" in report.skipped["dense"]
 
 
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.float])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_weight_that_was_cast_is_refused(cast, enabled):
+    layer = wrapped()
+    layer.enabled = enabled
+    model = cast(nn.Sequential(layer))
+    with pytest.raises(
+        RuntimeError, match=r"FP8Linear whose weight was cast from torch.float8_e4m3fn to torch\..*destroys"
+    ):
+        model(torch.randn(2, K, dtype=model[0].weight.dtype))
+
+
 def test_peft_has_no_layer_for_it():
     peft = pytest.importorskip("peft")
     from allora_kernels.integrations.peft import accelerate_lora, get_allora_model
@@ -130,5 +142,5 @@ def test_peft_has_no_layer_for_it():
     with pytest.raises(ValueError, match="no class for PEFT's layer on transformers FP8Linear; apply_allora"):
         get_allora_model(nn.Sequential(linear()), config)
     model = peft.get_peft_model(nn.Sequential(linear()), config)
-    (why,) = accelerate_lora(model).not_fused.values()
+    (why,) = accelerate_lora(model).pefts.values()
     assert "the base layer is a FP8Linear" in why

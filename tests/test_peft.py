@@ -124,7 +124,7 @@ def test_it_adapts_and_trains_what_peft_does(build, settings, tmp_path):
     assert trained(model) == trained(stock)
     assert model.state_dict().keys() == stock.state_dict().keys()
     assert len(layers_of(model)) == sum(isinstance(m, peft.tuners.lora.Linear) for m in stock.modules())
-    assert not explain(model).not_fused
+    assert not explain(model).pefts
     randomised(model)
     stock.load_state_dict(model.state_dict())
     torch.testing.assert_close(logits(model.eval()), logits(stock.eval()))
@@ -359,7 +359,7 @@ def test_a_model_whose_embeddings_are_no_module_is_loaded(build, tmp_path):
 def test_other_configs_and_models_are_refused():
     with pytest.raises(TypeError, match=r"config must be a peft.LoraConfig, got AdaLoraConfig"):
         get_allora_model(llama(), peft.AdaLoraConfig(total_step=10))
-    with pytest.raises(TypeError, match="got ALLoRAConfig"):
+    with pytest.raises(TypeError, match=r"is an ALLoRAConfig: pass a plain peft\.LoraConfig, and the rule as eta="):
         get_allora_model(llama(), ALLoRAConfig())
     with pytest.raises(TypeError, match="names the class of its layers itself"):
         ALLoRAConfig()._register_custom_module({nn.Linear: nn.Linear})
@@ -420,7 +420,7 @@ def test_a_second_adapter_has_its_own_rule():
 def test_several_active_adapters_do_not_train_as_plain_lora():
     model = two_adapters()
     model.base_model.set_adapter(["default", "second"])
-    assert any("2 active adapters: default, second" in why for why in explain(model).not_fused.values())
+    assert any("2 active adapters: default, second" in why for why in explain(model).pefts.values())
     with pytest.raises(
         RuntimeError, match=r"cannot train default, second by ALLoRA's rule.*2 active adapters.*set_adapter"
     ):
@@ -710,7 +710,7 @@ def test_trainer_resumes_from_its_checkpoint(tmp_path):
 def test_trainer_loads_the_best_at_the_end(tmp_path):
     best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     model = train(tmp_path, adapted(), max_steps=4, **best)
-    assert not explain(model).not_fused and trained(model)
+    assert not explain(model).pefts and trained(model)
     assert {m.allora_norm["default"] for m in layers_of(model).values()} == {"row"}
 
 
@@ -722,7 +722,7 @@ def test_a_prepared_model_may_be_switched():
         accelerator = accelerate.Accelerator(cpu=True)
         model, optimizer = accelerator.prepare(model, optimizer)
         if switched:
-            assert len(accelerate_lora(model).fused) == 4
+            assert len(accelerate_lora(model).ours) == 4
         run = []
         for _ in range(3):
             loss = model(input_ids=IDS, labels=IDS).loss

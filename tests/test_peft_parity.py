@@ -12,6 +12,7 @@ from peft.tuners.lora.layer import Linear
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from tiny_models import VOCAB, gpt2, llama, randomised
 
+import allora_kernels
 from allora_kernels.integrations.peft import (
     ALLoRAConfig,
     FusedLoraLinear,
@@ -177,7 +178,7 @@ def copied(model, tmp_path):
 )  # fmt: skip
 def test_results_are_pefts(kind, act, tmp_path):
     stock, ours = models(kind)
-    assert not [why for why in explain(ours).not_fused.values() if "0 active" not in why]
+    assert not [why for why in explain(ours).pefts.values() if "0 active" not in why]
     torch.testing.assert_close(of(ours), of(stock), rtol=1e-10, atol=1e-12)
     assert not torch.allclose(of(stock), of(llama().double()), atol=1e-2)
     (tmp_path / "stock").mkdir()
@@ -211,7 +212,7 @@ def test_an_accelerated_model_is_the_one_it_was(build, settings):
     values, want = of(model), gradients(model)
     keys, ids = list(model.state_dict()), [id(p) for p in model.parameters()]
     report = accelerate_lora(model)
-    assert len(report.fused) == len(want) // 2 and not report.not_fused
+    assert len(report.ours) == len(want) // 2 and not report.pefts
     assert (list(model.state_dict()), [id(p) for p in model.parameters()]) == (keys, ids)
     torch.testing.assert_close(of(model), values, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(gradients(model), want, rtol=1e-9, atol=1e-12)
@@ -256,7 +257,7 @@ def test_training_goes_on_where_it_was():
 def test_layers_that_stay_pefts_are_reported(settings, reason):
     model = peft.get_peft_model(llama(), lora(**settings))
     report = accelerate_lora(model)
-    assert not report.fused and report.not_fused and all(reason in why for why in report.not_fused.values())
+    assert not report.ours and report.pefts and all(reason in why for why in report.pefts.values())
     assert reason in str(report) and not any(isinstance(m, FusedLoraLinear) for m in model.modules())
 
 
@@ -274,24 +275,31 @@ def test_what_comes_later_is_pefts_too():
     assert layer.explain().backend == "peft" and "the base layer is trained" in layer.explain().reason
     assert "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight" in gradients(model)
     layer.base_layer.weight.requires_grad_(False)
-    assert layer.explain().backend == "eager" and "fused: scaling=1" in repr(layer)
+    assert layer.explain().backend == "eager" and "scaling=1, backend='eager'" in repr(layer)
 
     model.add_adapter("wet", lora(lora_dropout=0.9))
     model.set_adapter("wet")
     randomised(model).train()
     assert not torch.equal(of(model), of(model)) and "Dropout(p=0.9" in repr(layer)
-    assert torch.equal(of(model.eval()), of(model)) and "not fused" not in repr(layer)
+    assert torch.equal(of(model.eval()), of(model)) and "PEFT's own" not in repr(layer)
 
 
 def test_the_report_is_one_line_a_kind():
     model = peft.get_peft_model(llama(), lora(alpha=8, target_modules=["q_proj", "up_proj"]))
     assert str(explain(model)).splitlines() == [
-        "0 LoRA layers fused, 4 not",
+        "0 of 4 LoRA layers fused; 4 run PEFT's own forward pass",
         "  2 x base_model.model.model.layers.*.self_attn.q_proj: PEFT's own layer: accelerate_lora(model) switches it",
         "  2 x base_model.model.model.layers.*.mlp.up_proj: PEFT's own layer: accelerate_lora(model) switches it",
     ]
-    assert str(accelerate_lora(model)).splitlines() == [
-        "4 LoRA layers fused, 0 not",
-        "  2 x base_model.model.model.layers.*.self_attn.q_proj: [16, 16], r=4, scaling=2, backend='eager'",
-        "  2 x base_model.model.model.layers.*.mlp.up_proj: [32, 16], r=4, scaling=2, backend='eager'",
+    report = accelerate_lora(model)
+    why = "cpu tensors (the kernels run on CUDA or ROCm devices, or under TRITON_INTERPRET=1)"
+    assert str(report).splitlines() == [
+        "0 of 4 LoRA layers fused; 0 run PEFT's own forward pass",
+        f"  2 x base_model.model.model.layers.*.self_attn.q_proj: [16, 16], r=4, scaling=2, not fused: {why}",
+        f"  2 x base_model.model.model.layers.*.mlp.up_proj: [32, 16], r=4, scaling=2, not fused: {why}",
     ]
+    own = llama()
+    allora_kernels.apply_allora(own, target_modules=["q_proj", "up_proj"])
+    assert {what.partition("not fused: ")[2] for what in report.not_fused.values()} == {
+        layer.reason for layer in allora_kernels.explain(own).layers.values() if layer.r is not None
+    }

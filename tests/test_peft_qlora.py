@@ -81,7 +81,7 @@ def test_the_usual_script_trains_saves_and_resumes(base, setting, checkpointing,
     model = prepare_model_for_kbit_training(load(base, setting), use_gradient_checkpointing=checkpointing)
     model = get_allora_model(model, lora(target_modules="all-linear"), 0.7, "token")
     report = explain(model)
-    assert len(report.fused) == 14 and not report.not_fused and ", on " in str(report)
+    assert len(report.ours) == 14 and not report.pefts and " computes y and dx" in str(report)
     losses = train(model, tmp_path / "run", max_steps=8, save_steps=4)
     assert losses[-1] < losses[0] - 0.1
     assert not (tmp_path / "run" / "checkpoint-4" / "model.safetensors").exists()
@@ -108,11 +108,11 @@ def test_a_run_goes_on_accelerated(base, setting, tmp_path):
         bases.keep_backward(module)
     plain = train(model, tmp_path / "plain", max_steps=4)
     randomised(model)
-    assert len(accelerate_lora(model).fused) == 4
+    assert len(accelerate_lora(model).ours) == 4
     fused = train(model, tmp_path / "fused", max_steps=4)
     assert fused == pytest.approx(plain, rel=0.02) and fused[-1] < fused[0]
     restore_lora(model)
-    assert not explain(model).fused
+    assert not explain(model).ours
 
 
 def test_the_kernels_take_over_the_usual_4bit_script(base, monkeypatch):
@@ -131,7 +131,7 @@ def test_the_kernels_take_over_the_usual_4bit_script(base, monkeypatch):
         return loss, *torch.autograd.grad(loss, trained)
 
     by_peft = step()
-    assert len(accelerate_lora(model).fused) == 4
+    assert len(accelerate_lora(model).ours) == 4
     monkeypatch.setattr(quantized, "add_adapter", None)
     for ours, theirs in zip(step(), by_peft):
         assert ours.dtype == theirs.dtype == torch.float32 and (ours - theirs).norm() < 0.02 * theirs.norm()

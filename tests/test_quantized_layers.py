@@ -7,6 +7,7 @@ import pytest
 import torch
 from quantized import KINDS, K, N, R, check, plain_results, quantized, results, torchao, wrapped
 from torch import nn
+from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from allora_kernels import FusedALLoRALinear, WrappedALLoRALinear, apply_allora, disable_adapters, per_sample, reference
@@ -154,6 +155,21 @@ def test_torch_compile_without_a_graph_break(kind):
     torch.testing.assert_close((y, *torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), g)), plain)
 
 
+@pytest.mark.parametrize("kind", ["4bit nf4", "8bit", "int8", "int8 in groups", "float8", "int4"])
+def test_torch_func(kind):
+    layer, x = wrapped(kind), torch.randn(4, 7, K)
+    factors = {"lora_A": layer.lora_A.detach(), "lora_B": layer.lora_B.detach()}
+    gradients = grad(lambda factors, x: functional_call(layer, factors, (x,)).sum(), argnums=(0, 1))
+    if "bit" in kind:
+        with pytest.raises(RuntimeError, match="must override the setup_context staticmethod"):
+            gradients(factors, x)
+        return
+    _, dx, da, db = plain_results(layer, x, torch.ones(4, 7, N))
+    torch.testing.assert_close(gradients(factors, x), ({"lora_A": da, "lora_B": db}, dx))
+    by_sample, _ = vmap(gradients, in_dims=(None, 0))(factors, x)
+    torch.testing.assert_close({name: t.sum(0) for name, t in by_sample.items()}, {"lora_A": da, "lora_B": db})
+
+
 @pytest.mark.parametrize("kind", ["4bit nf4", "8bit", "int8"])
 def test_per_sample_gradients_add_up(kind):
     layer, x, g = wrapped(kind), torch.randn(6, 7, K), torch.randn(6, 7, N)
@@ -239,6 +255,35 @@ def test_a_packed_weight_that_was_cast_is_refused(enabled):
         WrappedALLoRALinear(layer.base_layer)
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_casting_back_does_not_mend_a_packed_weight(enabled):
+    layer = wrapped("4bit stored as bf16")
+    layer.enabled = enabled
+    model = nn.Sequential(layer)
+    copy.deepcopy(model).to("cpu")(torch.randn(2, K))
+    model.half().bfloat16()
+    for damaged in (model, copy.deepcopy(model)):
+        with pytest.raises(RuntimeError, match=r"was cast from torch.bfloat16 to torch.float16, which destroys it"):
+            damaged(torch.randn(2, K, dtype=torch.bfloat16))
+
+
+def test_a_weight_packed_into_bytes_survives_casts():
+    model, x = nn.Sequential(wrapped("4bit nf4")), torch.randn(2, K)
+    plain = model(x)
+    torch.testing.assert_close(model.bfloat16().float()(x), plain, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_doubles_that_a_4bit_layer_would_compute_wrong_are_refused(enabled):
+    layer, x = wrapped("4bit nf4"), torch.randn(2, K, dtype=torch.float64)
+    layer.enabled = enabled
+    with pytest.raises(ValueError, match=r"x is torch.float64, for which bitsandbytes Linear4bit computes garbage"):
+        layer(x)
+    told = wrapped("4bit stored as bf16")
+    told.enabled = enabled
+    torch.testing.assert_close(told(x), told(x.float()).double(), rtol=1e-5, atol=1e-5)
+
+
 def test_a_layer_that_is_not_quantized_yet_is_quantized_by_moving_it():
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install '.[quantized]'")
     layer = WrappedALLoRALinear(bnb.nn.Linear4bit(K, N, quant_type="nf4"), R).to("cpu")
@@ -249,6 +294,59 @@ def test_a_layer_that_quantizes_its_input_too_is_refused():
     base = torchao(nn.Linear(K, N), "Int8DynamicActivationInt8WeightConfig")
     with pytest.raises(ValueError, match="torchao Int8Tensor weight that quantizes the activations too"):
         WrappedALLoRALinear(base)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_are_float32_whatever_holds_the_numbers(kind):
+    assert WrappedALLoRALinear(quantized(kind, K, N), R).lora_A.dtype == torch.float32
+
+
+class Block(nn.Module):
+    """Residual, so that what a layer without a backward pass loses of the gradient is not missed."""
+
+    def __init__(self, frozen):
+        super().__init__()
+        self.q, self.mlp = nn.Linear(K, K), frozen
+
+    def forward(self, x):
+        h = x + self.q(x)
+        return h + torch.tanh(self.mlp(h))
+
+
+def test_a_packed_layer_without_an_adapter_is_refused_too():
+    model = Block(quantized("4bit nf4", K, K))
+    model.mlp.support_avx512bf16_for_cpu = True
+    model.mlp.weight.quant_state.packing_format_for_cpu = True
+    message = (
+        "no right gradient goes through mlp to the adapters in front: bitsandbytes Linear4bit that an inference pass"
+    )
+    with pytest.raises(ValueError, match=message):
+        apply_allora(model, target_modules=["q"])
+    assert type(model.q) is nn.Linear and model.q.weight.requires_grad and model.mlp.support_avx512bf16_for_cpu
+
+
+def test_a_layer_without_an_adapter_that_quantizes_its_input_is_warned_of():
+    model = Block(torchao(nn.Linear(K, K), "Int8DynamicActivationInt8WeightConfig"))
+    message = (
+        "no right gradient goes through mlp to the adapters in front: torchao Int8Tensor weight that quantizes the act"
+    )
+    with pytest.warns(UserWarning, match=message):
+        apply_allora(model, target_modules=["q"])
+
+
+def test_running_out_of_memory_leaves_4bit_layers_free_to_pack(monkeypatch):
+    model = nn.Sequential(quantized("4bit nf4", K, K), nn.Linear(K, K), quantized("4bit nf4", K, K))
+    for layer in (model[0], model[2]):
+        layer.support_avx512bf16_for_cpu = True
+    monkeypatch.setattr(FusedALLoRALinear, "from_linear", raises_out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        apply_allora(model)
+    assert model[0].support_avx512bf16_for_cpu and model[2].support_avx512bf16_for_cpu
+    assert model[0].bias.requires_grad
+
+
+def raises_out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("out of memory")
 
 
 def test_a_torchao_weight_without_a_backward_pass_is_left_alone():

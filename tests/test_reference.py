@@ -134,6 +134,16 @@ def test_half_precision_inputs_take_their_norms_in_fp32(norm):
     assert reference.token_norms(inputs.x[:, :3], inputs.lora_B).dtype == torch.float32
 
 
+@norms
+def test_wide_inputs_take_a_narrower_adapter(norm):
+    x, weight, bias, a, b, g = make_inputs(6, 5, 7, 3, torch.float64)
+    narrow = (x, weight, bias, a.float(), b.float(), g)
+    exact = by_definition((x, weight, bias, a.float().double(), b.float().double(), g), norm)
+    for route in (by_autograd, by_steps):
+        for ours, right in zip(route(narrow, norm), exact):
+            torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=1e-5)
+
+
 def test_leading_dimensions_are_kept():
     inputs = make_inputs(12, 5, 7, 3, torch.float64)
     flat = reference.allora_linear(*inputs[:5])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from foreign_layers import K, M, N, R, wrapped
 from torch import nn
-from torch.func import functional_call, grad
+from torch.func import functional_call, grad, vmap
+from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -323,6 +324,31 @@ def test_torch_func_grad():
     parameters = {name: p.detach() for name, p in layer.named_parameters()}
     by_parameters, by_x = grad(lambda p, x: functional_call(layer, p, (x,)).sum(), argnums=(0, 1))(parameters, inputs.x)
     torch.testing.assert_close((by_x, by_parameters["lora_A"], by_parameters["lora_B"]), (dx, da, db))
+
+
+@norms
+@pytest.mark.parametrize("batched", ["x", "adapter", "both"])
+def test_vmap_is_a_call_for_each(backend, norm, batched):
+    layer, inputs = wrapped(norm=norm)
+    adapters = {"lora_A": torch.randn(3, R, K), "lora_B": torch.randn(3, N, R)}
+    x = inputs.x.view(3, 8, K)
+    if batched == "x":
+        adapters = {name: t[0] for name, t in adapters.items()}
+    if batched == "adapter":
+        x = x[0]
+    dims = {"x": (None, 0), "adapter": (0, None), "both": (0, 0)}[batched]
+
+    def y(factors, x):
+        return functional_call(layer, factors, (x,))
+
+    gradients = grad(lambda factors, x: y(factors, x).square().sum(), argnums=(0, 1))
+    for f in (y, gradients):
+        calls = (
+            ({name: t[i] if dims[0] == 0 else t for name, t in adapters.items()}, x[i] if dims[1] == 0 else x)
+            for i in range(3)
+        )
+        each = _pytree.tree_map(lambda *parts: torch.stack(parts), *(f(*call) for call in calls))
+        torch.testing.assert_close(vmap(f, in_dims=dims)(adapters, x), each, rtol=1e-4, atol=1e-4)
 
 
 def test_disabled_it_is_its_base_layer(own):

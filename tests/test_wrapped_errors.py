@@ -74,6 +74,21 @@ def test_bad_inputs(x, message):
         (lambda base: WrappedALLoRALinear(base, r=0), ValueError, "r must be between 1 and 256"),
         (lambda base: WrappedALLoRALinear(base, norm="rows"), ValueError, "norm must be one of"),
         (lambda base: WrappedALLoRALinear(base, eta=0.0), ValueError, "eta must be finite and > 0"),
+        (
+            lambda base: WrappedALLoRALinear(base, adapter_dtype=torch.int8),
+            ValueError,
+            "adapter_dtype must be .*got torch.int8",
+        ),
+        (
+            lambda base: WrappedALLoRALinear(base, adapter_dtype=torch.float8_e4m3fn),
+            ValueError,
+            "adapter_dtype must be .*got torch.float8_e4m3fn",
+        ),
+        (
+            lambda base: WrappedALLoRALinear(base, adapter_dtype="float32"),
+            TypeError,
+            "adapter_dtype must be a torch.dtype or None, got 'float32'",
+        ),
     ],
 )
 def test_bad_arguments_leave_the_layer_alone(make, error, message):
@@ -98,5 +113,5 @@ def test_the_parameters_and_what_it_says():
     assert "on Linear, adapter backend='eager'" in repr(layer)
     why = "it is not known to multiply by a dequantized weight"
     assert layer.explain().plan["y and dx"] == f"Linear, its own product ({why})"
-    with pytest.raises(ValueError, match="cannot hold W \\+ BA"):
+    with pytest.raises(ValueError, match="the adapter is beside a Linear, into which it is not merged"):
         layer.merge()

@@ -38,6 +38,16 @@ def _rows_to_add_to(t: Tensor, own: bool) -> tuple[Tensor, Tensor]:
     return t, t.view(-1, t.shape[-1])
 
 
+def _add_low_rank(backend: str, t: Tensor, own: bool, s: Tensor, b: Tensor) -> Tensor:
+    """``t + S Bᵀ [..., L]``, in place where t is the caller's `own`."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # Under vmap S may be batched where t is not, which then could not be written to.
+        return t + (s @ b.to(s.dtype).mT).to(t.dtype).view(t.shape)
+    t, rows = _rows_to_add_to(t, own)
+    _backend.steps(backend).low_rank_add(rows, s, b)
+    return t
+
+
 class _Input(torch.autograd.Function):
     """x as it is, for the layer; its backward pass adds ``dS A`` to the layer's dX."""
 
@@ -57,8 +67,7 @@ class _Input(torch.autograd.Function):
         if low_rank is not None:
             backend, ds, lora_A = low_rank
             with no_autocast(dx.device.type):
-                dx, rows = _rows_to_add_to(dx, own)
-                _backend.steps(backend).low_rank_add(rows, ds, lora_A.mT)
+                dx = _add_low_rank(backend, dx, own, ds, lora_A.mT)
         return dx, None, None
 
 
@@ -68,15 +77,14 @@ class _Add(torch.autograd.Function):
     With a `handover` the gradient of x goes by way of the layer, else (under torch.compile and torch.func) it is returned here.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(y, x, lora_A, lora_B, dtype, eta, norm, backend, sink, handover, own):
-        steps = _backend.steps(backend)
-        y, rows = _rows_to_add_to(y.detach() if own else y, own)
         # `dtype` is chosen with autocast in view.
         with no_autocast(y.device.type):
-            s = steps.down_project(x, lora_A, dtype)
-            steps.low_rank_add(rows, s, lora_B)
-        return y, s
+            s = _backend.steps(backend).down_project(x, lora_A, dtype)
+            return _add_low_rank(backend, y.detach() if own else y, own, s, lora_B), s
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -112,7 +120,7 @@ class _Add(torch.autograd.Function):
             handover.left = (torch._C._current_graph_task_id(), backend, ds, lora_A.clone())
         elif needs_x:
             dx = g.new_zeros(g.shape[0], lora_A.shape[1], dtype=x_dtype)
-            steps.low_rank_add(dx, ds, lora_A.mT)
+            dx = _add_low_rank(backend, dx, True, ds, lora_A.mT)
         return dx, da, db
 
 

@@ -13,6 +13,10 @@ _BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
 _TORCHAO = ("Float8Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor")
 # Of torchao's weights: what is set where the activations are quantized too, which autograd does not see through.
 _QUANTIZES_ACTIVATIONS = ("act_quant_kwargs", "activation_quantization")
+_DAMAGE = "_allora_damage"
+"""Attribute of a layer: why its weight is lost, once that was seen. Another cast may make the dtype right again."""
+_FP8_DTYPE = "_allora_fp8_dtype"
+"""Attribute of an FP8Linear with an adapter: its weight's dtype. In a wider one it multiplies by the weight without scales."""
 
 
 def _library(cls: type) -> str:
@@ -87,25 +91,46 @@ def obstacle_of(module: nn.Module) -> str | None:
     return None
 
 
+_LEAVE_OUT = "leave the frozen layers out, by fully_shard(..., ignored_params=set(layer.base_layer.parameters()))"
+
+
 def damage_of(module: nn.Module) -> str | None:
-    """Why bitsandbytes' `module` cannot compute with its weight any more, since it was sharded or cast; None where it can."""
+    """Why `module` cannot compute with its quantized weight any more, since it was sharded or cast; None where it can."""
+    if (reason := module.__dict__.get(_DAMAGE) or _cast_of(module)) is not None:
+        return reason
     cls = _bitsandbytes_class(module)
-    if cls is None:
+    if cls is None or cls.__name__ != "Linear8bitLt" or hasattr(module.weight, "CB"):
         return None
-    weight, kind = module.weight, f"bitsandbytes {cls.__name__}"
-    leave_out = "leave the frozen layers out, by fully_shard(..., ignored_params=set(layer.base_layer.parameters()))"
-    if cls.__name__ == "Linear8bitLt":
-        whole = hasattr(weight, "CB")
-        return None if whole else f"{kind} whose weight is a {type(weight).__name__} without scales: {leave_out}"
-    if getattr(weight, "quant_state", None) is None and getattr(module, "quant_state", None) is None:
-        return None  # Not quantized yet: moving it to a device does that.
-    storage = getattr(weight, "quant_storage", module.quant_storage)
-    if weight.dtype == storage:
+    return f"bitsandbytes Linear8bitLt whose weight is a {type(module.weight).__name__} without scales: {_LEAVE_OUT}"
+
+
+def _cast_of(module: nn.Module) -> str | None:
+    """Which cast has destroyed the weight of `module`; None where its dtype is the one that it was stored in."""
+    if (dtype := module.__dict__.get(_FP8_DTYPE)) is not None:
+        what, remedy = "transformers FP8Linear whose weight", "never cast it"
+    elif (cls := _bitsandbytes_class(module)) is not None and cls.__name__ == "Linear4bit":
+        if getattr(module.weight, "quant_state", None) is None and getattr(module, "quant_state", None) is None:
+            return None  # Not quantized yet: moving it to a device does that.
+        dtype = getattr(module.weight, "quant_storage", module.quant_storage)
+        what = "bitsandbytes Linear4bit whose packed weight"
+        remedy = f"never cast it; for FSDP2 take param_dtype={dtype}, or {_LEAVE_OUT}"
+    else:
         return None
-    return (
-        f"{kind} whose packed weight was cast from {storage} to {weight.dtype}, which destroys it: never cast it; for FSDP2 "
-        f"take param_dtype={storage}, or {leave_out}"
-    )
+    if module.weight.dtype == dtype:
+        return None
+    return f"{what} was cast from {dtype} to {module.weight.dtype}, which destroys it: {remedy}"
+
+
+def watch_casts(module: nn.Module) -> None:
+    """Know from here on what a cast does to the weight of `module`, if `keep_damage` is called after each."""
+    if _fp8_class(module) is not None:
+        setattr(module, _FP8_DTYPE, module.weight.dtype)
+
+
+def keep_damage(module: nn.Module) -> None:
+    """Remember a cast that has destroyed the weight of `module`, whatever comes after it."""
+    if (reason := _cast_of(module)) is not None:
+        module.__dict__.setdefault(_DAMAGE, reason)
 
 
 def keep_backward(module: nn.Module) -> bool:
@@ -131,6 +156,18 @@ def gives_own_tensors(module: nn.Module) -> bool:
     return not hooked and kind_of(module) is not None and obstacle_of(module) is None
 
 
+def wrong_dtype(module: nn.Module, x: Tensor) -> str | None:
+    """Why `module` would compute garbage for the dtype of x, without a word; None where it would not."""
+    if not isinstance(x, Tensor) or x.dtype != torch.float64:
+        return None
+    if kind_of(module) == "bitsandbytes Linear4bit" and module.compute_dtype is None:
+        return (
+            "x is torch.float64, for which bitsandbytes Linear4bit computes garbage where it was not told its compute_dtype: "
+            "cast x, or load the model with bnb_4bit_compute_dtype"
+        )
+    return None
+
+
 def settle_compute_dtype(module: nn.Module, x: Tensor) -> None:
     """Let a bitsandbytes Linear4bit that was not told its `compute_dtype` take it from x, as its own first call does."""
     if not getattr(module, "compute_type_is_set", True):
@@ -152,9 +189,10 @@ def nbytes(t: Tensor) -> int:
 
 
 def weight_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of a weight in 16 bits or more, else float32."""
+    """The dtype of a weight in 16 bits or more, else float32; also of one in few bits that lie in a floating-point dtype."""
     weight = getattr(module, "weight", None)
     wide = isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() > 1
+    wide = wide and getattr(weight, "quant_state", None) is None
     return weight.dtype if wide else torch.float32
 
 

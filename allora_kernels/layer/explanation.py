@@ -18,10 +18,31 @@ class Explanation:
     own_product: str | None = None
     """Why a layer of another library computes y and dX itself, where it does."""
 
+    @property
+    def fused(self) -> bool:
+        """Whether the kernels run the layer, the frozen product too."""
+        return self.backend == "triton" and self.own_product is None
+
+    def why(self, base: str) -> str:
+        """`reason`, and what of the layer another library's `base` computes, if it does."""
+        if self.own_product is None:
+            return self.reason
+        why = "" if self.own_product == self.reason else f" ({self.own_product})"
+        return f"{base} computes y and dx{why}, the adapter is added by {self.backend}: {self.reason}"
+
     def __str__(self) -> str:
         lines = [f"backend: {self.backend} ({self.reason})"]
         lines += [f"  {step}: {what}" for step, what in self.plan.items()]
         return "\n".join(lines)
+
+
+def _choose(device: torch.device, dtype: torch.dtype) -> _backend.Choice:
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={str(device)!r}, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs, of which the plan "
+            "depends: explain on a machine that has one, or leave device out"
+        )
+    return _backend.choose(device, dtype)
 
 
 def explain(
@@ -34,9 +55,9 @@ def explain(
     dtype: torch.dtype,
     adapter_dtype: torch.dtype,
 ) -> Explanation:
-    """The `Explanation` of one call on ``x [rows, in_features]``."""
+    """The `Explanation` of one call on ``x [rows, in_features]``; ValueError where torch sees no such GPU as `device`."""
     compute = torch.promote_types(dtype, adapter_dtype)
-    choice = _backend.choose(device, compute)
+    choice = _choose(device, compute)
     if choice.name == "triton":
         from csrc_triton import plan_steps
 
@@ -74,7 +95,7 @@ def explain_wrapped(
 ) -> Explanation:
     """The `Explanation` of a call on a layer whose y and dX another library's `base` computes; `why` it does."""
     compute = torch.promote_types(dtype, adapter_dtype)
-    choice = _backend.choose(device, compute)
+    choice = _choose(device, compute)
     where = "in place" if in_place else "into a copy, as the layer or a hook may keep what it returned"
     if choice.name == "triton":
         from csrc_triton import plan_added_steps

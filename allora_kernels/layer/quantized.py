@@ -28,21 +28,20 @@ def linear(
 
     Raises:
         TypeError: x is no floating-point tensor, or the layer returns none.
-        ValueError: shapes that do not fit, or mixed devices.
+        ValueError: shapes that do not fit, mixed devices, or an x in float64 that the layer would compute garbage for.
         RuntimeError: `use_batch_invariant` is on and the layer computes its own product; and what `add_adapter` raises it for.
     """
     _check_input(x, lora_A, lora_B)
     functional.check_rule(lora_A.shape[0], eta, norm)
     own = bases.gives_own_tensors(module)
-    if not own and (reason := bases.damage_of(module)):
-        raise RuntimeError(f"the frozen layer: {reason}")
+    check_call(module, x, own)
     reason = None
     # First, as a compiled call is not to be compiled again for another number of rows.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_sharded(x):
         reason = "the call is compiled, transformed or sharded"
     elif _enough(x.numel() // x.shape[-1]):
         choice = _backend.choose(x.device, functional.compute_dtype(x, lora_A, lora_B))
-        weight = _weight(module, x, choice)
+        weight = dequantizing.packed_weight(module, x.dtype, choice.name == "triton")
         reason = _obstacle(module, weight, own, choice)
         if reason is None and (reason := _other_dtype(weight, x.dtype, x.device)):
             _warn_of_dtype(bases.name_of(module), reason)
@@ -54,6 +53,14 @@ def linear(
             f"({reason}): call use_batch_invariant(False), or adapt a layer that the kernels multiply by"
         )
     return add_adapter(module, x, lora_A, lora_B, eta, norm, own, sink)
+
+
+def check_call(module: nn.Module, x: Tensor, own: bool = False) -> None:
+    """RuntimeError or ValueError where `module` would compute garbage. `own`: whether it `gives_own_tensors`."""
+    if not own and (reason := bases.damage_of(module)):
+        raise RuntimeError(f"the frozen layer: {reason}")
+    if reason := bases.wrong_dtype(module, x):
+        raise ValueError(reason)
 
 
 def _check_input(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -83,6 +90,7 @@ def _dequantized(module, weight: PackedWeight, x, lora_A, lora_B, eta, norm, sin
         )
     if weight.device != x.device:
         raise ValueError(f"the weight is on {weight.device} but x is on {x.device}; move them to one device")
+    bases.settle_compute_dtype(module, x)
     dtype = functional.autocast_dtype(x.device.type, x.dtype) or functional.compute_dtype(x, lora_A, lora_B)
     rows = x.to(weight.dtype).reshape(-1, K)
     y = functional.apply_function(rows, weight, _bias(module, weight), lora_A, lora_B, dtype, eta, norm, "triton", sink)
@@ -92,11 +100,6 @@ def _dequantized(module, weight: PackedWeight, x, lora_A, lora_B, eta, norm, sin
 
 def _bias(module: nn.Module, weight: PackedWeight) -> Tensor | None:
     return None if module.bias is None else module.bias.to(weight.dtype)
-
-
-def _weight(module: nn.Module, x: Tensor, choice: _backend.Choice) -> PackedWeight | None:
-    bases.settle_compute_dtype(module, x)
-    return dequantizing.packed_weight(module, x.dtype, choice.name == "triton")
 
 
 def _obstacle(module: nn.Module, weight: PackedWeight | None, own: bool, choice: _backend.Choice) -> str | None:
@@ -140,15 +143,19 @@ def frozen_product(module: nn.Module, x: Tensor) -> tuple[PackedWeight, Tensor |
     Raises:
         ValueError: it is not known to multiply by a dequantized weight, has hooks, or computes in another dtype than x's, or
             autocast's.
+        RuntimeError: its weight is damaged.
     """
-    weight = _weight(module, x, _backend.choose(x.device, x.dtype))
-    if weight is None or not bases.gives_own_tensors(module):
+    own = bases.gives_own_tensors(module)
+    check_call(module, x, own)
+    weight = dequantizing.packed_weight(module, x.dtype, _backend.choose(x.device, x.dtype).name == "triton")
+    if weight is None or not own:
         raise ValueError(f"{bases.name_of(module)} has hooks, or a weight that is not known to be dequantized")
     if reason := _other_dtype(weight, x.dtype, x.device):
         raise ValueError(
             f"several adapters in a batch take the weight of {bases.name_of(module)} dequantized, and {reason}: load it to "
             "compute in the model's dtype (bitsandbytes: bnb_4bit_compute_dtype), or run each adapter's samples on their own"
         )
+    bases.settle_compute_dtype(module, x)
     return weight, _bias(module, weight)
 
 

@@ -29,13 +29,14 @@ class WrappedALLoRALinear(ALLoRALayer):
         r: rank, as in `FusedALLoRALinear`.
         eta: η, as there.
         norm: the rule, as there.
-        adapter_dtype: dtype of lora_A and lora_B; None for the weight's where that is a floating-point one, else float32.
+        adapter_dtype: dtype of lora_A and lora_B; None for the weight's where that has 16 bits or more and holds no packed
+            numbers, else float32.
 
     Raises:
-        TypeError: `base_layer` is no module, has an adapter already or has no int in_features and out_features; r is no int or
-            eta no number.
-        ValueError: r, eta, norm or a feature count out of range; a quantized layer that gives its input no gradient.
-            `base_layer` is untouched then.
+        TypeError: `base_layer` is no module, has an adapter already or has no int in_features and out_features; r is no int,
+            eta no number or adapter_dtype no dtype.
+        ValueError: r, eta, norm, adapter_dtype or a feature count out of range; a quantized layer that gives its input no
+            gradient. `base_layer` is untouched then.
         RuntimeError: from a call, where sharding or casting has left `base_layer` without its quantized weight.
     """
 
@@ -49,11 +50,13 @@ class WrappedALLoRALinear(ALLoRALayer):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         check_rule(r, eta, norm)
+        _check_adapter_dtype(adapter_dtype)
         _check_base(base_layer)
         super().__init__()
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.base_layer = base_layer.requires_grad_(False)
         bases.keep_backward(base_layer)
+        bases.watch_casts(base_layer)
         device = next((t.device for t in (*base_layer.parameters(), *base_layer.buffers())), None)
         self._add_adapter(r, eta, norm, device, adapter_dtype or bases.weight_dtype(base_layer))
         self.train(base_layer.training)
@@ -80,7 +83,13 @@ class WrappedALLoRALinear(ALLoRALayer):
 
     @property
     def takes_mixed_batches(self) -> bool:
-        """Whether each row of a call may have an adapter of its own, for which `base_layer`'s weight is dequantized."""
+        """Whether each row of a call may have an adapter of its own, for which `base_layer`'s weight is dequantized.
+
+        Raises:
+            RuntimeError: sharding or casting has destroyed that.
+        """
+        if reason := bases.damage_of(self.base_layer):
+            raise RuntimeError(f"the frozen layer: {reason}")
         return quantized.can_be_taken_over(self.base_layer)
 
     def frozen_product(self, input: Tensor) -> tuple[PackedWeight, Tensor | None]:
@@ -89,13 +98,17 @@ class WrappedALLoRALinear(ALLoRALayer):
 
     def frozen_linear(self, input: Tensor) -> Tensor:
         """What the layer computes without an adapter."""
-        if reason := bases.damage_of(self.base_layer):
-            raise RuntimeError(f"the frozen layer: {reason}")
+        quantized.check_call(self.base_layer, input)
         if batch_invariance.enabled():
             # The frozen layer's kernel is the adapted one's, with factors of zero.
             zeros = (torch.zeros_like(t, requires_grad=False) for t in (self.lora_A, self.lora_B))
             return quantized.linear(self.base_layer, input, *zeros, self.eta, norm=None)
         return self.base_layer(input)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        bases.keep_damage(self.base_layer)
+        return self
 
     def merge(self) -> nn.Linear:
         """Always raises: a sum rounded to the quantized weight's few bits would lose the adapter.
@@ -108,6 +121,11 @@ class WrappedALLoRALinear(ALLoRALayer):
     @property
     def why_it_cannot_merge(self) -> str:
         """What `merge` says."""
+        if bases.kind_of(self.base_layer) is None:
+            return (
+                f"the adapter is beside a {self.base_kind}, into which it is not merged: save_adapter(model, folder), load the "
+                "model anew without quantization (or dequantize it), load_adapter(model, folder) and merge_adapter(model) there"
+            )
         return (
             f"{self.base_kind} cannot hold W + BA, which its few bits would round away: save_adapter(model, folder), load the "
             "model without quantization, load_adapter(model, folder) and merge_adapter(model) there"
@@ -135,6 +153,15 @@ class WrappedALLoRALinear(ALLoRALayer):
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, eta={self.eta}, "
             f"norm={self.norm!r}, on {self.base_kind}, adapter backend={choice.name!r}{note}{off}"
         )
+
+
+def _check_adapter_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"adapter_dtype must be a torch.dtype or None, got {dtype!r}")
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"adapter_dtype must be torch.float32, float16, bfloat16 or float64, got {dtype}")
 
 
 def _check_base(base: nn.Module) -> None:

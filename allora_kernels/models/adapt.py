@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..layer.adapter import DEFAULT_ADAPTER, ALLoRALayer, CallState
-from ..layer.bases import keep_backward, kind_of
+from ..layer.bases import keep_backward, kind_of, let_pack, obstacle_of
 from ..layer.functional import check_rule
 from ..layer.linear import FusedALLoRALinear
 from ..layer.wrapped import WrappedALLoRALinear
@@ -18,6 +18,7 @@ from .head import watch_head
 from .saving import save_adapters_alone
 from .selection import (
     check_unadapted,
+    clean_name,
     find_saved,
     matches_end,
     missing_targets,
@@ -86,7 +87,8 @@ def apply_allora(
         ValueError: nothing matches; the model is itself a linear layer, already has adapters, or is wrapped for
             distributed training; a name in `modules_to_save` or a pattern in `rank_pattern` matches nothing; a module
             to save shares a parameter with one that is not saved; an invalid regular expression; r, eta or norm out
-            of range; experts that can get no adapter, where they were asked for. The model is untouched then.
+            of range; experts that can get no adapter, where they were asked for; a layer of bitsandbytes, adapted or not, has
+            lost its backward pass. The model is untouched then.
         TypeError: an argument of the wrong type. The model is untouched then.
     """
     check_rule(r, eta, norm)
@@ -135,6 +137,26 @@ def check_adapter_name(name: str) -> None:
         )
 
 
+def check_gradients_pass(model: nn.Module, refuse: bool = True) -> None:
+    """See to it that no quantized layer, with an adapter or without, gives the adapters in front of it a wrong gradient without
+    a word.
+
+    Args:
+        refuse: whether a layer of bitsandbytes that has lost its backward pass is an error, as the model can be loaded anew; a
+            warning says of kinds of layers that have none.
+    """
+    layers = {clean_name(name): module for name, module in model.named_modules() if kind_of(module) is not None}
+    lost = {name: reason for name, module in layers.items() if (reason := obstacle_of(module))}
+    refused = {name: reason for name, reason in lost.items() if refuse and reason.startswith("bitsandbytes ")}
+    if not lost:
+        return
+    found = refused or lost
+    where = f"{some(found)} to the adapters in front: {next(iter(found.values()))}"
+    if refused:
+        raise ValueError(f"no right gradient goes through {where}")
+    warnings.warn(f"no right gradient goes through {where}", stacklevel=4)
+
+
 # --- replacing ------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +178,7 @@ def attach(
     adapter_name: str = DEFAULT_ADAPTER,
 ) -> None:
     """Replace `layers` by adapted ones, put adapters on `stacks`, freeze all but them and `saved`; on an error, do nothing."""
+    check_gradients_pass(model)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     adapted: dict[nn.Module, nn.Module] = {}
     on_experts: dict[nn.Module, dict[str, nn.Module]] = {}
@@ -164,6 +187,8 @@ def attach(
         widen = autocast_adapter_dtype and layer.weight.dtype in (torch.float16, torch.bfloat16)
         return torch.float32 if widen else None
 
+    # Also of layers without an adapter, through which another's gradient goes.
+    kept = [module for module in model.modules() if keep_backward(module)]
     try:
         for name, linear in layers.items():
             adapter = (ranks[name], eta, norm)
@@ -176,13 +201,12 @@ def attach(
         # Out of memory, most likely: the layers made so far have frozen their weights.
         for p, requires_grad in flags:
             p.requires_grad_(requires_grad)
+        for module in kept:
+            let_pack(module)
         raise
     slots = module_slots(model)
     for p, _ in flags:
         p.requires_grad_(False)
-    for module in model.modules():
-        # Also of a layer without an adapter, through which another's gradient goes.
-        keep_backward(module)
     for linear, layer in adapted.items():
         layer._state = CallState(adapter=adapter_name)
         put(slots[linear], layer)

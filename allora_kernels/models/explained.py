@@ -74,7 +74,8 @@ def explain(model: nn.Module, rows: int = 2048, device: torch.device | str | Non
         device: where the calls would run; None for where each layer is. A model on the meta device costs no memory.
 
     Raises:
-        ValueError: the model has no linear layer or is PEFT's, `rows` is below 1, or inside `adapter_rows`.
+        ValueError: the model has no linear layer or is PEFT's, `rows` is below 1, `device` is a GPU that torch does not see, or
+            inside `adapter_rows`.
         TypeError: `model` is no nn.Module.
     """
     if rows < 1:
@@ -99,16 +100,12 @@ def explain(model: nn.Module, rows: int = 2048, device: torch.device | str | Non
             continue
         if isinstance(module, ALLoRALayer):
             found = module.explain(rows, device)
-            fused, reason = found.backend == "triton", found.reason
+            reason = found.reason if found.own_product is None else found.why(module.base_kind)
             if len(module.adapter_names) > 1:
                 reason = f"{reason}; adapter {module.adapter_name!r} of {len(module.adapter_names)}"
-            plan = tuple(found.plan.items()) if fused else ()
+            plan = tuple(found.plan.items()) if found.backend == "triton" else ()
             shape = (*((module.experts,) if module.grouped else ()), module.out_features, module.in_features)
-            if found.own_product is not None:
-                why = "" if found.own_product == found.reason else f" ({found.own_product})"
-                reason = f"{module.base_kind} computes y and dx{why}, the adapter is added by {found.backend}: {reason}"
-                fused = False
-            layers[names[module]] = LayerExplanation(shape, module.r, fused, reason, plan)
+            layers[names[module]] = LayerExplanation(shape, module.r, found.fused, reason, plan)
         elif looks_linear(module):
             if module in saved:
                 reason = "trained whole (modules_to_save)"

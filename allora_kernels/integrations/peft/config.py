@@ -66,6 +66,8 @@ class ALLoRAConfig(LoraConfig):
     @classmethod
     def from_lora_config(cls, config: LoraConfig, eta: float, norm: str | None) -> "ALLoRAConfig":
         """The same settings with a rule, in a config of their own: `config` is left alone."""
+        if isinstance(config, cls):
+            raise TypeError("config is an ALLoRAConfig: pass a plain peft.LoraConfig, and the rule as eta= and norm=")
         if type(config) is not LoraConfig:
             raise TypeError(f"config must be a peft.LoraConfig, got {type(config).__name__}")
         if config._custom_modules:

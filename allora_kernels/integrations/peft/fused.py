@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layer import backend as _backend
+from ...layer import bases
 from ...layer.explanation import Explanation
 from .calls import DenseBase, Factors, QuantizedBase, intercepted
 
@@ -29,8 +30,13 @@ class FusedLoraLayer:
             return self._by_peft(reason, x, *args, **kwargs)
         return self._fused(base, factors, x)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        bases.keep_damage(self.base_layer)
+        return self
+
     def explain(self, rows: int = 2048) -> Explanation:
-        """What the next call on `rows` rows takes and why; backend ``"peft"`` where it is not fused."""
+        """What the next call on `rows` rows takes and why; backend ``"peft"`` where it is PEFT's own."""
         base, factors, reason = self._next_call()
         if reason is not None:
             return Explanation("peft", reason, True, {})
@@ -39,13 +45,15 @@ class FusedLoraLayer:
     def extra_repr(self) -> str:
         base, factors, reason = self._next_call()
         if reason is not None:
-            return f"not fused: {reason}"
-        eta, norm = self._rule(factors.adapter)
+            return f"PEFT's own forward pass: {reason}"
         lora_A = factors.lora_A
         choice = _backend.choose(lora_A.device, torch.promote_types(base.dtype, lora_A.dtype))
         note = f" ({choice.reason})" if choice.fallback else ""
-        rule = f"scaling={factors.scaling:g}" if norm is None else f"eta={eta}, norm={norm!r}"
-        return f"fused: {rule}{base.note}, backend={choice.name!r}{note}"
+        return f"{self._in_words(factors)}{base.note}, backend={choice.name!r}{note}"
+
+    def _in_words(self, factors: Factors) -> str:
+        eta, norm = self._rule(factors.adapter)
+        return f"scaling={factors.scaling:g}" if norm is None else f"eta={eta}, norm={norm!r}"
 
     def _rule(self, adapter: str) -> tuple[float, str | None]:
         """``(eta, norm)`` of an adapter."""

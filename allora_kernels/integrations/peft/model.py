@@ -14,7 +14,7 @@ from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
 
 from ...layer import bases
-from ...models.adapt import leave_fast_paths
+from ...models.adapt import check_gradients_pass, leave_fast_paths
 from ...models.selection import check_unadapted, module_slots, obstacle, some
 from .config import ALLoRAConfig
 from .dispatch import cannot_be_ruled, take_over
@@ -81,7 +81,8 @@ def get_allora_model(
     Raises:
         ValueError: a setting that ALLoRA has no meaning for (dropout, a scaling, DoRA, ...), with the line to write; a
             target that cannot be ALLoRA, such as an embedding, a quantized layer without a backward pass or one whose weight
-            another module reads itself; a model that has adapters; what PEFT refuses. The model is untouched then.
+            another module reads itself; a layer of bitsandbytes that has lost its backward pass, target or not; a model that
+            has adapters; what PEFT refuses. The model is untouched then.
         TypeError: `config` is no LoraConfig; r is no int or eta no number.
     """
     declared = ALLoRAConfig.from_lora_config(config, eta, norm)
@@ -229,6 +230,7 @@ def _see_to_layers(model: nn.Module) -> None:
                 raise ValueError(
                     f"{name}: {reason}: leave it out, with exclude_modules=[...] or narrower target_modules"
                 )
+    check_gradients_pass(model)
     leave_fast_paths(model, RuledLoraLayer)
     for module in model.modules():
         bases.keep_backward(module)

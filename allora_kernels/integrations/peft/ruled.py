@@ -85,7 +85,7 @@ class RuledLoraLayer(FusedLoraLayer):
         ruled = [a for a in sorted(used) if a in self.lora_A and self.allora_norm.get(a, "unknown") is not None]
         lost = [a for a in ruled if self._trains(a)]
         message = (
-            f"this call cannot train {', '.join(lost)} by ALLoRA's rule, because it is not fused ({reason}): make one adapter "
+            f"this call cannot train {', '.join(lost)} by ALLoRA's rule, because it is PEFT's own ({reason}): make one adapter "
             "that has a rule active with set_adapter, or freeze the adapters"
         )
         if not lost:
