@@ -116,6 +116,47 @@ def test_merge_gives_an_ordinary_model_with_the_same_logits(folder, tmp_path, na
     assert sorted(p.name for p in tmp_path.iterdir()) == ["merged", "run"]
 
 
+def test_a_merge_into_a_base_with_the_classes_in_another_order_keeps_the_adapters(folder, tmp_path):
+    assert finetune(folder, tmp_path / "run").exit_code == 0
+    names = {"id2label": {0: "rotten", 1: "fresh"}, "label2id": {"rotten": 0, "fresh": 1}}
+    other = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "bert", **names)
+    other.save_pretrained(make_model(tmp_path / "other", "Bert"))
+    arguments = ("--adapter", tmp_path / "run" / "adapter", "--output", tmp_path / "merged")
+    assert allora("merge", *arguments, "--model", tmp_path / "other").exit_code == 0
+    merged = transformers.AutoConfig.from_pretrained(tmp_path / "merged")
+    assert merged.id2label == {0: "fresh", 1: "rotten"} and merged.label2id == {"fresh": 0, "rotten": 1}
+
+
+def test_merge_takes_a_classifier_whose_head_peft_does_not_look_for(folder, tmp_path):
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    ids = {
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": 2,
+    }
+    config = transformers.BartConfig(vocab_size=25, max_position_embeddings=32, **sizes, **heads, **ids)
+    base = Path(make_model(tmp_path / "bart", "Bert"))
+    transformers.BartModel(config).save_pretrained(base)
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    end = {"id": "[END]", "ids": [2], "tokens": ["[END]"]}
+    single = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "[END]", "type_id": 0}}]
+    # BART's head reads the end token, which the tokenizer must append.
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {"[END]": end}
+    }  # fmt: skip
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    result = finetune(folder, tmp_path / "run", model=base)
+    assert result.exit_code == 0, result.output
+    result = allora("merge", "--adapter", tmp_path / "run" / "adapter", "--output", tmp_path / "merged")
+    assert result.exit_code == 0, result.output
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "merged").architectures == [
+        "BartForSequenceClassification"
+    ]
+
+
 def test_merge_takes_what_peft_saved(folder, tmp_path):
     peft = pytest.importorskip("peft")
     base = transformers.LlamaForCausalLM.from_pretrained(folder / "llama")

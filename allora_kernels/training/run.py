@@ -1,5 +1,6 @@
 """`finetune`: one training run with ALLoRA adapters, on transformers' own Trainer."""
 
+import copy
 import json
 import math
 import os
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 METRICS_FILE, PLOT_FILE, ADAPTER_FOLDER = "metrics.json", "loss.png", "adapter"
+BASE_CONFIG_FILE = "base_config.json"
+"""The base model's config beside its adapter: as config.json it would make transformers take the folder for a whole model."""
 _STATE_FILE = "trainer_state.json"
 
 
@@ -69,7 +72,6 @@ def finetune(
     if former and former["status"] == "finished":
         return former
     prepared = prepare(config)
-    model, tokenizer = prepared.model, prepared.tokenizer
     metrics = first_metrics(config, prepared, processes)
     if former:
         check_resumed(former, metrics, config)
@@ -85,10 +87,8 @@ def finetune(
         write_json(metrics, output / METRICS_FILE)
     _train(trainer, _last_checkpoint(output) if former else None, console, metrics)
     if writes:
-        save_adapter(model, output / ADAPTER_FOLDER, base_model_name_or_path=config.model)
-        # PEFT's format has no place for the names of the classes; the model's config has.
-        model.config.save_pretrained(output / ADAPTER_FOLDER)
-        tokenizer.save_pretrained(output / ADAPTER_FOLDER)
+        save_adapter(prepared.model, output / ADAPTER_FOLDER, base_model_name_or_path=config.model)
+        save_beside_adapter(output / ADAPTER_FOLDER, prepared)
     if metrics["status"] == "finished":
         metrics["after"] = evaluate(trainer)
     if writes:
@@ -340,6 +340,15 @@ def _last_checkpoint(output: Path) -> Path | None:
 
 def _state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))
+
+
+def save_beside_adapter(folder: Path, prepared: Prepared) -> None:
+    """Write into the adapter's folder what else its use needs: the tokenizer, and the model's config, as PEFT's format has no
+    place for the names of the classes."""
+    config = copy.deepcopy(prepared.model.config)
+    config.architectures = [type(prepared.model).__name__]
+    config.to_json_file(folder / BASE_CONFIG_FILE)
+    prepared.tokenizer.save_pretrained(folder)
 
 
 def make_folder(path: str) -> Path:

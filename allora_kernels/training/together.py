@@ -30,6 +30,7 @@ from .run import (
     evaluate,
     first_metrics,
     make_folder,
+    save_beside_adapter,
     trainer_for,
     write_json,
 )
@@ -93,10 +94,8 @@ def finetune_together(
     kept = [run for run in runs if run.status != "diverged"]
     with _save(model, kept) if kept else ExitStack():
         for run in kept:
-            # PEFT's format has no place for the names of the classes; the model's config has.
             (run.output / ADAPTER_FOLDER).mkdir(exist_ok=True)
-            model.config.save_pretrained(run.output / ADAPTER_FOLDER)
-            run.prepared.tokenizer.save_pretrained(run.output / ADAPTER_FOLDER)
+            save_beside_adapter(run.output / ADAPTER_FOLDER, run.prepared)
             if run.status == "finished":
                 run.measure("after")
     for run in runs:
