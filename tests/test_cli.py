@@ -43,6 +43,8 @@ def folder(tmp_path_factory):
     words = Path(make_model(root / "padless", "Bert"), "tokenizer_config.json")
     settings = json.loads(words.read_text())
     words.write_text(json.dumps({k: v for k, v in settings.items() if k not in ("pad_token", "eos_token")}))
+    for file in Path(make_model(root / "wordless", "Bert")).glob("tokenizer*"):
+        file.unlink()
     torn = Path(make_model(root / "torn", "Bert"), "model.safetensors")
     torn.write_bytes(torn.read_bytes()[:1000])
     return root
@@ -341,6 +343,7 @@ def test_settings_from_a_file_and_what_the_command_line_says_counts_more(folder,
         ({"model": "{folder}/masked", "task": "causal-lm"}, "it is a masked language model"),
         ({"model": "{folder}/torn"}, "torn cannot be loaded for classification"),
         ({"model": "{folder}/padless"}, "its tokenizer has neither a padding nor an end token"),
+        ({"model": "{folder}/wordless"}, "wordless has no tokenizer for the training data, of which it knows 0 tokens"),
         ({"data": "{folder}/missing.csv"}, "no such data file"),
         ({"data": "{folder}/empty.csv"}, "its first line must name the columns"),
         ({"data": "{folder}/unlabelled.csv"}, "has no column 'label'; it has ['text']"),
