@@ -115,6 +115,7 @@ def test_a_run_that_diverges_is_said_and_the_exit_code_is_1(folder, tmp_path):
         ({"runs": [{"name": "a", "r": "four"}]}, "run 1 (a): r must be an int"),
         ({"runs": [*RUNS, {"name": "a", "max_length": 8}]}, "which must be equal"),
         ({"runs": [*RUNS, {"name": "a", "data": "nowhere.csv"}]}, "run 'a': no such data file: nowhere.csv"),
+        ({"runs": [{"name": "a", "shuffle": "false"}]}, "run 1 (a): shuffle must be a bool (true or false), got 'false'"),
         ({"resume": True}, "there is nothing to resume in"),
         ({"model": None}, "run 1 has no model"),
         ({"model": "./nowhere"}, "no such model folder"),

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from tiny_training import make_model, sentences, write_csv  # noqa: E402
 
 from allora_kernels import apply_allora, load_adapter, reference, save_adapter  # noqa: E402
 from allora_kernels.tools import cli, doctor  # noqa: E402
+from allora_kernels.training import FinetuneConfig  # noqa: E402
 from allora_kernels.training import run as finetune_module  # noqa: E402
 
 
@@ -321,7 +323,7 @@ def test_settings_from_a_file_and_what_the_command_line_says_counts_more(folder,
     colon = ": " if kind == "yaml" else " = "
     file = tmp_path / f"settings.{kind}"
     lines = [f"{name}{colon}{json.dumps(value)}" for name, value in settings.items()]
-    file.write_text("\n".join(lines).replace("0.005", "5e-3"))
+    file.write_text("\n".join(lines).replace("0.005", "5e-3"), encoding="utf-8-sig")
     result = allora("finetune", "--config", file, "--r", 2, "--batch-size", 4)
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / "run" / "metrics.json").read_text())["config"]
@@ -463,6 +465,8 @@ def test_a_broken_metrics_file_cannot_be_resumed(folder, tmp_path):
         ("settings.yaml", "max_steps: 2\nmax-steps: 3", "has 'max_steps' twice"),
         ("settings.yaml", "config: other.yaml", "there is no setting 'config'"),
         ("settings.yaml", "r: 1e999", "r must be an int, got float"),
+        ("settings.yaml", "bf16: 'false'", "bf16 must be a bool (true or false), got 'false' (str)"),
+        ("settings.yaml", "r: 8\nr: 4", "has 'r' twice"),
         ("settings.yaml", "eta: fast", "eta must be a float, got str"),
     ],
 )
@@ -547,11 +551,26 @@ def test_without_the_packages_one_line_says_how_to_get_them(missing):
     assert result.stderr.count("\n") == 1 and "pip install 'allora-kernels[train]'" in result.stderr
 
 
-def test_the_settings_are_checked_for_their_types():
-    from allora_kernels.training.config import FinetuneConfig
-
-    for wrong in ({"model": 3}, {"batch_size": True}, {"learning_rate": "0.1"}, {"eta": "2"}, {"seed": 1.5}):
-        with pytest.raises(TypeError, match=next(iter(wrong))):
-            FinetuneConfig(**({"model": "m", "data": "d", "output": "o"} | wrong))
-    with pytest.raises(ValueError, match="model must not be empty"):
-        FinetuneConfig(model="", data="d", output=str(Path("o")))
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"model": 3}, "model must be a str, got 3 (int)"),
+        ({"eval_data": 5}, "eval_data must be a str, got 5 (int)"),
+        ({"batch_size": True}, "batch_size must be an int, got True (bool)"),
+        ({"seed": 1.5}, "seed must be an int, got 1.5 (float)"),
+        ({"learning_rate": "0.1"}, "learning_rate must be a number, got '0.1' (str)"),
+        ({"eta": "2"}, "eta must be a float, got str"),
+        ({"bf16": "false"}, "bf16 must be a bool (true or false), got 'false' (str)"),
+        ({"shuffle": None}, "shuffle must be a bool (true or false), got None (NoneType)"),
+        ({"experts": 1}, "experts must be a bool (true or false), got 1 (int)"),
+        ({"gradient_checkpointing": "no"}, "gradient_checkpointing must be a bool"),
+        ({"resume": "no"}, "resume must be a bool"),
+        ({"target_modules": None}, "target_modules must be a str or a list of them, got None (NoneType)"),
+        ({"target_modules": ["query", 3]}, "target_modules must be a str or a list of them, got ['query', 3] (list)"),
+        ({"optimizer": ["sgd"]}, "optimizer must be one of adamw, sgd; got ['sgd']"),
+        ({"model": ""}, "model must not be empty"),
+    ],
+)  # fmt: skip
+def test_the_settings_are_checked_for_their_types(wrong, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        FinetuneConfig(**({"model": "m", "data": "d", "output": "o"} | wrong))
