@@ -267,6 +267,13 @@ def test_ctrl_c_saves_and_resuming_gives_the_same_bits(settings, tmp_path, task,
     assert same[0] == same[1]
 
 
+def test_a_resumed_run_saves_as_often_as_it_is_told(settings):
+    config = settings(save_steps=100)
+    finetune(config, callbacks=[At(2, ctrl_c)])
+    finetune(replace(config, resume=True, save_steps=5), callbacks=[At(11, ctrl_c)])
+    assert {p.name for p in Path(config.output).glob("checkpoint-*")} == {"checkpoint-10", "checkpoint-11"}
+
+
 def test_settings_that_a_run_did_not_have_yet_were_their_defaults(settings):
     config = settings("classification")
     former = {name: value for name, value in config.as_json().items() if name != "experts"}
