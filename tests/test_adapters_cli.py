@@ -78,6 +78,14 @@ def test_the_command_line_counts_more_than_the_file_and_a_run_more_than_both(fol
     assert plain["r"] == 5 and plain["seed"] == 2
 
 
+def test_names_with_brackets_are_printed_as_they_are(folder, tmp_path):
+    runs = [{"name": "[red]"}, {"name": "a[b]x"}]
+    result = allora(tmp_path, common(folder) | {"output": str(tmp_path / "out"), "runs": runs, "max_steps": 1})
+    assert result.exit_code == 0, result.output
+    for run in runs:
+        assert f"\n{run['name']}: loss" in result.output and f"\n{run['name']} ━" in result.output, result.output
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(folder, tmp_path):
     result = allora(tmp_path, common(folder) | {"output": str(tmp_path / "out"), "runs": RUNS}, "--dry-run")
     assert result.exit_code == 0, result.output

@@ -22,6 +22,8 @@ from allora_kernels.tools import cli, doctor  # noqa: E402
 from allora_kernels.training import FinetuneConfig  # noqa: E402
 from allora_kernels.training import run as finetune_module  # noqa: E402
 
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -40,8 +42,10 @@ def folder(tmp_path_factory):
     words = make_model(root / "mismatched", "Bert")
     small = transformers.BertConfig.from_pretrained(words, vocab_size=5)
     transformers.BertModel(small).save_pretrained(words)
-    masked = transformers.BertForMaskedLM.from_pretrained(root / "bert")
-    masked.save_pretrained(make_model(root / "masked", "Bert"))
+    decoder = transformers.BertModel.from_pretrained(root / "bert", is_decoder=True)
+    decoder.save_pretrained(make_model(root / "headless", "Bert"))
+    make_model(root / "roberta", "Roberta")
+    make_model(root / "xlnet", "XLNet")
     words = Path(make_model(root / "padless", "Bert"), "tokenizer_config.json")
     settings = json.loads(words.read_text())
     words.write_text(json.dumps({k: v for k, v in settings.items() if k not in ("pad_token", "eos_token")}))
@@ -84,6 +88,14 @@ def test_finetune_a_language_model(folder, tmp_path):
     result = finetune(folder, tmp_path / "run", model=folder / "llama", task="causal-lm", gradient_checkpointing=True)
     assert result.exit_code == 0, result.output
     assert "perplexity: " in result.output
+
+
+@pytest.mark.parametrize("family, limit", [("roberta", 31), ("xlnet", 32)])
+def test_the_longest_texts_that_a_model_takes(folder, tmp_path, family, limit):
+    write_csv(tmp_path / "long.csv", [(" ".join([f"w{i % 20}" for i in range(40)]), label) for label in "ab" * 8])
+    result = finetune(folder, tmp_path / "run", model=folder / family, data=tmp_path / "long.csv", max_length=None)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["data"]["max_length"] == limit
 
 
 def test_ctrl_c_says_how_to_go_on(folder, tmp_path, monkeypatch):
@@ -201,7 +213,7 @@ def test_bench_measures_a_layer_here():
         (["--out-features", "0"], "--out-features must be at least 1, got 0"),
         (["--in-features", "0"], "--in-features must be at least 1, got 0"),
         (["--r", "500"], "r must be between 1 and 256, got 500"),
-        (["--rows", "4", "--tune"], "backend='triton' cannot run here: cpu tensors"),
+        pytest.param(["--rows", "4", "--tune"], "--tune needs a GPU", marks=NO_GPU),
     ],
 )
 def test_bench_says_what_is_wrong(arguments, words, tmp_path, monkeypatch):
@@ -341,8 +353,13 @@ def test_settings_from_a_file_and_what_the_command_line_says_counts_more(folder,
         ({"model": "{folder}/no_model"}, "must be a folder with a config.json"),
         ({"model": "{folder}/mismatched"}, "the tokenizer has 25 tokens but the model only 5"),
         ({"model": "nobody/nothing"}, "nobody/nothing cannot be loaded for classification"),
-        ({"model": "{folder}/bert", "task": "causal-lm"}, "the checkpoint lacks 6 of the model's weights, first cls."),
-        ({"model": "{folder}/masked", "task": "causal-lm"}, "it is a masked language model"),
+        (
+            {"model": "{folder}/headless", "task": "causal-lm"},
+            "the checkpoint lacks 6 of the model's weights, first cls.",
+        ),
+        ({"model": "{folder}/bert", "task": "causal-lm"}, "it is a masked language model"),
+        ({"model": "{folder}/roberta", "max_length": 32}, "max_length must be <= 31, where"),
+        ({"model": "{folder}/roberta", "task": "causal-lm"}, "it is a masked language model"),
         ({"model": "{folder}/torn"}, "torn cannot be loaded for classification"),
         ({"model": "{folder}/padless"}, "its tokenizer has neither a padding nor an end token"),
         ({"model": "{folder}/wordless"}, "wordless has no tokenizer for the training data, of which it knows 0 tokens"),
@@ -445,10 +462,47 @@ def test_other_data_cannot_be_resumed(folder, tmp_path):
     assert result.exit_code == 2 and "cannot resume: ['data']" in result.stderr
 
 
-def test_a_broken_metrics_file_cannot_be_resumed(folder, tmp_path):
-    (tmp_path / "metrics.json").write_text("{")
-    result = finetune(folder, tmp_path, resume=True)
+@pytest.mark.parametrize("lacking", [None, "status", "config", "before", "data", "parameters", "processes"])
+def test_a_broken_metrics_file_cannot_be_resumed(folder, tmp_path, lacking):
+    config = FinetuneConfig(model=str(folder / "bert"), data=str(folder / "data.csv"), output=str(tmp_path))
+    whole = {
+        "status": "running",
+        "config": config.as_json(),
+        "before": {},
+        "data": {},
+        "parameters": {},
+        "processes": 1,
+    }
+    broken = json.dumps({key: value for key, value in whole.items() if key != lacking}) if lacking else "{"
+    (tmp_path / "metrics.json").write_text(broken)
+    result = finetune(folder, tmp_path, resume=True, r=None, max_steps=None, max_length=None)
     assert result.exit_code == 2 and "cannot be resumed" in result.stderr
+
+
+def test_a_file_where_the_adapter_goes_is_said_before_training(folder, tmp_path):
+    (tmp_path / "adapter").write_text("mine")
+    result = finetune(folder, tmp_path)
+    assert result.exit_code == 2 and "adapter is a file: remove it" in result.stderr, result.output
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("name", ["lr[lr=1e-3]", "a[/b]"])
+def test_names_with_brackets_are_printed_as_they_are(folder, tmp_path, name):
+    result = finetune(folder, tmp_path / name)
+    assert result.exit_code == 0 and str(tmp_path / name / "adapter") in result.output, result.output
+    merged = tmp_path / "merged" / name
+    result = allora("merge", "--adapter", tmp_path / name / "adapter", "--output", merged)
+    assert result.exit_code == 0 and f"merged into {merged}" in result.output, result.output
+
+
+def test_a_model_that_training_leaves_without_numbers_is_not_saved(folder, tmp_path):
+    options = {"optimizer": "sgd", "learning_rate": 1e38, "max_grad_norm": 0.0, "max_steps": 1}
+    result = finetune(folder, tmp_path / "run", **options)
+    assert result.exit_code == 1 and "the loss on the evaluation data is" in result.stderr, result.output
+    assert "after 1 steps: lower the learning rate" in result.stderr and not (tmp_path / "run" / "adapter").exists()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert metrics["status"] == "running"
+    assert finetune(folder, tmp_path / "run", resume=True, **options).exit_code == 1
 
 
 @pytest.mark.parametrize(
@@ -548,7 +602,7 @@ def test_without_the_packages_one_line_says_how_to_get_them(missing):
     code = f"import sys; sys.modules[{missing!r}] = None; from allora_kernels.tools.cli import main; main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode != 0
-    assert result.stderr.count("\n") == 1 and "pip install 'allora-kernels[train]'" in result.stderr
+    assert result.stderr.count("\n") == 1 and "pip install '.[train]' in a checkout" in result.stderr
 
 
 @pytest.mark.parametrize(
