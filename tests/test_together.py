@@ -1,5 +1,6 @@
 """Several runs over one base model: each result is the single run's, and each folder is one."""
 
+import io
 import json
 import shutil
 import signal
@@ -186,6 +187,14 @@ def test_a_run_whose_last_step_leaves_no_numbers_has_diverged(configs):
     assert found["sgd"]["after"] is None and not Path(runs["sgd"].output, "adapter").exists()
 
 
+def test_a_callers_console_shows_names_with_brackets_as_they_are(configs):
+    rich = pytest.importorskip("rich.console")
+    console, config = rich.Console(file=io.StringIO()), configs("causal-lm")["first"]
+    runs = {name: replace(config, output=f"{config.output}-{name}", max_steps=1) for name in ("[red]", "b")}
+    finetune_together(runs, console=console)
+    assert "adapter [red] is active, beside b" in console.file.getvalue()
+
+
 # --- going on -------------------------------------------------------------------------------------------------------
 
 
@@ -307,9 +316,7 @@ def test_runs_with_no_step_in_common_go_on_from_their_own(configs, monkeypatch):
     for (name, config), step in zip(runs.items(), (3, 7)):
         with monkeypatch.context() as patched:
             patched.setattr(together, "_mixed_step", stop_at(step))
-            finetune_together({name: replace(config, save_steps=2)})
-    for step in (2, 4):
-        shutil.rmtree(Path(runs["sgd"].output, f"checkpoint-{step}"), ignore_errors=True)
+            finetune_together({name: replace(config, save_steps=100)})
     taken, plain = [], together._mixed_step
     monkeypatch.setattr(together, "_mixed_step", lambda *args: taken.append([r.done for r in args[1]]) or plain(*args))
     found = finetune_together(resumed(runs))

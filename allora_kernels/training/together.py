@@ -319,12 +319,13 @@ def _resume(runs: list[_Run]) -> None:
 
 def _last_common_step(found: list[dict[int, Path]]) -> int | None:
     """The last step where each of some runs, with these checkpoints, can begin or has ended; None where there is none."""
-    known = []
+    known, one_begins = [], not all(found)
     for checkpoints in found:
         last = max(checkpoints, default=0)
         ended = last > 0 and read_state(checkpoints[last])["status"] != "interrupted"
-        # A run with fewer than are kept had none before them, and can begin anew.
-        known.append(({*checkpoints} | ({0} if len(checkpoints) < KEPT else set()), last if ended else math.inf))
+        # A run with fewer than are kept had none before them, and can begin with one that has none.
+        beginning = {0} if one_begins and len(checkpoints) < KEPT else set()
+        known.append(({*checkpoints} | beginning, last if ended else math.inf))
     steps = set().union(*(own for own, _ in known))
     return max((s for s in steps if all(s in own or s >= end for own, end in known)), default=None)
 
