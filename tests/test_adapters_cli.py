@@ -78,6 +78,14 @@ def test_the_command_line_counts_more_than_the_file_and_a_run_more_than_both(fol
     assert plain["r"] == 5 and plain["seed"] == 2
 
 
+def test_names_with_brackets_are_printed_as_they_are(folder, tmp_path):
+    runs = [{"name": "[red]"}, {"name": "a[b]x"}]
+    result = allora(tmp_path, common(folder) | {"output": str(tmp_path / "out"), "runs": runs, "max_steps": 1})
+    assert result.exit_code == 0, result.output
+    for run in runs:
+        assert f"\n{run['name']}: loss" in result.output and f"\n{run['name']} ━" in result.output, result.output
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(folder, tmp_path):
     result = allora(tmp_path, common(folder) | {"output": str(tmp_path / "out"), "runs": RUNS}, "--dry-run")
     assert result.exit_code == 0, result.output
@@ -115,6 +123,7 @@ def test_a_run_that_diverges_is_said_and_the_exit_code_is_1(folder, tmp_path):
         ({"runs": [{"name": "a", "r": "four"}]}, "run 1 (a): r must be an int"),
         ({"runs": [*RUNS, {"name": "a", "max_length": 8}]}, "which must be equal"),
         ({"runs": [*RUNS, {"name": "a", "data": "nowhere.csv"}]}, "run 'a': no such data file: nowhere.csv"),
+        ({"runs": [{"name": "a", "shuffle": "false"}]}, "run 1 (a): shuffle must be a bool (true or false), got 'false'"),
         ({"resume": True}, "there is nothing to resume in"),
         ({"model": None}, "run 1 has no model"),
         ({"model": "./nowhere"}, "no such model folder"),

@@ -63,6 +63,11 @@ def test_plain_text_is_one_document(file):
         ("d.jsonl", "[1]\n", r"line 1 must be a JSON object, got list"),
         ("d.jsonl", '{"text": "a", "label": 0.5}\n', r"a string or an integer\), got 0\.5"),
         ("d.jsonl", '{"text": 3, "label": 1}\n', r"must be some text, got 3"),
+        ("d.csv", "text,label,text\na,b,c\n", r"d\.csv has the column 'text' 2 times: rename or remove the others"),
+        ("d.csv", "text,label,label\na,b,c\n", r"has the column 'label' 2 times"),
+        ("d.csv", "text,label\na,b\n".encode("utf-16"), r"not UTF-8 \(byte 0x.. at offset 0\).*iconv -f utf-16"),
+        ("d.jsonl", '{"text": "a", "label": 1, "text": "b"}\n', r"line 1 has the key 'text' twice"),
+        ("d.jsonl", '{"text": "ab\\ud83d", "label": 1}\n', r"line 1: 'text' has half of a character, '\\ud83d' at 2"),
         ("d.txt", "words", r"plain text has none: make d\.txt a \.csv or \.jsonl"),
         ("d.parquet", "x", r"must end in one of .*\.csv.* got '\.parquet'"),
     ],
@@ -82,6 +87,25 @@ def test_no_such_file_and_a_folder(tmp_path):
 def test_an_empty_plain_text(file):
     with pytest.raises(ValueError, match="is empty"):
         read_texts(file("d.txt", " \n"), "text", None)
+
+
+def test_columns_that_nobody_reads_may_have_one_name(file):
+    assert read_texts(file("d.csv", "text,,\na,1,2\n"), "text", None) == Texts(("a",))
+    assert read_texts(file("d.jsonl", '{"text": "\\ud83d\\ude00", "more": {}}\n'), "text", None) == Texts(
+        ("\U0001f600",)
+    )
+
+
+@pytest.mark.parametrize("missing", [-1, None])
+def test_a_missing_label_of_the_hub_is_no_class(monkeypatch, missing):
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    stored = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, missing]}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: stored)
+    with pytest.raises(ValueError, match=r"someone/set, row 1: 'label' must be a label .* got None"):
+        read_texts("someone/set", "text", "label")
+    assert read_texts("someone/set", "text", None).texts == ("a", "b")
 
 
 def test_a_name_on_the_hub(monkeypatch):
@@ -121,11 +145,17 @@ def test_one_text_is_cut_after_a_line_near_its_end():
         hold_out(Texts(("one line only",)), 0.5, seed=0)
 
 
+@pytest.mark.parametrize("texts", [Texts(("a", "b", "c")), Texts(("one\n" * 9,), ("yes",))])
+def test_something_is_left_to_train_on(texts):
+    with pytest.raises(ValueError, match=rf"eval_fraction 0\.9 of {len(texts)} texts leaves none to train on"):
+        hold_out(texts, 0.9, seed=0)
+
+
 def test_labels_are_ordered_and_checked():
     assert label_names(Texts(("",) * 3, ("10", "9", "10")), Texts((), ())) == ["9", "10"]
     assert label_names(Texts(("",) * 3, ("b", "a", "1")), Texts((), ())) == ["1", "a", "b"]
-    with pytest.raises(ValueError, match="at least two labels, but all 2 are 'a'"):
-        label_names(Texts(("", ""), ("a", "a")), Texts((), ()))
+    with pytest.raises(ValueError, match="two labels to train on, but all 2 are 'a', without the 1 to evaluate on"):
+        label_names(Texts(("", ""), ("a", "a")), Texts(("",), ("b",)))
     with pytest.raises(ValueError, match=r"labels that the training data does not have: \['c'\]"):
         label_names(Texts(("", ""), ("a", "b")), Texts(("",), ("c",)))
 

@@ -154,7 +154,27 @@ def test_the_adapter_loads_elsewhere_with_the_same_results(settings, task, by_pe
 def test_the_classes_travel_with_the_adapter(settings):
     config = settings()
     finetune(config)
-    assert transformers.AutoConfig.from_pretrained(Path(config.output, "adapter")).id2label == {0: "fresh", 1: "rotten"}
+    adapter = Path(config.output, "adapter")
+    base_config = transformers.AutoConfig.from_pretrained(adapter / "base_config.json")
+    assert base_config.id2label == {0: "fresh", 1: "rotten"}
+    assert base_config.architectures == ["BertForSequenceClassification"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_transformers_own_from_pretrained_takes_the_adapters_folder(settings, task):
+    pytest.importorskip("peft")
+    config = settings(task)
+    finetune(config)
+    kind = transformers.AutoModelForSequenceClassification if task == TASKS[0] else transformers.AutoModelForCausalLM
+    adapter = Path(config.output, "adapter")
+    base_config = transformers.AutoConfig.from_pretrained(adapter / "base_config.json")
+    plain = kind.from_pretrained(adapter, config=base_config).eval()
+    mine = kind.from_pretrained(config.model, config=base_config).eval()
+    load_adapter(mine, adapter)
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        assert torch.allclose(plain(ids).logits, mine(ids).logits, atol=1e-5)
+    assert plain.config.id2label == base_config.id2label
 
 
 def test_a_model_trained_for_the_same_classes_keeps_its_head(settings, tmp_path):
@@ -245,6 +265,13 @@ def test_ctrl_c_saves_and_resuming_gives_the_same_bits(settings, tmp_path, task,
         Path(run, "adapter", "adapter_model.safetensors").read_bytes() for run in (config.output, tmp_path / "whole")
     ]
     assert same[0] == same[1]
+
+
+def test_a_resumed_run_saves_as_often_as_it_is_told(settings):
+    config = settings(save_steps=100)
+    finetune(config, callbacks=[At(2, ctrl_c)])
+    finetune(replace(config, resume=True, save_steps=5), callbacks=[At(11, ctrl_c)])
+    assert {p.name for p in Path(config.output).glob("checkpoint-*")} == {"checkpoint-10", "checkpoint-11"}
 
 
 def test_settings_that_a_run_did_not_have_yet_were_their_defaults(settings):

@@ -170,7 +170,7 @@ def test_unknown_bits(settings):
 
 def test_without_the_library(settings, monkeypatch):
     monkeypatch.setattr(base_model.importlib.util, "find_spec", lambda name: None)
-    _refused(settings(), r"quantize needs bitsandbytes: pip install 'allora-kernels\[quantized\]'")
+    _refused(settings(), r"quantize needs bitsandbytes: pip install '.\[quantized\]' in a checkout")
 
 
 def test_a_checkpoint_that_is_quantized_already(settings, tmp_path):

@@ -1,5 +1,6 @@
 """Several runs over one base model: each result is the single run's, and each folder is one."""
 
+import io
 import json
 import shutil
 import signal
@@ -73,6 +74,24 @@ def adapter(folder):
 # --- each run is the single one -------------------------------------------------------------------------------------
 
 
+def test_a_model_whose_text_config_is_within_another_is_trained(configs, tmp_path):
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    text = dict(vocab_size=25, intermediate_size=32, max_position_embeddings=32, **sizes)
+    vision = dict(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=8, patch_size=4
+    )
+    ids = dict(
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, image_token_index=24, boi_token_index=22, eoi_token_index=23
+    )
+    config = transformers.Gemma3Config(text_config=text | ids, vision_config=vision, mm_tokens_per_image=4, **ids)
+    folder = make_model(tmp_path / "gemma3", "Llama")
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    runs = {name: replace(configs("causal-lm")[name], model=folder, max_steps=2) for name in ("first", "accumulating")}
+    for name, metrics in finetune_together(runs).items():
+        single = finetune(replace(runs[name], output=str(tmp_path / "single" / name)))
+        assert metrics["after"]["loss"] == pytest.approx(single["after"]["loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_each_result_is_the_single_runs(task, configs, tmp_path):
     runs = configs(task)
@@ -115,7 +134,7 @@ def test_the_folders_are_those_of_single_runs(configs, tmp_path):
             f for f in wanted if not f.startswith("checkpoint-")
         }
         assert {p.name for p in Path(config.output).glob("checkpoint-*")} == {
-            f"checkpoint-{step}" for step in range(4, metrics[name]["steps"], 4)
+            f"checkpoint-{step}" for step in [*range(4, metrics[name]["steps"], 4), metrics[name]["steps"]][-2:]
         }
         written = json.loads(Path(config.output, "metrics.json").read_text())
         assert written == json.loads(json.dumps(metrics[name]))
@@ -153,10 +172,27 @@ def test_a_run_that_diverges_ends_and_the_others_are_what_they_would_have_been(c
     found = finetune_together(mad)
     assert found["sgd"]["status"] == "diverged" and found["sgd"]["after"] is None and found["sgd"]["steps"] < 9
     assert not Path(runs["sgd"].output, "adapter").exists()
+    json.loads(Path(runs["sgd"].output, "metrics.json").read_text(), parse_constant=pytest.fail)
     for name, metrics in healthy.items():
         assert found[name]["status"] == "finished"
         for (_, a), (_, b) in zip(found[name]["loss_history"], metrics["loss_history"], strict=True):
             assert a == pytest.approx(b, rel=2e-3)
+
+
+def test_a_run_whose_last_step_leaves_no_numbers_has_diverged(configs):
+    runs = {name: config for name, config in configs("causal-lm").items() if name in ("first", "sgd")}
+    runs["sgd"] = replace(runs["sgd"], learning_rate=1e30, max_grad_norm=0.0, max_steps=1)
+    found = finetune_together(runs)
+    assert {name: m["status"] for name, m in found.items()} == {"first": "finished", "sgd": "diverged"}
+    assert found["sgd"]["after"] is None and not Path(runs["sgd"].output, "adapter").exists()
+
+
+def test_a_callers_console_shows_names_with_brackets_as_they_are(configs):
+    rich = pytest.importorskip("rich.console")
+    console, config = rich.Console(file=io.StringIO()), configs("causal-lm")["first"]
+    runs = {name: replace(config, output=f"{config.output}-{name}", max_steps=1) for name in ("[red]", "b")}
+    finetune_together(runs, console=console)
+    assert "adapter [red] is active, beside b" in console.file.getvalue()
 
 
 # --- going on -------------------------------------------------------------------------------------------------------
@@ -196,17 +232,21 @@ def assert_same_runs(found, want, configs, whole):
         assert mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine), name
 
 
+def with_dropout(model, folder):
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"hidden_dropout_prob": 0.2}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("end", ["ctrl-c", "killed"])
 def test_runs_go_on_to_the_same_bits(task, end, configs, tmp_path, monkeypatch):
     """Also those of other lengths, and with what dropout draws. Step 7 is after a checkpoint and, of "short", after the end."""
     runs = configs(task)
     if task == "classification":
-        folder = tmp_path / "with-dropout"
-        shutil.copytree(runs["first"].model, folder)
-        config = json.loads((folder / "config.json").read_text()) | {"hidden_dropout_prob": 0.2}
-        (folder / "config.json").write_text(json.dumps(config))
-        runs = {name: replace(config, model=str(folder)) for name, config in runs.items()}
+        folder = with_dropout(runs["first"].model, tmp_path / "with-dropout")
+        runs = {name: replace(config, model=folder) for name, config in runs.items()}
     whole = elsewhere(runs, tmp_path / "whole")
     want = finetune_together(whole)
     with monkeypatch.context() as patched:
@@ -239,15 +279,48 @@ def test_a_checkpoint_that_is_not_whole_is_passed_by_and_two_are_kept(configs, t
         finetune_together(runs)
     first = Path(runs["first"].output)
     assert {p.name for p in first.glob("checkpoint-*")} >= {"checkpoint-4", "checkpoint-6"}
-    # One run is thrown back by two steps; the batches it takes are still its own.
     (first / "checkpoint-6" / "adapter_model.safetensors").unlink()
+    assert_same_runs(finetune_together(resumed(runs)), want, runs, whole)
+    last = want["first"]["steps"]
+    assert {p.name for p in first.glob("checkpoint-*")} == {f"checkpoint-{last - 1}", f"checkpoint-{last}"}
+
+
+@pytest.mark.parametrize("stop, torn, again", [(3, 2, 0), (4, 3, 2), (8, None, 6), (8, 6, 4)])
+def test_runs_that_drop_out_go_on_from_a_step_that_all_have(stop, torn, again, configs, inputs, tmp_path, monkeypatch):
+    """Killed after another run has ended or diverged, or before the first run was saved at a step where the others were."""
+    folder = with_dropout(inputs[0]["classification"], tmp_path / "with-dropout")
+    made = configs("classification")
+    changes = {"first": dict(save_steps=3), "accumulating": dict(max_steps=5, save_steps=2)}
+    changes["sgd"] = dict(learning_rate=1e30, max_grad_norm=0.0, save_steps=100)
+    runs = {name: replace(made[name], model=folder, **own) for name, own in changes.items()}
+    whole = elsewhere(runs, tmp_path / "whole")
+    want = finetune_together(whole)
+    assert want["sgd"]["status"] == "diverged" and want["sgd"]["steps"] < 3
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(together, "_mixed_step", stop_at(stop, MemoryError))
+        finetune_together(runs)
+    if torn is not None:
+        Path(runs["first"].output, f"checkpoint-{torn}", "adapter_config.json").unlink()
+    taken, plain = [], together._mixed_step
+    with monkeypatch.context() as patched:
+        patched.setattr(together, "_mixed_step", lambda *args: taken.append(args[1][0].done) or plain(*args))
+        found = finetune_together(resumed(runs))
+    assert taken == [*range(again, 9)]
+    left = {name: config for name, config in runs.items() if name != "sgd"}
+    assert_same_runs({name: found[name] for name in left}, want, left, whole)
+    assert found["sgd"]["status"] == "diverged" and found["sgd"]["loss_history"] == want["sgd"]["loss_history"]
+
+
+def test_runs_with_no_step_in_common_go_on_from_their_own(configs, monkeypatch):
+    runs = {name: config for name, config in configs("causal-lm").items() if name in ("first", "sgd")}
+    for (name, config), step in zip(runs.items(), (3, 7)):
+        with monkeypatch.context() as patched:
+            patched.setattr(together, "_mixed_step", stop_at(step))
+            finetune_together({name: replace(config, save_steps=100)})
+    taken, plain = [], together._mixed_step
+    monkeypatch.setattr(together, "_mixed_step", lambda *args: taken.append([r.done for r in args[1]]) or plain(*args))
     found = finetune_together(resumed(runs))
-    for name, metrics in found.items():
-        assert metrics["status"] == "finished" and metrics["steps"] == want[name]["steps"]
-        for (_, a), (_, b) in zip(metrics["loss_history"], want[name]["loss_history"], strict=True):
-            assert a == pytest.approx(b, rel=1e-4)
-    last = want["first"]["steps"] - 1
-    assert {p.name for p in first.glob("checkpoint-*")} == {f"checkpoint-{last - 2}", f"checkpoint-{last}"}
+    assert taken[0] == [3, 7] and {m["status"] for m in found.values()} == {"finished"}
 
 
 def test_what_was_trained_in_the_other_way_is_not_resumed(configs):
@@ -275,6 +348,7 @@ def test_what_was_trained_in_the_other_way_is_not_resumed(configs):
         (dict(target_modules=["query"]), "have target_modules .* must be equal"),
         (dict(model="elsewhere"), "have model .* must be equal"),
         (dict(gradient_checkpointing=True), "have gradient_checkpointing False and True"),
+        (dict(experts=True), "have experts False and True, which must be equal"),
         (dict(resume=True), "there is nothing to resume in .*sgd: it has no metrics.json"),
         (dict(data="nowhere.csv"), "run 'sgd': no such data file: nowhere.csv"),
         (dict(text_column="words"), "run 'sgd': .*has no column 'words'"),
@@ -286,6 +360,22 @@ def test_runs_that_do_not_fit_together_write_nothing(changes, match, configs, tm
     with pytest.raises(ValueError, match=match):
         finetune_together(runs)
     assert not (tmp_path / "runs").exists()
+
+
+def test_mixtures_that_runs_cannot_share(configs, tmp_path):
+    runs = configs("causal-lm")
+    both = {name: replace(config, experts=True) for name, config in runs.items()}
+    with pytest.raises(ValueError, match="runs 'first' and 'accumulating' have experts, whose rows are routed"):
+        finetune_together(both)
+    folder = Path(make_model(tmp_path / "mixtral", "Mixtral"))
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"output_router_logits": True}))
+    with pytest.raises(ValueError, match="mixtral adds a loss of its router"):
+        finetune_together({name: replace(config, model=str(folder)) for name, config in runs.items()})
+    assert not (tmp_path / "runs").exists()
+    # By itself it is trained, and evaluated by its logits.
+    metrics = finetune(replace(runs["first"], model=str(folder), max_steps=2, output=str(tmp_path / "single")))
+    assert metrics["after"]["perplexity"] == pytest.approx(torch.tensor(metrics["after"]["loss"]).exp().item())
 
 
 def test_outputs_names_classes_and_processes(configs, tmp_path, monkeypatch):

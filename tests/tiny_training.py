@@ -21,11 +21,17 @@ _SIZES = {
 
 
 def make_model(folder: Path, family: str) -> str:
-    """A random ``"Bert"`` (without a head), ``"Llama"`` or ``"Mixtral"`` (with one) and its tokenizer, in `folder`."""
+    """A random ``"Bert"``, ``"Roberta"`` or ``"XLNet"`` (without a head), ``"Llama"`` or ``"Mixtral"`` (with one) and its
+    tokenizer, in `folder`."""
     torch.manual_seed(0)
     if family == "Bert":
         # Dropout stays on: what draws random numbers is what resuming can get wrong.
         model = transformers.BertModel(transformers.BertConfig(**_SIZES))
+    elif family == "Roberta":
+        model = transformers.RobertaModel(transformers.RobertaConfig(**_SIZES))
+    elif family == "XLNet":
+        sizes = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "vocab_size": len(VOCABULARY)}
+        model = transformers.XLNetModel(transformers.XLNetConfig(**sizes, pad_token_id=0))
     elif family == "Mixtral":
         config = transformers.MixtralConfig(**_SIZES, num_key_value_heads=1, num_local_experts=3)
         model = transformers.MixtralForCausalLM(config)

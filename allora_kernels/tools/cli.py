@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     import typer
 
-_INSTALL = "the command line needs more packages: pip install 'allora-kernels[train]'"
+_INSTALL = "the command line needs more packages: pip install '.[train]' in a checkout of allora-kernels"
 
 
 def finetune(*, dry_run: bool = False, runs: "dict[str, FinetuneConfig] | None" = None, **settings: Any) -> int:
@@ -47,7 +47,7 @@ def finetune(*, dry_run: bool = False, runs: "dict[str, FinetuneConfig] | None" 
     if dry_run:
         from ..training.dry_run import dry_run as look
 
-        console.print(str(look(config)), highlight=False, soft_wrap=True, markup=False)
+        console.print(str(look(config)), highlight=False, soft_wrap=True)
         return 0
     from ..training.run import finetune as run
 
@@ -70,7 +70,7 @@ def finetune(*, dry_run: bool = False, runs: "dict[str, FinetuneConfig] | None" 
 def _finetune_together(configs: dict[str, FinetuneConfig], dry_run: bool) -> int:
     console = _console()
     _quiet_transformers()
-    say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
     if dry_run:
         from ..training.dry_run import dry_run_together
 
@@ -145,8 +145,10 @@ def bench(
     for name, size in (("rows", min(rows)), ("out-features", out_features), ("in-features", in_features)):
         if size < 1:
             raise ValueError(f"--{name} must be at least 1, got {size}")
-    dtypes = [_dtype(name) for name in (dtype, adapter_dtype or dtype)]
-    report(_console(), [(m, out_features, in_features, r) for m in rows], *dtypes, default_device(), tune)
+    dtypes, device = [_dtype(name) for name in (dtype, adapter_dtype or dtype)], default_device()
+    if tune and device.type != "cuda":
+        raise ValueError("--tune needs a GPU, whose kernels it chooses; leave it out to measure on the CPU")
+    report(_console(), [(m, out_features, in_features, r) for m in rows], *dtypes, device, tune)
     return 0
 
 
@@ -298,8 +300,8 @@ def _complain(error: Exception, code: int) -> int:
 def _console():
     from rich.console import Console
 
-    # Of several processes under torchrun the first one speaks.
-    return Console(quiet=os.environ.get("RANK", "0") != "0")
+    # Of several processes under torchrun the first one speaks. Names and paths may have brackets, and no text has markup.
+    return Console(quiet=os.environ.get("RANK", "0") != "0", markup=False)
 
 
 def _leave_processes() -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ..models.adapted import AdaptReport
 from ..models.adapter_config import read_config
@@ -12,6 +13,7 @@ from ..models.adapter_files import CONFIG_FILE, adapter_file
 from ..models.loading import load_adapter
 from ..models.merging import merge_adapter
 from ..training.base_model import load_base
+from ..training.run import BASE_CONFIG_FILE
 
 _TASKS = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm"}
 
@@ -39,13 +41,19 @@ def write_merged_model(adapter: str, output: str, model: str | None = None) -> A
         raise ValueError(f"output must be a new folder, but {target} exists")
     read_config(folder)
     file = adapter_file(folder, CONFIG_FILE)
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    if settings.get("task_type") not in _TASKS:
+    settings, beside = json.loads(file.read_text(encoding="utf-8")), _base_config(folder)
+    task = _TASKS.get(settings.get("task_type"), _task_of(beside))
+    if task is None:
         raise ValueError(f"{file}: task_type must be one of {', '.join(_TASKS)}, got {settings.get('task_type')!r}")
     source = model or settings.get("base_model_name_or_path")
     if not source:
         raise ValueError(f"{file} names no base model: name it with --model")
-    base = load_base(source, _TASKS[settings["task_type"]], _classes(folder), "auto")
+    classes = _classes(beside)
+    base = load_base(source, task, classes, "auto")
+    if classes is not None:
+        # The head is the adapter's, whatever order the base model has the same classes in.
+        base.model.config.id2label = dict(enumerate(classes))
+        base.model.config.label2id = {name: i for i, name in enumerate(classes)}
     report = load_adapter(base.model, folder)
     if untrained := set(base.heads) - set(report.modules_to_save):
         raise ValueError(f"{sorted(untrained)} would be at random values: neither the model nor the adapter has them")
@@ -65,12 +73,20 @@ def write_merged_model(adapter: str, output: str, model: str | None = None) -> A
     return report
 
 
-def _classes(folder: Path) -> list[str] | None:
-    """What `finetune` left beside the adapter: PEFT's format has no place for the names of the classes."""
-    file = folder / "config.json"
-    if not file.is_file():
-        return None
-    names = json.loads(file.read_text(encoding="utf-8")).get("id2label")
+def _base_config(folder: Path) -> dict[str, Any]:
+    """What `finetune` left beside the adapter, `{}` where another saved it."""
+    file = folder / BASE_CONFIG_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _task_of(base_config: dict[str, Any]) -> str | None:
+    """The task of a model whose head PEFT would not look for, so that the adapter's config has none."""
+    (architecture,) = base_config.get("architectures", [""])
+    return "classification" if architecture.endswith("ForSequenceClassification") else None
+
+
+def _classes(base_config: dict[str, Any]) -> list[str] | None:
+    names = base_config.get("id2label")
     return names and [names[key] for key in sorted(names, key=int)]
 
 

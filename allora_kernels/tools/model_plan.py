@@ -56,7 +56,7 @@ def explain_model(
     for number, plan in enumerate(explanation.plans, start=1):
         console.print(f"plan {number}:", highlight=False)
         for step, what in plan:
-            console.print(f"  {step}: {what}", highlight=False, soft_wrap=True, markup=False)
+            console.print(f"  {step}: {what}", highlight=False, soft_wrap=True)
 
 
 def _table(explanation: ModelExplanation, rows: int, device: torch.device):

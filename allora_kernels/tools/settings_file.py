@@ -3,6 +3,7 @@
 import difflib
 import re
 import sys
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def check_settings(found: Any, known: Collection[str], where: str) -> dict[str, 
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 (byte {error.object[error.start]:#x} at {error.start})") from None
 
@@ -54,7 +55,11 @@ def _yaml(file: Path) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node, deep=False):
+            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            if repeated := [key for key, count in keys.items() if count > 1]:
+                raise ValueError(f"{file} has {repeated[0]!r} twice")
+            return super().construct_mapping(node, deep)
 
     # YAML 1.1 takes 1e-3 for a word.
     number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")

@@ -68,7 +68,7 @@ def load_base(
             config.pad_token_id = _pad_token_id(name, tokenizer)
         else:
             kind = transformers.AutoModelForCausalLM
-            if any(a.endswith("ForMaskedLM") for a in config.architectures or ()):
+            if _sees_ahead(config):
                 raise ValueError("it is a masked language model, which sees the words it would have to predict")
         if quantize is not None:
             where = where | _quantization(quantize, task, kind, config, dtype)
@@ -89,7 +89,7 @@ def _quantization(
 ) -> dict:
     """What `kind.from_pretrained` is to be called with, too."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("quantize needs bitsandbytes: pip install 'allora-kernels[quantized]'")
+        raise ValueError("quantize needs bitsandbytes: pip install '.[quantized]' in a checkout of allora-kernels")
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("it is quantized already: leave quantize out")
     settings = {"load_in_8bit": True}
@@ -112,6 +112,13 @@ def _quantization(
         # The one that the Trainer takes; left to itself, transformers loads it on the first GPU in every process.
         quantized["device_map"] = {"": device.index or 0}
     return quantized
+
+
+def _sees_ahead(config: transformers.PretrainedConfig) -> bool:
+    """Whether in a language model of `config` a token sees those after it: an encoder that is not told to be a decoder."""
+    if config.is_encoder_decoder or getattr(config, "is_decoder", False) or getattr(config, "causal", False):
+        return False
+    return type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
 
 
 def _describe_classes(config: transformers.PretrainedConfig, classes: Sequence[str] | None) -> list[str]:
@@ -169,13 +176,21 @@ def length_limit(config: FinetuneConfig, model: nn.Module, tokenizer: PreTrained
         ValueError: more was asked for than the model takes.
     """
     limit = tokenizer.model_max_length
-    if (positions := getattr(model.config, "max_position_embeddings", None)) is not None:
-        limit = min(limit, positions)
+    # XLNet, which has no end, says -1.
+    if (positions := getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0) > 0:
+        limit = min(limit, positions - _reserved_positions(model))
     if config.max_length is None:
         return min(512, limit)
     if config.max_length > limit:
         raise ValueError(f"max_length must be <= {limit}, where {config.model} ends, got {config.max_length}")
     return config.max_length
+
+
+def _reserved_positions(model: nn.Module) -> int:
+    """Rows of the position embeddings that no token of a text has: RoBERTa and its kin count from behind the padding's."""
+    tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
+    padding = (getattr(table, "padding_idx", None) for table in tables)
+    return max((index + 1 for index in padding if index is not None), default=0)
 
 
 def computes_in_bf16(config: FinetuneConfig) -> bool:

@@ -20,6 +20,8 @@ _NUMBERS = {
     "momentum": True, "weight_decay": True, "max_grad_norm": True,
 }  # fmt: skip
 """Settings that are finite numbers: whether they may be zero."""
+_SWITCHES = {"bf16": True, "experts": False, "gradient_checkpointing": False, "shuffle": False, "resume": False}
+"""Settings that are on or off: whether they may be left open."""
 _FREE_ON_RESUME = ("output", "save_steps", "resume")
 
 
@@ -82,12 +84,16 @@ class FinetuneConfig:
         check_rule(self.r, self.eta, self.norm)
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", LEARNING_RATES[self.optimizer])
-        targets = (self.target_modules,) if isinstance(self.target_modules, str) else tuple(self.target_modules)
+        targets = _names("target_modules", self.target_modules)
         object.__setattr__(self, "target_modules", targets)
         if not targets or ("all-linear" in targets and len(targets) > 1):
             raise ValueError(f"target_modules must be names of layers, or all-linear alone, got {list(targets)}")
         for name in ("model", "data", "output", "text_column", "label_column"):
             _text(name, getattr(self, name))
+        if self.eval_data is not None:
+            _text("eval_data", self.eval_data)
+        for name, optional in _SWITCHES.items():
+            _switch(name, getattr(self, name), optional)
         for name, smallest in _SMALLEST.items():
             _integer(name, getattr(self, name), smallest, optional=name in ("max_length", "max_steps"))
         for name, zero in _NUMBERS.items():
@@ -119,13 +125,29 @@ def without_none(settings: dict) -> dict:
 
 
 def _choice(name: str, value, choices) -> None:
-    if value not in choices:
+    if value not in tuple(choices):
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _wrong_type(name: str, right: str, value) -> TypeError:
+    return TypeError(f"{name} must be {right}, got {value!r} ({type(value).__name__})")
+
+
+def _names(name: str, value) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not all(isinstance(one, str) for one in names):
+        raise _wrong_type(name, "a str or a list of them", value)
+    return tuple(names)
+
+
+def _switch(name: str, value, optional: bool) -> None:
+    if not isinstance(value, bool) and not (optional and value is None):
+        raise _wrong_type(name, "a bool (true or false)", value)
 
 
 def _text(name: str, value) -> None:
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, got {type(value).__name__}")
+        raise _wrong_type(name, "a str", value)
     if not value:
         raise ValueError(f"{name} must not be empty")
 
@@ -134,7 +156,7 @@ def _integer(name: str, value, smallest: int, optional: bool) -> None:
     if optional and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        raise _wrong_type(name, "an int", value)
     if value < smallest:
         raise ValueError(f"{name} must be >= {smallest}, got {value}")
 
@@ -143,6 +165,6 @@ def _number(name: str, value, zero: bool, optional: bool = False) -> None:
     if optional and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        raise _wrong_type(name, "a number", value)
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
         raise ValueError(f"{name} must be finite and {'>= 0' if zero else '> 0'}, got {value}")

@@ -1,10 +1,12 @@
 """Text files and data sets of the hub, read strictly and turned into token ids."""
 
+import codecs
 import csv
 import hashlib
 import io
 import json
 import random
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,8 +51,8 @@ def read_texts(source: str, text_column: str, label_column: str | None) -> Texts
         label_column: column (key) of the label; None to read none.
 
     Raises:
-        ValueError: no such file; an unknown file type; not UTF-8; nothing in it; a column, text or label missing; a
-            label that is neither a string nor an integer.
+        ValueError: no such file; an unknown file type; not UTF-8; nothing in it; a column, text or label missing, or a column
+            there twice; a label that is neither a string nor an integer.
     """
     path = Path(source).expanduser()
     if not path.exists():
@@ -74,12 +76,13 @@ def read_texts(source: str, text_column: str, label_column: str | None) -> Texts
 def hold_out(data: Texts, fraction: float, seed: int) -> tuple[Texts, Texts]:
     """Split into (training, evaluation): a random `fraction` of the documents, the same for the same `seed`.
 
-    A single document is cut near its end, after a line, so that what is evaluated comes after all that is trained on.
+    A single document without a label is cut near its end, after a line, so that what is evaluated comes after all that is
+    trained on.
 
     Raises:
         ValueError: too little text for both sides.
     """
-    if len(data) == 1:
+    if len(data) == 1 and data.labels is None:
         (text,) = data.texts
         cut = text.rfind("\n", 0, round(len(text) * (1 - fraction))) + 1
         if cut == 0:
@@ -88,6 +91,10 @@ def hold_out(data: Texts, fraction: float, seed: int) -> tuple[Texts, Texts]:
     order = list(range(len(data)))
     random.Random(seed).shuffle(order)
     count = max(1, round(len(data) * fraction))
+    if count == len(data):
+        raise ValueError(
+            f"eval_fraction {fraction:g} of {len(data)} texts leaves none to train on: lower it, or give --eval-data"
+        )
 
     def take(indices: Sequence[int]) -> Texts:
         labels = None if data.labels is None else tuple(data.labels[i] for i in indices)
@@ -104,7 +111,10 @@ def label_names(train: Texts, evaluation: Texts) -> list[str]:
     """
     names = set(train.labels)
     if len(names) < 2:
-        raise ValueError(f"classification needs at least two labels, but all {len(train)} are {train.labels[0]!r}")
+        raise ValueError(
+            f"classification needs at least two labels to train on, but all {len(train)} are {train.labels[0]!r}, without the "
+            f"{len(evaluation)} to evaluate on"
+        )
     if unseen := sorted(set(evaluation.labels) - names):
         raise ValueError(f"the evaluation data has labels that the training data does not have: {unseen}")
     numeric = all(name.removeprefix("-").isdecimal() for name in names)
@@ -125,6 +135,20 @@ def classification_dataset(
         return {**encoded, "labels": [index[label] for label in batch["label"]]}
 
     return _map({"text": data.texts, "label": data.labels}, encode)
+
+
+def check_tokens(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """ValueError where there is nothing to learn from: fewer than two tokens that the tokenizer knows, special ones aside. One
+    made from no files, as transformers hands out without a word, knows none."""
+    special, known = set(tokenizer.all_special_ids), set()
+    for ids in dataset["input_ids"]:
+        known.update(set(ids) - special)
+        if len(known) > 1:
+            return
+    raise ValueError(
+        f"{tokenizer.name_or_path} has no tokenizer for the training data, of which it knows {len(known)} tokens, special ones "
+        "aside: the folder needs the model's tokenizer files, such as tokenizer.json"
+    )
 
 
 def by_length(dataset: "Dataset") -> "Dataset":
@@ -182,6 +206,9 @@ def _map(columns: dict[str, Sequence], encode) -> "Dataset":
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
+_HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
+"""A surrogate alone, which JSON can write and no tokenizer reads."""
+
 Row = tuple[str, dict[str, Any]]
 """Where the row stands, in words, and its values by column."""
 
@@ -191,9 +218,10 @@ def _decode(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
+        encoding = "utf-16" if error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
         raise ValueError(
             f"{path} is not UTF-8 (byte 0x{byte:02x} at offset {error.start}): convert it, for example with "
-            f"iconv -f latin1 -t utf-8"
+            f"iconv -f {encoding} -t utf-8"
         ) from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
@@ -231,15 +259,30 @@ def _csv_rows(path: Path) -> tuple[Iterator[Row], list[str]]:
     return rows(), header
 
 
+class _Repeated(ValueError):
+    """A key that is there twice."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise _Repeated(repr(key))
+        found[key] = value
+    return found
+
+
 def _jsonl_rows(path: Path) -> Iterator[Row]:
     for number, line in enumerate(_decode(path).split("\n"), 1):
         where = f"{path}, line {number}"
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_without_repeats)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where} is not JSON: {error}") from None
+        except _Repeated as error:
+            raise ValueError(f"{where} has the key {error} twice: rename or remove one") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where} must be a JSON object, got {type(row).__name__}")
         yield where, row
@@ -258,7 +301,9 @@ def _hub_rows(name: str) -> tuple[Iterator[Row], list[str], str]:
 
     def rows() -> Iterator[Row]:
         for i, row in enumerate(data):
-            yield f"{name}, row {i}", {c: names[c][v] if c in names and v >= 0 else v for c, v in row.items()}
+            # A set without labels, as the test split of a competition, has -1 or None for them.
+            known = {c: names[c][v] if v is not None and v >= 0 else None for c, v in row.items() if c in names}
+            yield f"{name}, row {i}", {**row, **known}
 
     return rows(), data.column_names, name
 
@@ -274,6 +319,11 @@ def _collect(
         text = row[text_column]
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{place}: {text_column!r} must be some text, got {text!r}")
+        if (half := _HALF_A_CHARACTER.search(text)) is not None:
+            raise ValueError(
+                f"{place}: {text_column!r} has half of a character, {half[0]!r} at {half.start()}, as where a text was cut: "
+                "remove it"
+            )
         texts.append(text)
         if label_column is not None:
             labels.append(_label(row[label_column], place, label_column))
@@ -286,6 +336,10 @@ def _check_columns(columns: list[str], where: str, text_column: str, label_colum
     for option, column in (("--text-column", text_column), ("--label-column", label_column)):
         if column is not None and column not in columns:
             raise ValueError(f"{where} has no column {column!r}; it has {columns}: name one with {option}")
+        if columns.count(column) > 1:
+            raise ValueError(
+                f"{where} has the column {column!r} {columns.count(column)} times: rename or remove the others"
+            )
 
 
 def _label(value: Any, where: str, column: str) -> str:

@@ -17,6 +17,7 @@ from .data import (
     Texts,
     by_length,
     causal_lm_dataset,
+    check_tokens,
     classification_dataset,
     hold_out,
     label_names,
@@ -108,6 +109,7 @@ def on_base(config: FinetuneConfig, base: Base, texts: tuple[Texts, Texts], repo
     """What a run works on: `base` with its adapter, and `texts` as token ids."""
     max_length = length_limit(config, base.model, base.tokenizer)
     train, evaluation = (tokenize(part, base.classes, base.tokenizer, max_length) for part in texts)
+    check_tokens(train, base.tokenizer)
     return Prepared(
         base.model,
         base.tokenizer,

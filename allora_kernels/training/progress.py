@@ -64,7 +64,7 @@ class RunBars:
 
     def __init__(self, console: Console, totals: Mapping[str, int]):
         self.bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.3f}"),

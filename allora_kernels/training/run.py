@@ -1,5 +1,6 @@
 """`finetune`: one training run with ALLoRA adapters, on transformers' own Trainer."""
 
+import copy
 import json
 import math
 import os
@@ -30,7 +31,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 METRICS_FILE, PLOT_FILE, ADAPTER_FOLDER = "metrics.json", "loss.png", "adapter"
+BASE_CONFIG_FILE = "base_config.json"
+"""The base model's config beside its adapter: as config.json it would make transformers take the folder for a whole model."""
 _STATE_FILE = "trainer_state.json"
+_SAME_RUN = ("data", "parameters", "processes")
+"""What of metrics.json tells one run from another."""
 
 
 def finetune(
@@ -61,7 +66,7 @@ def finetune(
 
     Raises:
         ValueError, TypeError: settings, data, model and output folder that do not work or do not fit together.
-        FloatingPointError: the training loss became nan or infinite.
+        FloatingPointError: the loss became nan or infinite; no such adapter is saved.
     """
     former = check_output(config)
     processes, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
@@ -69,12 +74,11 @@ def finetune(
     if former and former["status"] == "finished":
         return former
     prepared = prepare(config)
-    model, tokenizer = prepared.model, prepared.tokenizer
     metrics = first_metrics(config, prepared, processes)
     if former:
         check_resumed(former, metrics, config)
     if console is not None:
-        console.print(str(prepared.report), highlight=False)
+        console.print(str(prepared.report), highlight=False, markup=False)
 
     trainer = trainer_for(config, prepared, [StopOnNonFinite(), *callbacks])
     metrics["before"] = former["before"] if former else evaluate(trainer)
@@ -84,14 +88,11 @@ def finetune(
     if writes:
         write_json(metrics, output / METRICS_FILE)
     _train(trainer, _last_checkpoint(output) if former else None, console, metrics)
-    if writes:
-        save_adapter(model, output / ADAPTER_FOLDER, base_model_name_or_path=config.model)
-        # PEFT's format has no place for the names of the classes; the model's config has.
-        model.config.save_pretrained(output / ADAPTER_FOLDER)
-        tokenizer.save_pretrained(output / ADAPTER_FOLDER)
     if metrics["status"] == "finished":
         metrics["after"] = evaluate(trainer)
     if writes:
+        save_adapter(prepared.model, output / ADAPTER_FOLDER, base_model_name_or_path=config.model)
+        save_beside_adapter(output / ADAPTER_FOLDER, prepared)
         plot_loss(metrics, output / PLOT_FILE)
         write_json(metrics, output / METRICS_FILE)
     trainer.accelerator.wait_for_everyone()
@@ -232,6 +233,11 @@ class FinetuneTrainer(AdapterTrainer):
             self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         return self.optimizer
 
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        # Evaluation takes all outputs, in their order: a mixture's auxiliary loss can be before the logits.
+        return (loss, {"logits": outputs["logits"]}) if return_outputs else loss
+
     def _save(self, output_dir=None, state_dict=None):
         # The tokenizer and the settings lie beside the checkpoints.
         self.save_adapters(output_dir, state_dict)
@@ -249,6 +255,10 @@ def check_output(config: FinetuneConfig, together: bool = False) -> dict[str, An
         raise ValueError(f"output must be a folder that can be written, but {standing} is a file")
     if not os.access(standing, os.W_OK | os.X_OK):
         raise ValueError(f"output must be a folder that can be written, but {standing} is read-only")
+    if (adapter := output / ADAPTER_FOLDER).exists() and not adapter.is_dir():
+        raise ValueError(
+            f"output must be a folder for a run, but {adapter} is a file: remove it, or name another --output"
+        )
     file = output / METRICS_FILE
     if not config.resume:
         if file.exists() or any(output.glob("checkpoint-*")):
@@ -258,8 +268,10 @@ def check_output(config: FinetuneConfig, together: bool = False) -> dict[str, An
         raise ValueError(f"there is nothing to resume in {output}: it has no {METRICS_FILE}")
     try:
         former = json.loads(file.read_text(encoding="utf-8"))
+        if lacking := {"status", "before", *_SAME_RUN} - former.keys():
+            raise KeyError(*lacking)
         changed = config.changed_since(former["config"])
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
         raise ValueError(f"{file} is not the {METRICS_FILE} of a run, so it cannot be resumed") from None
     if changed:
         settings = "; ".join(f"{name} was {former['config'].get(name)!r}" for name in changed)
@@ -272,7 +284,7 @@ def check_output(config: FinetuneConfig, together: bool = False) -> dict[str, An
 
 def check_resumed(former: dict[str, Any], metrics: dict[str, Any], config: FinetuneConfig) -> None:
     """ValueError unless the run that begins with `metrics` is the `former` one."""
-    if changed := [key for key in ("data", "parameters", "processes") if former[key] != metrics[key]]:
+    if changed := [key for key in _SAME_RUN if former[key] != metrics[key]]:
         raise ValueError(f"cannot resume: {changed} in {config.output}/{METRICS_FILE} are not those of this run")
 
 
@@ -286,10 +298,23 @@ def _device(dtype: torch.dtype) -> dict[str, str | bool]:
 # --- during and after -----------------------------------------------------------------------------------------------
 
 
+class _SaveAsAsked(TrainerCallback):
+    """Lets a resumed run save at the steps that it is asked for now: Trainer takes those of the checkpoint."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.save_steps = args.save_steps
+
+
 def evaluate(trainer: Trainer) -> dict[str, float]:
-    """Loss on the evaluation data, and accuracy or perplexity."""
+    """Loss on the evaluation data, and accuracy or perplexity; FloatingPointError where the loss is nan or infinite."""
     measured = trainer.evaluate()
     result = {"loss": measured["eval_mean_loss"]}
+    if not math.isfinite(result["loss"]):
+        steps = trainer.state.global_step
+        what = (
+            "lower the learning rate or eta, or warm up" if steps else "the model itself gives it, before any training"
+        )
+        raise FloatingPointError(f"the loss on the evaluation data is {result['loss']} after {steps} steps: {what}")
     if "eval_accuracy" in measured:
         return result | {"accuracy": measured["eval_accuracy"]}
     return result | {"perplexity": math.exp(min(result["loss"], 700.0))}
@@ -310,6 +335,7 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: "Console | None",
         trainer.state = transformers.TrainerState.load_from_json(str(checkpoint / _STATE_FILE))
     else:
         with ExitStack() as watchers:
+            trainer.add_callback(_SaveAsAsked())
             for watcher in (StopOnInterrupt(console), *([ProgressBar(console)] if console else [])):
                 trainer.add_callback(watchers.enter_context(watcher))
             result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -340,6 +366,15 @@ def _last_checkpoint(output: Path) -> Path | None:
 
 def _state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))
+
+
+def save_beside_adapter(folder: Path, prepared: Prepared) -> None:
+    """Write into the adapter's folder what else its use needs: the tokenizer, and the model's config, as PEFT's format has no
+    place for the names of the classes."""
+    config = copy.deepcopy(prepared.model.config)
+    config.architectures = [type(prepared.model).__name__]
+    config.to_json_file(folder / BASE_CONFIG_FILE)
+    prepared.tokenizer.save_pretrained(folder)
 
 
 def make_folder(path: str) -> Path:

@@ -1,6 +1,7 @@
 """`finetune_together`: several runs over one base model in one process, a mixed batch a step."""
 
 import itertools
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -30,11 +31,21 @@ from .run import (
     evaluate,
     first_metrics,
     make_folder,
+    save_beside_adapter,
     trainer_for,
     write_json,
 )
 from .steps import steps
-from .together_checkpoints import drop_old_ones, last_checkpoint, random_state, set_random_state, write_state
+from .together_checkpoints import (
+    KEPT,
+    drop_later_ones,
+    drop_old_ones,
+    random_state,
+    read_state,
+    set_random_state,
+    whole_checkpoints,
+    write_state,
+)
 from .together_preparing import check_together, prepare_together
 
 if TYPE_CHECKING:
@@ -50,8 +61,9 @@ def finetune_together(
     A run takes the batches that it would take alone, from the same initial values, and its losses and gradients are those of
     its own samples: without dropout its result is the single run's, to rounding. Each writes the folder that `finetune`
     writes, checkpoints too. Where a run's loss becomes nan or infinite, that run ends and the others go on. Ctrl-C ends all
-    after the current step. With ``config.resume`` a run goes on from its last checkpoint, on the CPU and where all do to the
-    same bits as without the interruption; one that has ended is returned as it is.
+    after the current step. With ``config.resume`` all go on from the last step of which each has a checkpoint (each from its
+    own last, where there is none), on the CPU to the same bits as without the interruption; a run that has ended is returned
+    as it is.
 
     Args:
         configs: the runs by name, which becomes the adapter's. What belongs to the base model must be equal.
@@ -73,7 +85,7 @@ def finetune_together(
     prepared = prepare_together({name: config for name, config in configs.items() if name not in ended})
     model = next(iter(prepared.values())).model
     if console is not None:
-        console.print(str(next(iter(prepared.values())).report), highlight=False)
+        console.print(str(next(iter(prepared.values())).report), highlight=False, markup=False)
     runs = [_Run(name, configs[name], own) for name, own in prepared.items()]
     for run in runs:
         if of := former[run.name]:
@@ -90,15 +102,17 @@ def finetune_together(
     transformers.set_seed(runs[0].config.seed)
     _resume([run for run in runs if former[run.name]])
     _train(model, runs, console)
-    kept = [run for run in runs if run.status != "diverged"]
-    with _save(model, kept) if kept else ExitStack():
-        for run in kept:
-            # PEFT's format has no place for the names of the classes; the model's config has.
-            (run.output / ADAPTER_FOLDER).mkdir(exist_ok=True)
-            model.config.save_pretrained(run.output / ADAPTER_FOLDER)
-            run.prepared.tokenizer.save_pretrained(run.output / ADAPTER_FOLDER)
-            if run.status == "finished":
+    for run in runs:
+        if run.status == "finished":
+            try:
                 run.measure("after")
+            except FloatingPointError:
+                run.status = run.metrics["status"] = "diverged"
+    if kept := [run for run in runs if run.status != "diverged"]:
+        with _save(model, kept):
+            for run in kept:
+                (run.output / ADAPTER_FOLDER).mkdir(exist_ok=True)
+                save_beside_adapter(run.output / ADAPTER_FOLDER, run.prepared)
     for run in runs:
         drop_old_ones(run.output)
         if run.history:
@@ -150,6 +164,7 @@ class _Run:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the adapter."""
         return {
+            "status": self.status,
             "step": self.done,
             "tokens": self.tokens,
             "loss_history": self.history,
@@ -163,10 +178,8 @@ class _Run:
         load_adapter(self.prepared.model, checkpoint, adapter=self.name)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.done, self.history = state["step"], state["loss_history"]
+        self.status, self.done, self.history = state["status"], state["step"], state["loss_history"]
         self.tokens = self.tokens_before = state["tokens"]
-        if self.done == self.total:
-            self.status = "finished"
         for _ in range(self.done):
             next(self.steps)
 
@@ -176,16 +189,16 @@ class _Run:
             return self.trainer.compute_loss_func(SimpleNamespace(logits=logits), labels, num_items_in_batch=items)
         model = self.prepared.model
         kwargs = {} if items is None else {"num_items_in_batch": items}
-        loss = model.loss_function(logits=logits, labels=labels, vocab_size=model.config.vocab_size, **kwargs)
+        loss = model.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         return loss if items is not None else loss / micro_batches
 
     def step(self, loss: float) -> None:
         """An optimizer step on the gradients that are there, after this loss; or the end, where the loss is no number."""
         self.done += 1
-        self.history.append([self.done, loss])
-        if not torch.isfinite(torch.tensor(loss)):
+        if not math.isfinite(loss):
             self.status = "diverged"
         else:
+            self.history.append([self.done, loss])
             if self.config.max_grad_norm > 0:
                 nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
             self.optimizer.step()
@@ -206,17 +219,19 @@ def _train(model: nn.Module, runs: list[_Run], console: "Console | None") -> Non
             stop = watchers.enter_context(StopOnInterrupt(console))
             bars = watchers.enter_context(RunBars(console, {run.name: run.total for run in runs})) if console else None
             while stop.asked_at is None and (active := [run for run in runs if run.status == "interrupted"]):
-                for run, loss in zip(active, _mixed_step(model, active)):
+                losses = _mixed_step(model, active)
+                for run, loss in zip(active, losses):
                     run.step(loss)
                 seconds = time.perf_counter() - started
                 for run in active:
                     run.metrics["seconds"] = seconds
                 if bars is not None:
                     tokens = sum(run.tokens - run.tokens_before for run in runs)
-                    bars.show({run.name: (run.done, run.history[-1][1]) for run in active}, tokens / seconds)
-                stopping = stop.asked_at is not None
-                due = [run for run in active if run.status == "interrupted"]
-                if due := [run for run in due if stopping or run.done % run.config.save_steps == 0]:
+                    shown = {run.name: (run.done, loss) for run, loss in zip(active, losses)}
+                    bars.show(shown, tokens / seconds)
+                # All at once, so that they can go on from one step; and a run that has ended, which has no later one.
+                all_due = stop.asked_at is not None or any(run.done % run.config.save_steps == 0 for run in active)
+                if due := [run for run in active if all_due or run.status != "interrupted"]:
                     if pending is not None:
                         pending.wait()
                     pending = _checkpoint(model, due)
@@ -286,14 +301,33 @@ def _merged(parts: list[tuple[_Run, dict[str, Tensor]]]) -> tuple[dict[str, Tens
 
 
 def _resume(runs: list[_Run]) -> None:
-    """Bring each of these runs where its last checkpoint left it; one without begins anew."""
-    found = {run: last_checkpoint(run.output) for run in runs}
-    for run, checkpoint in found.items():
-        if checkpoint is not None:
-            run.go_on(*checkpoint)
-    if states := [state for _, state in filter(None, found.values())]:
+    """Bring these runs where they were at the last step of which all have a checkpoint; each to its own last, where there is no
+    such step."""
+    found = {run: whole_checkpoints(run.output) for run in runs}
+    common, states = _last_common_step([*found.values()]), []
+    for run, checkpoints in found.items():
+        step = max((step for step in checkpoints if common is None or step <= common), default=0)
+        if step:
+            state = read_state(checkpoints[step])
+            run.go_on(checkpoints[step], state)
+            states.append(state)
+        drop_later_ones(run.output, step)
+    if states:
         # One stream of random numbers for all: that of the runs that are furthest.
         set_random_state(max(states, key=lambda state: state["step"])["random"])
+
+
+def _last_common_step(found: list[dict[int, Path]]) -> int | None:
+    """The last step where each of some runs, with these checkpoints, can begin or has ended; None where there is none."""
+    known, one_begins = [], not all(found)
+    for checkpoints in found:
+        last = max(checkpoints, default=0)
+        ended = last > 0 and read_state(checkpoints[last])["status"] != "interrupted"
+        # A run with fewer than are kept had none before them, and can begin with one that has none.
+        beginning = {0} if one_begins and len(checkpoints) < KEPT else set()
+        known.append(({*checkpoints} | beginning, last if ended else math.inf))
+    steps = set().union(*(own for own, _ in known))
+    return max((s for s in steps if all(s in own or s >= end for own, end in known)), default=None)
 
 
 def _checkpoint(model: nn.Module, runs: list[_Run]) -> PendingSave:

@@ -10,7 +10,7 @@ import torch
 from ..models.adapter_files import CONFIG_FILE, WEIGHTS_FILE, adapter_file
 
 STATE_FILE = "run_state.pt"
-_KEPT = 2
+KEPT = 2
 
 
 def write_state(output: Path, step: int, state: dict[str, Any]) -> Path:
@@ -23,18 +23,29 @@ def write_state(output: Path, step: int, state: dict[str, Any]) -> Path:
     return folder
 
 
-def last_checkpoint(output: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The last whole checkpoint, and its state; None where there is none."""
-    found = [folder for folder in _checkpoints(output) if _is_whole(folder)]
-    return (found[-1], torch.load(found[-1] / STATE_FILE, map_location="cpu", weights_only=True)) if found else None
+def whole_checkpoints(output: Path) -> dict[int, Path]:
+    """The folders of the whole checkpoints, by step."""
+    return {step: folder for step, folder in _checkpoints(output).items() if _is_whole(folder)}
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What `write_state` wrote into this folder."""
+    return torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
 
 
 def drop_old_ones(output: Path) -> None:
     """Remove what is older than the last two whole checkpoints."""
-    folders = _checkpoints(output)
-    whole = [folder for folder in folders if _is_whole(folder)][-_KEPT:]
-    for folder in folders[: folders.index(whole[0])] if whole else ():
-        shutil.rmtree(folder)
+    kept = [*whole_checkpoints(output)][-KEPT:]
+    for step, folder in _checkpoints(output).items():
+        if kept and step < kept[0]:
+            shutil.rmtree(folder)
+
+
+def drop_later_ones(output: Path, step: int) -> None:
+    """Remove the checkpoints after this step."""
+    for later, folder in _checkpoints(output).items():
+        if later > step:
+            shutil.rmtree(folder)
 
 
 def random_state() -> dict[str, torch.Tensor]:
@@ -55,7 +66,7 @@ def _is_whole(folder: Path) -> bool:
     return all(file.exists() for file in files)
 
 
-def _checkpoints(output: Path) -> list[Path]:
-    """Their folders, by step."""
-    steps = {p: p.name.removeprefix("checkpoint-") for p in output.glob("checkpoint-*")}
-    return sorted((p for p, step in steps.items() if step.isdecimal()), key=lambda p: int(steps[p]))
+def _checkpoints(output: Path) -> dict[int, Path]:
+    """Their folders by step, in order."""
+    names = {p.name.removeprefix("checkpoint-"): p for p in output.glob("checkpoint-*")}
+    return dict(sorted((int(step), folder) for step, folder in names.items() if step.isdecimal()))

@@ -13,7 +13,7 @@ from ..models.adapters import add_adapter
 from .config import FinetuneConfig
 from .preparing import Prepared, class_names, load, on_base, put_adapter, read
 
-SHARED = ("model", "task", "max_length", "target_modules", "bf16", "quantize", "gradient_checkpointing")
+SHARED = ("model", "task", "max_length", "target_modules", "experts", "bf16", "quantize", "gradient_checkpointing")
 """Settings that belong to the base model or to all of its adapters."""
 
 
@@ -38,6 +38,11 @@ def check_together(configs: Mapping[str, FinetuneConfig]) -> None:
                     f"runs {first!r} and {name!r} have {setting} {other!r} and {mine!r}, which must be equal: they share the "
                     "base model"
                 )
+        if config.experts and name != first:
+            raise ValueError(
+                f"runs {first!r} and {name!r} have experts, whose rows are routed and take one adapter: train each run by "
+                "itself, without --adapters"
+            )
         if (other := outputs.setdefault(os.path.abspath(os.path.expanduser(config.output)), name)) != name:
             raise ValueError(f"runs {other!r} and {name!r} have one output, {config.output}: give each its own")
 
@@ -46,7 +51,7 @@ def prepare_together(configs: Mapping[str, FinetuneConfig]) -> dict[str, Prepare
     """Read all data, load the base model once, and put an adapter on it for each run, with the initial values of a single run.
 
     Raises:
-        ValueError, TypeError: as `prepare`, and which run; runs have different classes.
+        ValueError, TypeError: as `prepare`, and which run; runs have different classes; the model has a loss of a whole batch.
     """
     texts, classes = {}, {}
     for name, config in configs.items():
@@ -63,6 +68,11 @@ def prepare_together(configs: Mapping[str, FinetuneConfig]) -> dict[str, Prepare
                 "are one tensor"
             )
     base = load(one, classes[first])
+    if one.task == "causal-lm" and getattr(base.model.config.get_text_config(), "output_router_logits", False):
+        raise ValueError(
+            f"{one.model} adds a loss of its router (output_router_logits in its config), which is of a whole batch with all "
+            "runs in it: train each run by itself, without --adapters"
+        )
     # What a single run draws its adapter from, and its head's initial values, by seed.
     starts = {one.seed: (torch.get_rng_state(), _heads(base))}
     for config in configs.values():
