@@ -8,7 +8,7 @@ nothing and exits with 1 if a page is out of date.
 
 import argparse
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from . import budget, plots, results, step_budget, step_report, targets
@@ -62,6 +62,8 @@ def _target_shapes(data: dict) -> str:
         return " / ".join(map(_times, values)) if None not in values else _absence(data, name, case)
 
     rows = [[f"`{name}`", *(cell(name, case) for case in TARGETS.values())] for name in PROVIDERS]
+    default = [cell("ours", replace(case, adapter_dtype="float32")) for case in TARGETS.values()]
+    rows.insert(1 + list(PROVIDERS).index("ours"), ["`ours-fp32`", *default])
     heading = "cost over the frozen layer: forward / forward + backward (bf16, R=16)"
     return table([heading, *TARGETS], rows)
 
