@@ -114,6 +114,18 @@ def test_targets_are_met_or_not(folder):
     assert len(still_open) == 9 and all("b x T" in line or "experts" in line for line in still_open)
 
 
+def test_the_page_begins_with_what_a_layer_and_a_model_cost(folder):
+    make(folder)
+    text = (folder / "docs" / "performance.md").read_text()
+    assert text.index("bench:summary:begin") < text.index("\n## ")
+    shown = block(folder, "summary")
+    assert f"| a layer, bf16 adapters ({ONE_TARGET}) | 1.06 | 1.45 | 1.37 |" in shown
+    assert "| a layer, fp32 adapters | not run | not run | not run |" in shown
+    assert "Llama-3.1-8B's shape, bf16 adapters | 1.12 | 1.50 | 1.33 |" in shown
+    assert "Llama-3.1-8B's shape, fp32 adapters | 1.14 | 1.64 | 1.44 |" in shown
+    assert "(nf4, M=8192 4096x4096 R=16 bfloat16/float32) | not run | not run | not run |" in shown
+
+
 def test_one_slow_shape_is_the_worst(folder):
     def slow(record):
         if record["section"] == "layer" and record["case"]["M"] == 512:
