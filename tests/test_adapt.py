@@ -182,6 +182,19 @@ def test_adapter_dtype(dtype, autocast, expected):
     assert model.head.weight.dtype == model.blocks[0].q.weight.dtype == dtype
 
 
+def test_a_name_that_excludes_nothing_is_warned_of():
+    with pytest.warns(UserWarning, match=r"exclude_modules: the model has no module 'heed'; did you mean 'head'"):
+        apply_allora(Net(), r=2, target_modules=["q"], exclude_modules=["heed", "k"])
+
+
+def test_accelerates_hooks_are_named():
+    accelerate = pytest.importorskip("accelerate")
+    model = Net()
+    accelerate.hooks.add_hook_to_module(model.blocks[0].q, accelerate.hooks.ModelHook())
+    report = apply_allora(model, r=2, target_modules=["q"])
+    assert "accelerate's hooks are on it (device_map, offloading)" in report.skipped["blocks.0.q"]
+
+
 def test_report_counts_and_reads_well():
     model = Net()
     report = apply_allora(

@@ -198,7 +198,15 @@ def test_what_it_cannot_do_is_refused_at_once(base, tmp_path, monkeypatch):
             patch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", with_engine)
             with pytest.raises(ValueError, match=rf"(?i){engine} is on.*save_adapter"):
                 AdapterTrainer(model=model, args=arguments(tmp_path))
+    synced = arguments(tmp_path)
+    synced.sync_ref_model = True  # As TRL's arguments have it.
+    with pytest.raises(ValueError, match=r"\(sync_ref_model=False\)"):
+        AdapterTrainer(model=model, args=synced)
     assert len(adapter_layers(model)) > 0
+    peft = pytest.importorskip("peft")
+    over = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["base_layer", "query"]))
+    with pytest.raises(ValueError, match=r"PEFT's LoraModel is around the adapted model.*leave peft_config out"):
+        AdapterTrainer(model=over, args=arguments(tmp_path))
 
 
 def test_of_several_adapters_a_trainer_takes_the_one_that_it_names(base, tmp_path):

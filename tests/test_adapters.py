@@ -3,10 +3,12 @@
 import itertools
 
 import pytest
+import safetensors.torch
 import torch
 from several_adapters import IDS, RULES, several
 from tiny_models import bert, llama, logits, photograph, pretend_to_train
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from allora_kernels import (
     FusedALLoRALinear,
@@ -17,6 +19,7 @@ from allora_kernels import (
     adapter_rows,
     add_adapter,
     apply_allora,
+    load_adapter,
     merge_adapter,
     remove_adapter,
     save_adapter,
@@ -150,3 +153,72 @@ def test_a_failure_in_the_middle_takes_the_adapter_away_again(monkeypatch):
     with pytest.raises(MemoryError):
         add_adapter(model, "new")
     assert photograph(model) == before
+
+
+# --- names and order do not follow the active one ---
+
+
+def two():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    apply_allora(model, r=2, adapter_name="a")
+    add_adapter(model, "b", r=2)
+    for p in model.parameters():
+        nn.init.normal_(p)
+    return model
+
+
+def test_parameters_lie_in_the_same_order_whichever_is_active():
+    model = two()
+    names, parameters = zip(*model.named_parameters())
+    average = torch.optim.swa_utils.AveragedModel(model, avg_fn=lambda average, new, _: (average + new) / 2)
+    average.update_parameters(model)
+    set_adapter(model, "b")
+    assert tuple(zip(*model.named_parameters())) == (names, parameters)
+    average.update_parameters(model)
+    for own, averaged in zip(adapter_parameters(model, "a"), adapter_parameters(average.module, "a")):
+        torch.testing.assert_close(averaged, own)
+    assert all(isinstance(p, nn.Parameter) for p in (model[0].lora_A, model[0].lora_B))
+    model[0].lora_A = nn.Parameter(torch.ones(2, 6))
+    assert model[0].adapters["b"].lora_A is model[0].lora_A and "lora_A" not in model[0]._parameters
+
+
+def test_files_of_whole_models_fit_whichever_is_active(tmp_path):
+    model = two()
+    want = {name: t.clone() for name, t in model.state_dict().items()}
+    safetensors.torch.save_model(model, tmp_path / "model.safetensors")
+    set_adapter(model, "b")
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    safetensors.torch.load_model(model, tmp_path / "model.safetensors")
+    assert model.state_dict().keys() == want.keys()
+    assert all(torch.equal(t, want[name]) for name, t in model.state_dict().items())
+
+
+def test_a_moving_average_of_a_model_is_saved_as_the_model(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 5))
+    apply_allora(model, r=2)
+    nn.init.normal_(model[0].lora_B)
+    save_adapter(torch.optim.swa_utils.AveragedModel(model), tmp_path)
+    other = nn.Sequential(nn.Linear(6, 5))
+    load_adapter(other, tmp_path)
+    assert torch.equal(other[0].lora_B, model[0].lora_B)
+
+
+# --- factors that are computed from other parameters ---
+
+
+@pytest.mark.parametrize("how", [prune.identity, parametrizations.weight_norm])
+def test_a_computed_factor_is_not_written_to(how, tmp_path):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    apply_allora(model, r=2)
+    save_adapter(model, tmp_path)
+    how(model[1], "lora_A")
+    want = model[1].lora_A.clone()
+    for call in (lambda: load_adapter(model, tmp_path), lambda: add_adapter(model, "b")):
+        with pytest.raises(ValueError, match=r"of 1 lora_A is computed from other parameters .*prune.remove"):
+            call()
+    assert torch.equal(model[1].lora_A, want) and adapter_names(model) == ("default",)
+    linear = nn.Linear(6, 5)
+    how(linear, "weight")
+    with pytest.raises(TypeError, match="a weight that is a parameter, not one computed from others"):
+        FusedALLoRALinear.from_linear(linear)

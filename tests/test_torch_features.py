@@ -179,6 +179,16 @@ def test_an_exported_model_takes_any_length_and_is_loaded_from_a_file(backend, t
     torch.testing.assert_close(torch.load(tmp_path / "y.pt"), model(x))
 
 
+@pytest.mark.parametrize("norm", ["row", None])
+def test_an_exported_model_is_not_trained(backend, norm):
+    """It has lost the rule."""
+    model = make_model(norm)
+    exported = torch.export.export(model, (X,)).module()
+    torch.testing.assert_close(exported(X), model(X))
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        loss_of(exported).backward()
+
+
 def test_jit_trace_and_forward_mode_are_refused():
     model = make_model()
     with pytest.raises(RuntimeError, match="or merge_adapter"):

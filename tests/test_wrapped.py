@@ -205,6 +205,20 @@ def test_an_adapter_changed_before_the_backward_pass_is_an_error(own):
         y.sum().backward()
 
 
+def test_an_optimizer_in_the_backward_pass_does_not_change_the_gradient_of_x(own):
+    layer, inputs = wrapped(norm="row")
+    _, want, *_ = results(layer, inputs.x, inputs.g)
+
+    def step(p):
+        p.data -= p.grad
+
+    for p in (layer.lora_A, layer.lora_B):
+        p.register_post_accumulate_grad_hook(step)
+    x = inputs.x.detach().requires_grad_()
+    layer(x).backward(inputs.g)
+    torch.testing.assert_close(x.grad, want)
+
+
 def test_it_has_no_second_derivative():
     layer, inputs = wrapped()
     x = inputs.x.requires_grad_()

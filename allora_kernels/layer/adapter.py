@@ -12,6 +12,8 @@ from .zero import whole_shape
 DEFAULT_ADAPTER = "default"
 """The name of an adapter that was given none, as in PEFT."""
 
+FACTORS = ("lora_A", "lora_B")
+
 
 class CallState(NamedTuple):
     """What a call of a layer computes with."""
@@ -51,6 +53,17 @@ def removed_since(name: str) -> RuntimeError:
     )
 
 
+def computed_factor(adapter: nn.Module) -> str | None:
+    """Why lora_A and lora_B of `adapter` cannot be written to or handed over; None where they are parameters of their own."""
+    for factor in FACTORS:
+        if not isinstance(getattr(adapter, factor), nn.Parameter):
+            return (
+                f"{factor} is computed from other parameters (pruned or parametrized): call torch.nn.utils.prune.remove or "
+                "parametrize.remove_parametrizations first"
+            )
+    return None
+
+
 class NamedAdapter(nn.Module):
     """One of several adapters of a layer: lora_A ``[r, K]``, lora_B ``[N, r]`` and their rule."""
 
@@ -75,8 +88,8 @@ class ALLoRALayer(nn.Module):
     `weight` and a `bias` (or None) to look at, `merge()` and `explain(rows)`.
 
     A layer may have several adapters. `lora_A`, `lora_B`, `r`, `eta` and `norm` are always those of the active one. All of them
-    are in `adapters`, a `ModuleDict` that exists only where there is more than one: the active one's parameters are then in the
-    layer under two names, as tied weights are.
+    are in `adapters`, a `ModuleDict` that exists only where there is more than one and then holds all their parameters: so the
+    names and the order of a model's parameters do not change with the active one.
     """
 
     in_features: int
@@ -130,6 +143,17 @@ class ALLoRALayer(nn.Module):
 
     # --- several adapters ---
 
+    def __getattr__(self, name: str) -> Any:
+        if name in FACTORS and "adapters" in self.__dict__.get("_modules", ()):
+            return getattr(self.adapters[self.adapter_name], name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FACTORS and "adapters" in self.__dict__.get("_modules", ()):
+            setattr(self.adapters[self.adapter_name], name, value)
+        else:
+            super().__setattr__(name, value)
+
     @property
     def adapter_name(self) -> str:
         """The name of the active adapter."""
@@ -160,8 +184,9 @@ class ALLoRALayer(nn.Module):
         )
         _initialise(a, b)
         if "adapters" not in self._modules:
-            self.adapters = nn.ModuleDict({self.adapter_name: self._named()})
-            self.register_load_state_dict_post_hook(_tie_again)
+            first = NamedAdapter(self.lora_A, self.lora_B, self.eta, self.norm)
+            del self.lora_A, self.lora_B
+            self.adapters = nn.ModuleDict({self.adapter_name: first})
         self.adapters[name] = NamedAdapter(nn.Parameter(a), nn.Parameter(b), eta, norm)
 
     def activate_adapter(self, name: str) -> None:
@@ -169,45 +194,21 @@ class ALLoRALayer(nn.Module):
         if name == self.adapter_name:
             return
         # Its rule may have been set anew while it was active.
-        self.adapters[self.adapter_name] = self._named()
+        before, chosen = self.adapters[self.adapter_name], self.adapters[name]
+        before.eta, before.norm = self.eta, self.norm
         self._change(adapter=name)
-        chosen = self.adapters[name]
         self.r, self.eta, self.norm = chosen.r, chosen.eta, chosen.norm
-        self._tie()
 
     def remove_named_adapter(self, name: str) -> None:
         """Remove an adapter that is not active."""
         forget_adapter(self, name)
         del self.adapters[name]
         if len(self.adapters) == 1:
+            last = self.adapters[self.adapter_name]
             del self.adapters
-
-    def _named(self) -> NamedAdapter:
-        return NamedAdapter(self.lora_A, self.lora_B, self.eta, self.norm)
-
-    def _tie(self) -> None:
-        if "adapters" in self._modules:
-            active = self.adapters[self.adapter_name]
-            self.lora_A, self.lora_B = active.lora_A, active.lora_B
-
-    def _apply(self, fn, recurse: bool = True):
-        # Moving to another device may make new parameters, of the two names of one, two.
-        super()._apply(fn, recurse)
-        self._tie()
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
-        # Where another adapter was active when the state was saved, lora_A and lora_B in it are that one's.
-        own = {prefix + factor: f"{prefix}adapters.{self.adapter_name}.{factor}" for factor in ("lora_A", "lora_B")}
-        if "adapters" in self._modules and all(key in state_dict for key in own.values()):
-            state_dict = state_dict | {key: state_dict[source] for key, source in own.items()}
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            self.lora_A, self.lora_B = last.lora_A, last.lora_B
 
 
 def _initialise(lora_A: Tensor, lora_B: Tensor) -> None:
     nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
     nn.init.zeros_(lora_B)
-
-
-def _tie_again(layer: ALLoRALayer, _) -> None:
-    layer._tie()

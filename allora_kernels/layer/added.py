@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backend as _backend
-from .functional import adapter_gradients, autocast_dtype, compute_dtype, no_autocast
+from .functional import adapter_gradients, as_exported, autocast_dtype, compute_dtype, no_autocast
 
 
 class _Handover:
@@ -108,7 +108,8 @@ class _Add(torch.autograd.Function):
         ds, da, db = adapter_gradients(steps, step, g, x, s, lora_A, lora_B, dtype, eta, norm, needs)
         dx = None
         if handover is not None:
-            handover.left = (torch._C._current_graph_task_id(), backend, ds, lora_A)
+            # A copy: an optimizer may step as soon as this node has given lora_A its gradient.
+            handover.left = (torch._C._current_graph_task_id(), backend, ds, lora_A.clone())
         elif needs_x:
             dx = g.new_zeros(g.shape[0], lora_A.shape[1], dtype=x_dtype)
             steps.low_rank_add(dx, ds, lora_A.mT)
@@ -153,6 +154,7 @@ def add_adapter(
     choice = _backend.choose(x.device, dtype)
     if choice.fallback and not torch.compiler.is_compiling():
         _backend.warn_fallback(choice.reason)
+    lora_A, lora_B = as_exported(lora_A, lora_B)
     rows = x if transformed else x.detach()
     if y.dtype == autocast_dtype(x.device.type, x.dtype):
         # As in nn.Linear. A layer that keeps to a wider dtype of its own under autocast has an adapter that does, too.

@@ -177,16 +177,23 @@ def _steps(backend: Any) -> Any:
 
 def apply_function(x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, sink) -> Tensor:
     """y: `_ALLoRALinear` of these arguments."""
+    lora_A, lora_B = as_exported(lora_A, lora_B)
     args = (x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, sink)
     transformed = torch._C._are_functorch_transforms_active()
     trained = torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad)
-    # A transform is better served by steps that it can batch, and what is exported is not trained.
-    c_too = trained and norm == "row" and backend == "triton" and not transformed and not torch.compiler.is_exporting()
+    # A transform is better served by steps that it can batch.
+    c_too = trained and norm == "row" and backend == "triton" and not transformed
     c_too = c_too and _steps(backend).hides_c(x, lora_A, lora_B)
     if torch.compiler.is_compiling() or transformed:
         return _ALLoRALinear.apply(*args, c_too)[0]
     # Outside of transforms `Function.apply` does nothing more than this, after 30 us of binding default arguments.
     return super(torch.autograd.Function, _ALLoRALinear).apply(*args, c_too)[0]
+
+
+def as_exported(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors, under torch.export without a gradient: an exported program has lost the rule, and would train as plain
+    LoRA."""
+    return (lora_A.detach(), lora_B.detach()) if torch.compiler.is_exporting() else (lora_A, lora_B)
 
 
 def no_autocast(kind: str) -> contextlib.AbstractContextManager:

@@ -73,7 +73,7 @@ class FusedALLoRALinear(ALLoRALayer, nn.Linear):
             adapter_dtype: dtype of lora_A and lora_B; None for the weight's.
 
         Raises:
-            TypeError: `linear` is neither, is quantized, or is already adapted.
+            TypeError: `linear` is neither, is quantized, pruned or parametrized, or is already adapted.
             ValueError: r, eta or norm out of range. `linear` is untouched then.
         """
         functional.check_rule(r, eta, norm)
@@ -88,6 +88,11 @@ class FusedALLoRALinear(ALLoRALayer, nn.Linear):
             raise TypeError(
                 f"from_linear takes a floating-point weight, got {linear.weight.dtype} (a quantized layer keeps its own "
                 "forward pass: WrappedALLoRALinear(linear) adds to that)"
+            )
+        if not isinstance(linear.weight, nn.Parameter):
+            raise TypeError(
+                "from_linear takes a weight that is a parameter, not one computed from others (pruned or parametrized): call "
+                "torch.nn.utils.prune.remove or parametrize.remove_parametrizations first"
             )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)

@@ -102,6 +102,8 @@ def apply_allora(
     ranks = ranks_of((*layers, *stacks), r, eta, norm, rank_pattern)
     for target, near in missing_targets(model, target_modules).items():
         warnings.warn(f"target_modules: the model has no module {target!r}{near}", stacklevel=2)
+    for name, near in missing_targets(model, exclude_modules, or_parameters=True).items():
+        warnings.warn(f"exclude_modules: the model has no module {name!r}{near}", stacklevel=2)
     attach(model, layers, ranks, eta, norm, saved, autocast_adapter_dtype, stacks, adapter_name)
     return report(model, skipped)
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel
 
 from ..layer import switching
-from ..layer.adapter import ALLoRALayer
+from ..layer.adapter import ALLoRALayer, computed_factor
 from ..layer.block_hook import BlockHook
 from ..layer.functional import check_rule
 from .adapt import check_adapter_name, put, ranks_of
@@ -197,6 +197,8 @@ def _changeable(model: nn.Module, call: str, inside: bool = False) -> tuple[nn.M
             raise ValueError(
                 f"{name} adapts the experts of a mixture, which take one adapter: {call} is for models without"
             )
+        if reason := computed_factor(layer):
+            raise ValueError(f"{call}: of {name} {reason}")
         if in_pieces(layer.lora_A) or in_pieces(layer.lora_B):
             raise ValueError(
                 f"{name}.lora_A is sharded, and {call} knows of whole adapters only: use DistributedDataParallel, or one "

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..layer.adapter import DEFAULT_ADAPTER, ALLoRALayer
+from ..layer.adapter import DEFAULT_ADAPTER, ALLoRALayer, computed_factor
 from ..layer.linear import is_conv1d
 from ..layer.zero import whole_shape
 from .adapt import attach, check_adapter_name
@@ -83,6 +83,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str | No
         *_stack_problems(config, by_stack, stacks),
         *_layer_problems(config, factors, layers, skipped, None if added else into),
         *_whole_problems(whole, saved, declared),
+        *_computed_factors({} if fresh or added else layers_of(root), into),
     ]
     if problems:
         raise ValueError(f"{folder} does not fit the model: {some(problems, separator='; ')}")
@@ -106,6 +107,12 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str | No
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
+
+
+def _computed_factors(layers: Mapping[str, ALLoRALayer], adapter: str) -> Iterator[str]:
+    for name, layer in layers.items():
+        if reason := computed_factor(layer.adapter(adapter)):
+            yield f"of {name} {reason}"
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:

@@ -124,7 +124,7 @@ def _tensors_to_save(
     in_file = file_names(stacks)
     for name, layer in layers.items():
         own = layer.adapter(adapter)
-        place = name if own is layer else f"{name}.adapters.{adapter}"
+        place = f"{name}.adapters.{adapter}" if len(layer.adapter_names) > 1 else name
         owner, _, parameter = name.rpartition(".")
         place = f"{owner}.{ADAPTERS}.{parameter}" if layer.grouped else place
         experts = (layer.experts,) if layer.grouped else ()

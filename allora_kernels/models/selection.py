@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
+from torch.optim.swa_utils import AveragedModel
 
 from ..layer import bases
 from ..layer.adapter import ALLoRALayer
@@ -24,11 +25,12 @@ _WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """`model` without torch.compile's, data parallelism's and Opacus's wrappers, whose prefixes do not belong in names."""
+    """`model` without torch.compile's, data parallelism's, Opacus's and averaging's wrappers, whose prefixes do not belong in
+    names."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     while True:
-        if isinstance(model, (DataParallel, DistributedDataParallel)):
+        if isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod
@@ -213,9 +215,12 @@ def select_layers(
     return layers, skipped
 
 
-def missing_targets(model: nn.Module, target_modules: str | Collection[str]) -> dict[str, str]:
-    """Each of a list of `target_modules` that no module's name is or ends in: what to say of it, as names it resembles."""
-    if isinstance(target_modules, str):
+def missing_targets(
+    model: nn.Module, target_modules: str | Collection[str] | None, or_parameters: bool = False
+) -> dict[str, str]:
+    """Each of a list of `target_modules` (`or_parameters`, 3-D ones) that no module's name is or ends in: what to say of it, as
+    names it resembles."""
+    if isinstance(target_modules, str) or target_modules is None:
         return {}
     names = {name for names in module_names(model).values() for name in names}
     dotted = [f".{name}" for name in names]
@@ -225,7 +230,8 @@ def missing_targets(model: nn.Module, target_modules: str | Collection[str]) -> 
         if any(name.endswith(f".{target}") for name in dotted):
             continue
         if owner := next((n for n in stacked if f".{clean_name(n)}".endswith(f".{target}")), None):
-            missing[target] = f": it is a 3-D parameter ({clean_name(owner)}), which target_parameters names"
+            if not or_parameters:
+                missing[target] = f": it is a 3-D parameter ({clean_name(owner)}), which target_parameters names"
             continue
         # Compared with the ends of names that have as many parts as what was written.
         parts = target.count(".") + 1
@@ -284,6 +290,11 @@ def obstacle(module: nn.Module, slots: Mapping[nn.Module, list[tuple[nn.Module, 
         return f"{kind} whose weight is no plain nn.Parameter (quantized, sharded or parametrized)"
     if reason := _reader_of_weight(slots[module]) or _kept_in_list(module, slots[module]):
         return reason
+    if hasattr(module, "_hf_hook"):
+        return (
+            f"{kind}: accelerate's hooks are on it (device_map, offloading), which the adapted layer would not run: load the "
+            "model on one device"
+        )
     own_forward = isinstance(module, nn.Linear) and not computes_as_linear(module)
     if own_forward or "forward" in module.__dict__:
         return f"{kind} with a forward pass of its own, which the adapted layer would not run"

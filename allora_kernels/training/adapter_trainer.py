@@ -27,7 +27,7 @@ class AdapterCheckpoints:
     Raises:
         ValueError: the model has no adapters, or several and `adapter` is None; or accelerate's FSDP or DeepSpeed plugin is on:
             they write checkpoints of their own, with the whole model; or a trainer of TRL would pass by an adapter on the
-            output head.
+            output head, has put PEFT's adapters over the model, or syncs a reference model.
     """
 
     base_model_name_or_path: str | None = None
@@ -45,6 +45,7 @@ class AdapterCheckpoints:
                 "trainer's class to the one it trains, and call set_adapter before train"
             )
         self._check_head()
+        self._check_unwrapped()
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
             raise ValueError(
@@ -60,6 +61,19 @@ class AdapterCheckpoints:
             raise ValueError(
                 f"{name} has an adapter, and TRL computes its loss from the frozen weight of that layer, past the adapter, "
                 "which would not be trained: leave the head out of target_modules"
+            )
+
+    def _check_unwrapped(self) -> None:
+        tuner = next((m for m in unwrap(self.model).modules() if type(m).__module__.startswith("peft.tuners.")), None)
+        if tuner is not None:
+            raise ValueError(
+                f"PEFT's {type(tuner).__name__} is around the adapted model, so that its adapters are trained and not "
+                "ALLoRA's: leave peft_config out"
+            )
+        if getattr(self.args, "sync_ref_model", False):
+            raise ValueError(
+                "sync_ref_model copies the model's parameters to a reference model of the same ones, and an adapted model has "
+                "more: the frozen base model is the reference (sync_ref_model=False)"
             )
 
     def train(self, *args, **kwargs):
