@@ -112,15 +112,19 @@ def message_patterns(page):
 
 
 def texts_of_messages():
-    """What the package raises or warns, with ``{}`` for what is filled in."""
+    """What the package raises or warns, or a report gives as a reason, with ``{}`` for what is filled in."""
     for path in (ROOT / "allora_kernels").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             call = node.exc if isinstance(node, ast.Raise) else node
             warns = isinstance(call, ast.Call) and getattr(call.func, "attr", None) == "warn"
-            if isinstance(call, ast.Call) and call.args and (isinstance(node, ast.Raise) or warns):
+            if isinstance(node, ast.Return) and isinstance(node.value, (ast.JoinedStr, ast.Constant)):
+                text = node.value
+            elif isinstance(call, ast.Call) and call.args and (isinstance(node, ast.Raise) or warns):
                 text = call.args[0]
-                parts = text.values if isinstance(text, ast.JoinedStr) else [text]
-                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
+            else:
+                continue
+            parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
 
 
 def test_every_message_of_troubleshooting_is_in_the_source():
