@@ -80,6 +80,18 @@ def test_the_committed_pages_are_what_the_report_makes_of_the_committed_results(
     assert report.main(["--check"]) == 0
 
 
+def test_pages_quote_the_numbers_that_the_report_writes():
+    shown = block(results.ROOT, "summary")
+    bf16, fp32, four_bit = (
+        re.search(rf"\| a layer{kind}[^|]*\| ([\d.]+) \| ([\d.]+) ", shown).groups()
+        for kind in (", bf16", ", fp32", " in 4 bits")
+    )
+    readme, quantized = ((results.ROOT / page).read_text() for page in ("README.md", "docs/quantized.md"))
+    said = rf"costs {bf16[0]} times .* {fp32[0]} times .* costs {bf16[1]} and {fp32[1]} times"
+    assert re.search(said, readme.partition("## ")[0].replace("\n", " "))
+    assert f"that costs {four_bit[0]} times the frozen layer, PEFT {four_bit[1]} times" in quantized
+
+
 def test_results_become_tables_and_plots(folder):
     assert make(folder, "--check") == 1
     assert make(folder) == 0
