@@ -8,10 +8,10 @@ nothing and exits with 1 if a page is out of date.
 
 import argparse
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from . import budget, plots, results, step_budget, step_report, targets
+from . import budget, plots, quantized, results, step_budget, step_report, targets
 from .cases import TARGETS, Case
 from .markdown import provenance, table
 from .measured import median, ratio, records
@@ -38,6 +38,7 @@ def blocks(gpus: dict[str, dict], drawn: dict[str, dict[str, str]], cpu: dict | 
     """The text of each block by its name, from the results of each GPU by file stem, and of a CPU."""
     first = next((gpus[stem] for stem in sorted(gpus, key=lambda stem: ("h100" not in stem, stem))), None)
     return {
+        "summary": NOT_YET if first is None else f"{_summary(first)}\n\n{provenance(first)}",
         "readme": NOT_YET if first is None else f"{_target_shapes(first)}\n\n{provenance(first)}",
         "targets": targets.table(first, cpu),
         "budget": _budget(list(gpus.values())),
@@ -56,12 +57,46 @@ def _times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
+def _summary(data: dict) -> str:
+    """Ours and PEFT's over what is frozen, at one layer, one model and one layer in 4 bits."""
+    case, four_bit = TARGETS["M=8192, 4096x4096"], quantized.GPU_CASES[0]
+
+    def of_layer(adapters: str) -> list[float | None]:
+        own = replace(case, adapter_dtype=adapters)
+        return [ratio(data, own, name, "forward_backward") for name in ("ours", "peft")]
+
+    def of_model(ours: str, peft: str) -> list[float | None]:
+        for record in records(data, "model"):
+            rows = [record["providers"].get(name, {}) for name in ("frozen", ours, peft)]
+            if all(row.get("status") == "ok" for row in rows):
+                return [rows[0]["tokens_per_s"] / row["tokens_per_s"] for row in rows[1:]]
+        return [None, None]
+
+    model = "a training step of Llama-3.1-8B's shape"
+    found = {
+        f"a layer, bf16 adapters ({case})": of_layer("bfloat16"),
+        "a layer, fp32 adapters": of_layer("float32"),
+        f"{model}, bf16 adapters": of_model("ours", "peft"),
+        f"{model}, fp32 adapters": of_model("ours-fp32", "peft-fp32"),
+        f"a layer in 4 bits, fp32 adapters ({four_bit})": [
+            ratio(data, four_bit, name, "step", section="quantized") for name in ("ours", "peft")
+        ],
+    }
+    rows = [
+        [title, *(["not run"] * 3 if None in (ours, peft) else map(_times, (ours, peft, peft / ours)))]
+        for title, (ours, peft) in found.items()
+    ]
+    return table(["time over the frozen one's, lower is better", "this library", "PEFT", "times as fast as PEFT"], rows)
+
+
 def _target_shapes(data: dict) -> str:
     def cell(name: str, case: Case) -> str:
         values = [ratio(data, case, name, kind) for kind in ("forward", "forward_backward")]
         return " / ".join(map(_times, values)) if None not in values else _absence(data, name, case)
 
     rows = [[f"`{name}`", *(cell(name, case) for case in TARGETS.values())] for name in PROVIDERS]
+    default = [cell("ours", replace(case, adapter_dtype="float32")) for case in TARGETS.values()]
+    rows.insert(1 + list(PROVIDERS).index("ours"), ["`ours-fp32`", *default])
     heading = "cost over the frozen layer: forward / forward + backward (bf16, R=16)"
     return table([heading, *TARGETS], rows)
 

@@ -3,14 +3,23 @@
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from . import experts
-from .cases import ONE_RANK_MORE, TARGETS, Case
+from .cases import ONE_RANK_MORE, TARGETS, Case, gpu_grid
 from .experts import ExpertCase
 from .measured import median, ratio, records
 from .passes import Sizes
 from .samples import CPU_CASES, GPU_CASES, SampleCase
 from .steps import StepCase
+
+
+class Worst(NamedTuple):
+    """The worst value of the `seen` cases that were measured, `of` how many."""
+
+    value: float
+    seen: int
+    of: int
 
 
 @dataclass(frozen=True)
@@ -19,38 +28,46 @@ class Target:
     reached, each an upper bound if `at_most`, else a lower one. `on_cpu`: it is a CPU's results that are asked."""
 
     title: str
-    measure: Callable[[dict], float | None]
+    measure: Callable[[dict], float | Worst | None]
     limits: tuple[float, ...]
     at_most: bool = True
     unit: str = "x"
     on_cpu: bool = False
 
-    def met(self, value: float) -> list[bool]:
-        """For each limit, whether `value` keeps it."""
-        return [value <= limit if self.at_most else value >= limit for limit in self.limits]
+    def cells(self, data: dict | None) -> tuple[str, str]:
+        """What was measured, and for each limit whether that keeps it: of a part of the cases that keep it, "so far"."""
+        found = None if data is None else self.measure(data)
+        if found is None:
+            return "not yet measured", ""
+        value, seen, of = found if isinstance(found, Worst) else (found, 1, 1)
+        kept = [value <= limit if self.at_most else value >= limit for limit in self.limits]
+        measured = f"{value:.3g}{self.unit}"
+        if seen < of:
+            bound = "" if all(kept) else "at least " if self.at_most else "at most "
+            measured = f"{bound}{measured} in {seen} of {of} cases"
+        return measured, ", then ".join(("yes" if seen == of else "so far") if keeps else "**no**" for keeps in kept)
 
 
-def _worst(values: Iterable[float | None], pick: Callable) -> float | None:
-    """The worst of all values; none of it is known unless every one is."""
+def _worst(values: Iterable[float | None], pick: Callable) -> Worst | None:
+    """The worst of the values that there are."""
     values = list(values)
-    return None if None in values or not values else pick(values)
+    there = [value for value in values if value is not None]
+    return Worst(pick(there), len(there), len(values)) if there else None
 
 
-def _over(other: str) -> Callable[[dict], float | None]:
+def _over(other: str) -> Callable[[dict], Worst | None]:
     """The least advantage over `other` at the three target shapes, forward + backward."""
     return lambda data: _worst(
         (ratio(data, case, other, "forward_backward", over="ours") for case in TARGETS.values()), min
     )
 
 
-def _never_slower_than_peft(data: dict) -> float | None:
-    ratios = [
-        times[0] / times[1]
-        for record in records(data, "layer")
-        for kind in ("forward", "forward_backward")
-        if None not in (times := [median(record, name, kind) for name in ("ours", "peft")])
-    ]
-    return max(ratios, default=None)
+def _never_slower_than_peft(data: dict) -> Worst | None:
+    def of_case(case: Case) -> float | None:
+        ratios = [ratio(data, case, "ours", kind, over="peft") for kind in ("forward", "forward_backward")]
+        return None if None in ratios else max(ratios)
+
+    return _worst(map(of_case, gpu_grid()), max)
 
 
 def _dispatch(data: dict) -> float | None:
@@ -91,7 +108,7 @@ def _steps(section: str, provider: str, over: str, cases: Sequence[StepCase], pi
 _samples = functools.partial(_steps, "per-sample")
 
 
-def _experts_memory(data: dict) -> float | None:
+def _experts_memory(data: dict) -> Worst | None:
     """The worst ratio of the memory of our step to the frozen one's, the experts' weights included."""
 
     def of_case(case: ExpertCase) -> float | None:
@@ -106,7 +123,7 @@ def _experts_memory(data: dict) -> float | None:
     return _worst(map(of_case, experts.GPU_CASES), max)
 
 
-def _extra_memory(other: str) -> Callable[[dict], float | None]:
+def _extra_memory(other: str) -> Callable[[dict], Worst | None]:
     """The worst ratio of what clipping takes over the plain step's memory: ours over the other's."""
 
     def of_case(data: dict, case: SampleCase) -> float | None:
@@ -189,11 +206,8 @@ def table(data: dict | None, cpu: dict | None = None) -> str:
     """The targets as a Markdown table, by the results of a GPU and of a CPU; of None, not yet measured."""
     lines = ["| target | limit | measured | met |", "| --- | --- | --- | --- |"]
     for target in ALL:
-        source = cpu if target.on_cpu else data
-        value = None if source is None else target.measure(source)
+        measured, met = target.cells(cpu if target.on_cpu else data)
         sign = "≤" if target.at_most else "≥"
         limits = ", then ".join(f"{sign} {limit:g}{target.unit}" for limit in target.limits)
-        measured = "not yet measured" if value is None else f"{value:.3g}{target.unit}"
-        met = "" if value is None else ", then ".join("yes" if met else "**no**" for met in target.met(value))
         lines.append(f"| {target.title} | {limits} | {measured} | {met} |")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from .row_norms import row_coefficient_late, weight_coefficient
 
 C_FROM = 2**35
 """Multiplications of the GEMM for y from which C is found beside it in an eager layer (M=2048 at 4096 x 4096): one output more
-costs the host some 15 us a step (docs/performance.md), and of a smaller layer the host is what takes long."""
+costs the host some 15 us a step (docs/steps.md), and of a smaller layer the host is what takes long."""
 
 
 def hides_c(x: Tensor, a: Tensor, b: Tensor) -> bool:

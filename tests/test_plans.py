@@ -154,7 +154,7 @@ def test_where_c_is_hidden(monkeypatch):
 
 
 def test_the_pass_for_ds_runs_beside_the_gemm_where_that_costs_less(monkeypatch):
-    """As measured on an H100; docs/performance.md, the record of steps."""
+    """As measured on an H100; docs/steps.md."""
     from csrc_triton.layer_grads import room_for_ds
 
     monkeypatch.setattr(configs, "arch_of", lambda device: "sm_90")

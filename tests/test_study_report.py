@@ -166,6 +166,16 @@ def test_a_rate_at_the_edge_and_a_broken_run_are_marked(tmp_path):
     assert "| LoRA | diverged |" in report.text(store, [block], tmp_path / "study.md")
 
 
+def test_a_table_says_where_methods_end_below_the_head_alone(tmp_path):
+    block = next(block for block in plan.full() if block.name == "short")
+    text = report.text(fill(Store(tmp_path), [block], better="head only"), [block], tmp_path / "study.md")
+    assert re.search(
+        r"^- On Reuters R52 \d of \d methods end below the head alone, \d\d\.\d% \(Table 3\)\.$", text, re.M
+    )
+    text = report.text(fill(Store(tmp_path), [block], better=OURS), [block], tmp_path / "study.md")
+    assert "0 of" not in text.partition("### AdamW, 25 steps")[2].partition("**Table 4.**")[0]
+
+
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 
@@ -260,14 +270,22 @@ def test_the_readme_says_what_the_committed_records_say(tmp_path):
     assert (tmp_path / "README.md").read_text() == text, "python -m bench.study --report"
 
 
-def test_the_readmes_summary_is_three_sentences_made_by_the_numbers(tmp_path):
+def test_the_readmes_summary_begins_with_the_answer_that_the_numbers_give(tmp_path):
     blocks = [block for block in plan.full() if block.name in ("main", "sgd")]
-    for better, word in ((OURS, "better"), (LORA.name, "worse")):
-        text = readme.summary(fill(Store(tmp_path), blocks, better), blocks)
+    for better, answer, gains, losses in (
+        (OURS, "Better than", 16, 0),
+        (LORA.name, "Worse than", 0, 4),
+        (None, "", 0, 0),
+    ):
+        store = fill(Store(tmp_path), blocks, better)
+        for record in store.records.values():
+            if better is None and "test" in record:
+                record["test"]["accuracy"] = 0.5
+        text = readme.summary(store, blocks)
+        assert text.startswith(f"**{answer or 'About as well as'} LoRA, LoRA α/r=2, DoRA and LoRA+")
+        assert "of 1 small model and 4 tasks, with 5 seeds" in text and "the grid is complete" in text
         for title in ("AdamW", "SGD with momentum"):
-            assert f"Under {title}, {OURS} is {word} than LoRA in 4 of 4 cases (" in text
-        assert text.count("LoRA α/r=2 ") == 2 and "the grid is complete" in text
-        assert len(re.findall(r"\.(?= [A-Z]|\n)", text.partition("![")[0])) == 3
+            assert f"Under {title}: 4 cases, 16 comparisons, {gains} gains, {losses} losses." in text
     (tmp_path / "README.md").write_text("nothing")
     with pytest.raises(ValueError, match="has no <!-- study:begin -->"):
         readme.write(Store(tmp_path), blocks, tmp_path / "README.md")

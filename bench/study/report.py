@@ -73,6 +73,7 @@ def text(store: Store, blocks: list[Block], page: Path) -> str:
         "# Does ALLoRA help, and when?",
         f"This page is written by `{COMMAND} --report` from the records of the runs; do not edit it.",
         "## In short",
+        f'"Not told apart" means {verdicts.NOT_TOLD_APART}.',
         "\n".join(f"- {sentence}" for sentence in said) or "No group of cells is complete yet.",
         advice.choice(results, comparisons, tables, rule_tables),
         sections.INTRODUCTION,
@@ -138,6 +139,7 @@ def _budget(numbered: Numbered, results, budget, comparisons, tables: dict[Budge
         "brackets the learning rate chosen on the validation part, with ! where it is the grid's first or last"
     )
     parts = [f"### {budget}", numbered.table(caption, ["method", *(TITLES[t] for t in tasks)], rows)]
+    parts += sections.below_the_head(results, budget, methods, numbered.tables)
     if comparisons:
         parts.append(
             numbered.table(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from . import figures, flaw_report, plan
 from .cells import SEEDS, TUNING_SEEDS
-from .methods import ALLORA, ALLORA_RULES, ALLORA_SIDES, ETAS_SQUARED, LORA, NORMS, OPTIMIZERS, RANK, RATES
+from .methods import ALLORA, ALLORA_RULES, ALLORA_SIDES, ETAS_SQUARED, HEAD, LORA, NORMS, OPTIMIZERS, RANK, RATES
 from .plan import Block
 from .results import OPTIMIZER_TITLES, Budget, Comparison, Result, Results, budgets, methods_of, tasks_of
 from .statistics import mean_interval, running_mean_spread
@@ -125,6 +125,24 @@ def difference(comparisons: Sequence[Comparison], task: str, other: str) -> str:
 
 def mean_of(result: Result) -> float:
     return mean_interval(list(result.test.values())).value
+
+
+def below_the_head(results: Results, budget: Budget, methods: Sequence[str], table: int) -> list[str]:
+    """Where half of the methods or more end below training the head alone, whose number says how little they learnt: a list
+    of it, if there are such tasks."""
+    lines = []
+    for task in tasks_of(results, budget):
+        found = {name: r for name in methods if (r := results.get((budget, task, name))) and r.usable}
+        if HEAD.name not in found:
+            continue
+        head = mean_of(found.pop(HEAD.name))
+        below = [name for name, r in found.items() if mean_of(r) < head]
+        if found and 2 * len(below) >= len(found):
+            lines.append(
+                f"- On {TASKS[task].title} {len(below)} of {len(found)} methods end below the head alone, {100 * head:.1f}% "
+                f"(Table {table})."
+            )
+    return ["\n".join(lines)] if lines else []
 
 
 def table_names(tables: Sequence[int]) -> str:

@@ -10,9 +10,12 @@ from .sections import signed
 from .tasks import TASKS
 
 HEADINGS = ("optimizer", "against", "cases", "better", "worse", "not told apart", "mean lead", "half interval")
+NOT_TOLD_APART = (
+    "no significant difference (p ≥ 0.05 by a paired t-test over seeds, with Holm's correction within a table)"
+)
 COLUMNS = (
-    "A case is a task and a budget; mean lead: points of accuracy, mean over the cases; half interval: half the 95% interval "
-    "of a case's difference, in points, median over the cases"
+    "A case is a task and a budget; not told apart: p ≥ 0.05; mean lead: points of accuracy, mean over the cases; half "
+    "interval: half the 95% interval of a case's difference, in points, median over the cases"
 )
 """What the headings mean, for a caption."""
 
