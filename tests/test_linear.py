@@ -51,6 +51,16 @@ def test_a_new_layer_computes_its_frozen_one():
     assert not layer.lora_B.any()
 
 
+@pytest.mark.parametrize(
+    "dtype, error", [(torch.int8, ValueError), (torch.float8_e4m3fn, ValueError), ("float32", TypeError)]
+)
+def test_a_dtype_that_adapters_cannot_have_is_named(dtype, error):
+    linear = nn.Linear(7, 5)
+    with pytest.raises(error, match="adapter_dtype must be"):
+        FusedALLoRALinear.from_linear(linear, adapter_dtype=dtype)
+    assert linear.weight.requires_grad
+
+
 def test_from_linear_shares_the_frozen_parameters():
     linear = nn.Linear(7, 5, bias=True).eval()
     layer = FusedALLoRALinear.from_linear(linear, r=3)

@@ -53,6 +53,16 @@ def removed_since(name: str) -> RuntimeError:
     )
 
 
+def check_adapter_dtype(dtype: torch.dtype | None) -> None:
+    """Raise TypeError or ValueError unless lora_A and lora_B can have this dtype; None for the weight's."""
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"adapter_dtype must be a torch.dtype or None, got {dtype!r}")
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"adapter_dtype must be torch.float32, float16, bfloat16 or float64, got {dtype}")
+
+
 def computed_factor(adapter: nn.Module) -> str | None:
     """Why lora_A and lora_B of `adapter` cannot be written to or handed over; None where they are parameters of their own."""
     for factor in FACTORS:

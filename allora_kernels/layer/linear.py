@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from . import backend as _backend
 from . import bases, batch_invariance, functional, switching
-from .adapter import ALLoRALayer
+from .adapter import ALLoRALayer, check_adapter_dtype
 from .explanation import Explanation, explain, explain_disabled
 from .sharding import local_shape
 from .zero import is_cut_up, whole_shape
@@ -73,10 +73,12 @@ class FusedALLoRALinear(ALLoRALayer, nn.Linear):
             adapter_dtype: dtype of lora_A and lora_B; None for the weight's.
 
         Raises:
-            TypeError: `linear` is neither, is quantized, pruned or parametrized, or is already adapted.
-            ValueError: r, eta or norm out of range. `linear` is untouched then.
+            TypeError: `linear` is neither, is quantized, pruned or parametrized, or is already adapted; adapter_dtype is no
+                dtype.
+            ValueError: r, eta, norm or adapter_dtype out of range. `linear` is untouched then.
         """
         functional.check_rule(r, eta, norm)
+        check_adapter_dtype(adapter_dtype)
         if isinstance(linear, FusedALLoRALinear):
             raise TypeError("from_linear got a FusedALLoRALinear, which already has an adapter; pass its merge()")
         fan_in_fan_out = is_conv1d(linear)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from . import backend as _backend
 from . import bases, batch_invariance, quantized, switching
-from .adapter import ALLoRALayer
+from .adapter import ALLoRALayer, check_adapter_dtype
 from .dequantizing import PackedWeight
 from .explanation import Explanation, explain_disabled
 from .functional import check_rule
@@ -50,7 +50,7 @@ class WrappedALLoRALinear(ALLoRALayer):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         check_rule(r, eta, norm)
-        _check_adapter_dtype(adapter_dtype)
+        check_adapter_dtype(adapter_dtype)
         _check_base(base_layer)
         super().__init__()
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
@@ -153,15 +153,6 @@ class WrappedALLoRALinear(ALLoRALayer):
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, eta={self.eta}, "
             f"norm={self.norm!r}, on {self.base_kind}, adapter backend={choice.name!r}{note}{off}"
         )
-
-
-def _check_adapter_dtype(dtype: torch.dtype | None) -> None:
-    if dtype is None:
-        return
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"adapter_dtype must be a torch.dtype or None, got {dtype!r}")
-    if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ValueError(f"adapter_dtype must be torch.float32, float16, bfloat16 or float64, got {dtype}")
 
 
 def _check_base(base: nn.Module) -> None:
