@@ -18,7 +18,6 @@ from .grouped_low_rank_product import grouped_low_rank_product
 from .grouped_sample_grad import grouped_sample_grads, grouped_sample_squared_norms
 from .layer_grads import layer_grads, pick_apart, room_for_ds
 from .low_rank_add import low_rank_add
-from .norms import squared_norms
 from .replay import replayed
 from .row_norms import token_coefficient, weight_coefficient
 from .sample_grad import sample_grads, sample_squared_norms
@@ -49,7 +48,6 @@ __all__ = [
     "replayed",
     "sample_grads",
     "sample_squared_norms",
-    "squared_norms",
     "token_coefficient",
     "weight_coefficient",
 ]
