@@ -63,9 +63,9 @@ def plan_steps(
     compute: torch.dtype,
     device: torch.device,
 ) -> dict[str, str]:
-    """What runs each step of one forward and backward pass: kernel and configuration, by step name."""
+    """What runs each step of one forward and backward pass: kernel and configuration, by step name. Of no rows, as of one."""
     arch = configs.arch_of(device)
-    M, N, K = rows, out_features, in_features
+    M, N, K = max(rows, 1), out_features, in_features
 
     def aligned(n, k):
         return plans.EVERYTHING if dtype.itemsize == 2 and n % 8 == 0 and k % 8 == 0 else plans.NOTHING
@@ -126,7 +126,7 @@ def plan_added_steps(
 ) -> dict[str, str]:
     """`plan_steps` where another layer computes y and dX and the adapter is added to them."""
     arch = configs.arch_of(device)
-    M, N, K = rows, out_features, in_features
+    M, N, K = max(rows, 1), out_features, in_features
     return {
         "down_project": _config("down_project", M, 0, K, r, dtype, compute, arch),
         "low_rank_add (y)": _config("low_rank_add", M, N, 0, r, dtype, compute, arch),
@@ -143,7 +143,7 @@ def _plan_gradients(
     M: int, N: int, K: int, r: int, norm: str | None, dtype: torch.dtype, compute: torch.dtype, arch: str
 ) -> dict[str, str]:
     def plan_sweep_step(length, norm, sums):
-        sweep = plan_sweep(max(M, 1), length, r, norm, sums, True, dtype, compute, arch)
+        sweep = plan_sweep(M, length, r, norm, sums, True, dtype, compute, arch)
         note = ", dS by a pass of its own" if sweep.separate else ""
         return f"Triton on {arch}, {sweep.config}{note}"
 
