@@ -144,7 +144,9 @@ def _plan_gradients(
 ) -> dict[str, str]:
     def plan_sweep_step(length, norm, sums):
         sweep = plan_sweep(M, length, r, norm, sums, True, dtype, compute, arch)
-        note = ", dS by a pass of its own" if sweep.separate else ""
+        note = (
+            ", dS by a pass of its own" if sweep.separate else ", dB by a sweep of its own" if sweep.outer_apart else ""
+        )
         return f"Triton on {arch}, {sweep.config}{note}"
 
     steps = {

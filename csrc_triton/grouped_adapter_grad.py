@@ -178,7 +178,7 @@ def grouped_adapter_grads(
     sums_due = sums_over_columns(norm, need_ds, need_da)
     plan = plan_groups(M, N, R, norm, sums_due, need_db, g, compute)
     f, shares = b if norm == "entry" else None, {}
-    chunked = plan.chunk_rows < M
+    chunked = plan.outer_apart or plan.chunk_rows < M
     if sums_due and norm != "entry" and (plan.separate or chunked or invariant):
         projected, u = project_groups(g, b, c, ends, norm, compute, need_da, order)
         ds = projected if need_ds else ds
@@ -190,6 +190,8 @@ def grouped_adapter_grads(
         elif sums_due:
             f, shares = b, _shares(M, N, R, sums, plan, g.device)
     if need_db:
+        if plan.outer_apart:
+            plan = plan_groups(M, N, R, norm, 0, True, g, compute)
         db = _outer(g, s, f, rule_g, groups, plan, "LR", dtype_b, **shares)
         for name, share in shares.items():
             combine(share, s.dtype, out=getattr(sums, name))
