@@ -50,7 +50,7 @@ def adapted_linear(
 
     `plan` is chosen where none is given.
     """
-    y, s, _ = _adapted_linear(x, weight, bias, a, b, dtype, None, plan)
+    y, s, _ = adapted_linear_and_coefficient(x, weight, bias, a, b, dtype, None, plan)
     return y, s
 
 
@@ -61,15 +61,11 @@ def adapted_linear_and_coefficient(
     a: Tensor,
     b: Tensor,
     dtype: torch.dtype,
-    eta: float,
+    eta: float | None,
     plan: plans.Plan | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`adapted_linear`, and C [N] (fp32) of the rule "row" for the backward pass: beside a persistent GEMM, in front of it if
-    S is there, too, else behind it."""
-    return _adapted_linear(x, weight, bias, a, b, dtype, eta, plan)
-
-
-def _adapted_linear(x, weight, bias, a, b, dtype, eta, plan):
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`adapted_linear`, and C [N] (fp32) of the rule "row" for the backward pass, None without `eta`: beside a persistent GEMM,
+    in front of it if S is there, too, else behind it."""
     (M, K), N, R = x.shape, weight.shape[0], a.shape[0]
     if M and plan is None:
         call = plans.Call("adapted_linear", M, N, K, R, x.dtype, dtype)
