@@ -1,6 +1,5 @@
 """The forward pass: ``S = x Aᵀ`` and ``y = x Wᵀ + bias + S Bᵀ``, in one launch or in two; for training with C, beside them."""
 
-import functools
 import operator
 
 import torch
@@ -31,15 +30,11 @@ def hides_c(x: Tensor, a: Tensor, b: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _leaves_room(K: int, R: int, dtype: torch.dtype, a: torch.dtype, b: torch.dtype, device: torch.device) -> bool:
-    return not batch_invariance.enabled() and _has_config(K, R, dtype, a, b, configs.arch_of(device), device)
-
-
-@functools.lru_cache(maxsize=1024)
-def _has_config(K, R, dtype, a, b, arch, device) -> bool:
     # C's kernels of fp32 factors take more registers.
-    if not (configs.can_overlap(device) and a.itemsize == b.itemsize == 2):
+    if batch_invariance.enabled() or not (configs.can_overlap(device) and a.itemsize == b.itemsize == 2):
         return False
-    return configs.beside(K, R, dtype, arch, torch.promote_types(dtype, torch.promote_types(a, b))) is not None
+    compute = torch.promote_types(dtype, torch.promote_types(a, b))
+    return configs.beside(K, R, dtype, configs.arch_of(device), compute) is not None
 
 
 def adapted_linear(
@@ -55,7 +50,7 @@ def adapted_linear(
 
     `plan` is chosen where none is given.
     """
-    y, s, _ = _adapted_linear(x, weight, bias, a, b, dtype, None, plan)
+    y, s, _ = adapted_linear_and_coefficient(x, weight, bias, a, b, dtype, None, plan)
     return y, s
 
 
@@ -66,15 +61,11 @@ def adapted_linear_and_coefficient(
     a: Tensor,
     b: Tensor,
     dtype: torch.dtype,
-    eta: float,
+    eta: float | None,
     plan: plans.Plan | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`adapted_linear`, and C [N] (fp32) of the rule "row" for the backward pass: beside a persistent GEMM, in front of it if
-    S is there, too, else behind it."""
-    return _adapted_linear(x, weight, bias, a, b, dtype, eta, plan)
-
-
-def _adapted_linear(x, weight, bias, a, b, dtype, eta, plan):
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`adapted_linear`, and C [N] (fp32) of the rule "row" for the backward pass, None without `eta`: beside a persistent GEMM,
+    in front of it if S is there, too, else behind it."""
     (M, K), N, R = x.shape, weight.shape[0], a.shape[0]
     if M and plan is None:
         call = plans.Call("adapted_linear", M, N, K, R, x.dtype, dtype)

@@ -42,7 +42,10 @@ from .tiling import grouped_tile, in_steps
 
 @triton.jit
 def _count_tiles_kernel(under_way_ptr, num_m, CHAIN: tl.constexpr, BLOCK_L: tl.constexpr):
-    """``under_way[i] = 1`` for each i < num_m: that tile's rows of S are yet to be written."""
+    """``under_way[i] = 1`` for each i < num_m: that tile's rows of S are yet to be written.
+
+    One program writes BLOCK_L elements.
+    """
     join_chain(CHAIN)
     offs = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     tl.store(under_way_ptr + offs, tl.full((BLOCK_L,), 1, tl.int32), mask=offs < num_m)

@@ -181,7 +181,10 @@ def adapter_grads(
     else:
         sums = Sums(s, norm, need_ds, need_da)
         ds, u = sums.ds, sums.u
-        outer = sweep_chunks(g, s, b, rule_g, layout, sums, plan)
+        outer = sweep_chunks(g, s, b, rule_g, "" if plan.outer_apart else layout, sums, plan)
+        if plan.outer_apart:
+            alone = plan_sweep(M, N, R, norm, 0, True, g.dtype, compute, arch)
+            outer = sweep_chunks(g, s, b, rule_g, layout, None, alone)
     if need_db:
         db = combine(outer, dtype_b)
     if need_da:

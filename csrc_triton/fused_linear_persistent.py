@@ -12,9 +12,6 @@ from .configs import Config, cdiv
 from .launching import launch
 from .tiling import TRITON_DTYPE, add_low_rank, dot, dot_precision, grouped_tile, in_steps, narrow, offsets, step_of
 
-MAX_ROWS = 2**31 - 256
-"""A tile's rows are counted in 32 bits."""
-
 
 @triton.jit(do_not_specialize=["M"])
 def _fused_linear_persistent_kernel(
@@ -99,7 +96,7 @@ def describable(x: Tensor, weight: Tensor, b: Tensor | None = None, s: Tensor | 
     """What descriptors reach: `plans.WIDE`, x [M, K], weight [N, K] and y [M, N], where these are 16-bit with rows 16-byte
     aligned and unbroken; `plans.EVERYTHING`, where b [N, R] is given and it (and s [M, R], if given) is like that and in x's
     dtype; else `plans.NOTHING`."""
-    wide = x.itemsize == 2 and weight.shape[0] % 8 == 0 and len(x) < MAX_ROWS
+    wide = x.itemsize == 2 and weight.shape[0] % 8 == 0
     if not (wide and aligned_rows(x) and aligned_either_way(weight)):
         return plans.NOTHING
     if b is None or b.dtype != x.dtype or not aligned_either_way(b):

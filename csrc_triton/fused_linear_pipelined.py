@@ -34,11 +34,13 @@ from .tiling import grouped_tile, in_steps
 
 @gluon.jit
 def wait_for_kernel_in_front():
+    """`gdc_wait`, in Gluon: until the kernel in front has ended and its writes are seen."""
     gl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def let_next_kernel_begin():
+    """`gdc_launch_dependents`, in Gluon: the next kernel may begin once every program has come here or ended."""
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
@@ -312,6 +314,7 @@ _GLUON_DTYPE = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 def describe(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A descriptor of `t` in tiles of [rows, columns], laid out as matrix products read them."""
     return TensorDescriptor.from_tensor(t, [rows, columns], _layout(rows, columns, t.dtype))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import batch_invariance, configs
 from .adapter_grad import Sums, rules, weighted
-from .combine import combine, combine_groups
+from .combine import combine_groups
 from .configs import cdiv
 from .grouped_down_project import grouped_down_project, grouped_down_project_twice
 from .groups import first_pieces, most_tiles
@@ -107,11 +107,9 @@ def _outer(
     return combine_groups(result, groups.ends.shape[0], 0, first, dtype)
 
 
-def _shares(M: int, L: int, R: int, sums: Sums, plan: SweepPlan, device: torch.device) -> dict[str, Tensor]:
+def _parts(M: int, L: int, R: int, sums: Sums, plan: SweepPlan, device: torch.device) -> Tensor:
     """Room for each block of columns of V [M, L] to put its part of the `sums` that are due."""
-    shape = (cdiv(L, plan.config.BLOCK_N), M, R)
-    due = [name for name in ("projected", "scaled") if getattr(sums, name) is not None]
-    return {name: torch.empty(shape, device=device, dtype=torch.float32) for name in due}
+    return torch.empty(len(sums.all), cdiv(L, plan.config.BLOCK_N), M, R, device=device, dtype=torch.float32)
 
 
 def project_chunks(
@@ -122,13 +120,12 @@ def project_chunks(
     for start in range(0, M, plan.chunk_rows):
         rows = slice(start, min(M, start + plan.chunk_rows))
         count = rows.stop - start
-        shares = _shares(count, L, R, sums, plan, g.device)
+        parts = _parts(count, L, R, sums, plan, g.device)
         cut = groups.part(start, rows.stop).cut(count, plan.segment_rows)
         chunk_rule = rule if rule.row_scale is None else rule._replace(row_scale=rule.row_scale[rows])
         v = g[rows] if groups.order is None else g
-        sweep(v, s[rows], b, chunk_rule, cut, plan.config, None, **shares)
-        for name, share in shares.items():
-            combine(share, s.dtype, out=getattr(sums, name)[rows])
+        sweep(v, s[rows], b, chunk_rule, cut, plan.config, None, **sums.shares(parts))
+        sums.add_up(parts, rows)
 
 
 def grouped_adapter_grads(
@@ -177,8 +174,8 @@ def grouped_adapter_grads(
     compute, groups = s.dtype, GroupedRows(ends, order)
     sums_due = sums_over_columns(norm, need_ds, need_da)
     plan = plan_groups(M, N, R, norm, sums_due, need_db, g, compute)
-    f, shares = b if norm == "entry" else None, {}
-    chunked = plan.chunk_rows < M
+    f, parts, shares = b if norm == "entry" else None, None, {}
+    chunked = plan.outer_apart or plan.chunk_rows < M
     if sums_due and norm != "entry" and (plan.separate or chunked or invariant):
         projected, u = project_groups(g, b, c, ends, norm, compute, need_da, order)
         ds = projected if need_ds else ds
@@ -188,11 +185,14 @@ def grouped_adapter_grads(
         if sums_due and (chunked or not need_db):
             project_chunks(g, s, b, rule_g, groups, plan, sums)
         elif sums_due:
-            f, shares = b, _shares(M, N, R, sums, plan, g.device)
+            f, parts = b, _parts(M, N, R, sums, plan, g.device)
+            shares = sums.shares(parts)
     if need_db:
+        if plan.outer_apart:
+            plan = plan_groups(M, N, R, norm, 0, True, g, compute)
         db = _outer(g, s, f, rule_g, groups, plan, "LR", dtype_b, **shares)
-        for name, share in shares.items():
-            combine(share, s.dtype, out=getattr(sums, name))
+        if parts is not None:
+            sums.add_up(parts)
     if need_da:
         plan = plan_groups(M, x.shape[1], R, None, 0, True, x, compute)
         da = _outer(x, u, None, rule_x, groups, plan, "RL", dtype_a)

@@ -20,6 +20,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .chain import next_place
 
 MAX_REMEMBERED = 8192
+MAX_ROWS = 2**30
+"""Rows are counted in 32 bits, in which the sum of two of these numbers has to fit: where a segment begins, and its length."""
 
 ON_ROCM = torch.version.hip is not None
 _MAX_INT_32 = 2**31 - 1
@@ -41,7 +43,12 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
 
     args: the kernel's tensors, then its numbers; options: its constexprs in their order, but for CHAIN, which is
     the first where there is one, then launch options.
+
+    Raises:
+        ValueError: it has more than MAX_ROWS rows, its argument M.
     """
+    if "M" in kernel.arg_names and (rows := args[kernel.arg_names.index("M")]) > MAX_ROWS:
+        raise ValueError(f"the kernels take at most {MAX_ROWS} rows at a time, got {rows}: split the batch")
     if "CHAIN" in kernel.arg_names:
         place = next_place()
         options = {"CHAIN": place, **options, **({} if place in ("", "first") else {"launch_pdl": True})}

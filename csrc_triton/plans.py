@@ -19,7 +19,11 @@ WAYS = {
     "vendor": "the rank-R product, then the vendor's GEMM added to it",
 }
 UNTRIED_WAYS = {"column": "GEMM in Gluon, S or dS by the tiles of its first column"}
-"""Those that no GPU has run yet."""
+"""Those that no GPU has run yet.
+
+Programs of "column" wait for others of their own grid, and nothing makes sure that those run: two such GEMMs on two streams can
+each hold multiprocessors that the first column of the other waits for, for ever. Before a plan may take it, its grid has to be
+resident as a whole (a cooperative launch), or its programs have to take their tiles in the order in which they begin."""
 
 _WIDEST_COLUMN = {"adapted_linear": 64, "layer_grads": 16}
 """The largest rank of each op that goes this way: with more columns for dS and u the GEMM leaves the sums for dB and dA no

@@ -230,7 +230,10 @@ def _matrix_coefficient_kernel(
     HAS_ETAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``c = C(√(Σ (A Aᵀ) ⊙ (BᵀB)))`` for two Gram matrices of NUMEL elements in contiguous parts; c [1], a program a group."""
+    """``c[g] = C(√(Σ (A_g A_gᵀ) ⊙ (B_gᵀB_g)))`` for two Gram matrices of NUMEL elements a group, in contiguous parts; c [E].
+
+    One program writes one group's number; accumulates in fp32.
+    """
     join_chain(CHAIN)
     group = tl.program_id(0).to(tl.int64)
     gram_a_ptr += group * PARTS_A * NUMEL

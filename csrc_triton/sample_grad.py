@@ -15,7 +15,6 @@ from .adapter_grad import Sums, project, rules, sweep_chunks
 from .combine import combine, combine_groups
 from .configs import cdiv
 from .down_project import down_project
-from .norms import squared_norms
 from .outer_norms import outer_norms
 from .segments import Segments
 from .sweep import Cut, Rule, empty_outer, sweep
@@ -44,7 +43,7 @@ def _squares(
     if segments.is_cut(cut):
         # Pieces have to be added before they are squared. There are few samples then: their sums are small.
         sums = _outer(v, u, f, rule, segments, config, layout, projected, scaled)
-        return squared_norms(sums), combine(sums, dtype)
+        return sums.square().sum((1, 2)), combine(sums, dtype)
     # A tile would hold one row. Without the samples the sweep's tiles are full, and their norms take one more read of V.
     one_row = segments.longest == 1
     if one_row:

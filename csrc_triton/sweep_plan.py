@@ -17,11 +17,13 @@ from .configs import cdiv
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """`config` of the sweep; `separate`, whether the sums over columns have a pass of their own; rows in a chunk and in
-    a segment; `partial_bytes` of partial sums and `extra_reads` of G beyond the first, as counted."""
+    """`config` of the sweep; `separate`, whether the sums over columns have a pass of their own; `outer_apart`, whether the sum
+    over rows has a sweep of its own, planned without them; rows in a chunk and in a segment; `partial_bytes` of partial sums
+    and `extra_reads` of G beyond the first, as counted."""
 
     config: configs.Config
     separate: bool
+    outer_apart: bool
     chunk_rows: int
     segment_rows: int
     partial_bytes: int
@@ -61,16 +63,16 @@ def plan_sweep(
     plans = []
     for op in (kind, f"{kind}_wide"):
         config = configs.pick_config(op, M, L, 0, R, dtype, arch, compute)
-        plans.append(_plan(M, L, R, sums, outer, config, arch))
+        plans.append(_plan(M, L, R, sums, outer, dtype, config, arch))
         # The rule "entry" needs the tile of S Bᵀ beside G's, which only the sweep has.
         if sums and norm != "entry":
             twice = "down_project_twice" if sums == 2 else "down_project"
             projection = configs.pick_config(twice, M, 0, L, R, dtype, arch, compute)
-            plans.append(_plan(M, L, R, 0, outer, config, arch, cdiv(R, projection.BLOCK_R)))
+            plans.append(_plan(M, L, R, 0, outer, dtype, config, arch, cdiv(R, projection.BLOCK_R)))
     return min(plans, key=lambda plan: plan.extra_bytes(M, L, dtype.itemsize))
 
 
-def _plan(M, L, R, sums, outer, config, arch, projection_reads=0) -> SweepPlan:
+def _plan(M, L, R, sums, outer, dtype, config, arch, projection_reads=0) -> SweepPlan:
     tiles_l, tiles_r = cdiv(L, config.BLOCK_N), cdiv(R, config.BLOCK_R)
     # A long V is swept a chunk of rows at a time, so that the shares take little memory and stay in the L2 cache.
     rows = min(M, configs.SCRATCH_BYTES // (4 * tiles_l * R * sums)) if sums else M
@@ -79,9 +81,14 @@ def _plan(M, L, R, sums, outer, config, arch, projection_reads=0) -> SweepPlan:
     segment_rows = rows_of_a_segment(rows, tiles_l * tiles_r, config, arch)
     segments = total_segments(M, chunk_rows, segment_rows) if outer else 0
     sweep_reads = tiles_r if outer or sums else 0
+    # Every chunk has a sum over its rows: where chunks are short these would be more than V is.
+    outer_apart = chunk_rows < M and 4 * segments * R > M * dtype.itemsize
+    if outer_apart:
+        segments, sweep_reads = 0, 2 * tiles_r
     return SweepPlan(
         config,
         separate=projection_reads > 0,
+        outer_apart=outer_apart,
         chunk_rows=chunk_rows,
         segment_rows=segment_rows,
         partial_bytes=partial_bytes(M, L, R, config.BLOCK_N, sums, segments),

@@ -45,10 +45,11 @@ def grouped_tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
 def narrow(t, DTYPE: tl.constexpr):
     """The tile `t` in DTYPE, rounded to nearest even."""
     if INTERPRETED and (tl.bfloat16 == DTYPE and t.dtype != DTYPE):
-        # The interpreter truncates to bf16, so the rounding is done on the bits before.
+        # The interpreter truncates to bf16, and takes a denormal to another number. So this is done on the bits.
         bits = t.to(tl.float32).to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-        t = tl.where(t == t, rounded, t)
+        upper = bits >> 16
+        rounded = upper + (((bits & 0xFFFF) + 0x7FFF + (upper & 1)) >> 16)
+        return tl.where(t == t, rounded, upper | 0x40).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return t.to(DTYPE)
 
 

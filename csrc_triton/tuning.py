@@ -92,8 +92,12 @@ def _read(file: Path) -> list[dict[str, Any]]:
         entries = json.loads(file.read_text())["entries"]
         for e in entries:
             op, *sizes, _, _ = e["call"]
-            if not (isinstance(op, str) and all(isinstance(size, int) for size in sizes) and len(sizes) == 4):
+            if not (
+                isinstance(op, str) and all(isinstance(size, int) and size >= 1 for size in sizes) and len(sizes) == 4
+            ):
                 raise ValueError(f"unknown call {e['call']}")
+            if not isinstance(e["way"], str):
+                raise ValueError(f"unknown way {e['way']}")
             if e["config"] is not None:
                 Config(**e["config"])
         return entries

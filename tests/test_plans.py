@@ -131,12 +131,9 @@ def test_without_the_gluon_it_was_written_for_the_other_ways_are_taken(monkeypat
 def test_where_c_is_hidden(monkeypatch):
     from csrc_triton import batch_invariance, hides_c
 
-    module = sys.modules["csrc_triton.adapted_linear"]
-
     def hidden(M=2048, R=16, factors=torch.bfloat16, arch="sm_90"):
         monkeypatch.setattr(configs, "arch_of", lambda device: arch)
         monkeypatch.setattr(configs, "can_overlap", lambda device: arch != "sm_80")
-        module._has_config.cache_clear()
         x, a, b = (torch.empty(size, device="meta", dtype=torch.bfloat16) for size in ((M, 4096), (R, 4096), (4096, R)))
         return hides_c(x, a.to(factors), b.to(factors))
 
@@ -150,7 +147,6 @@ def test_where_c_is_hidden(monkeypatch):
         assert not hidden()
     finally:
         batch_invariance.enable(False)
-        module._has_config.cache_clear()
 
 
 def test_the_pass_for_ds_runs_beside_the_gemm_where_that_costs_less(monkeypatch):
@@ -181,6 +177,17 @@ def test_the_plan_of_a_layer_says_that_its_factors_go_in_parts(monkeypatch):
         steps = csrc_triton.plan_steps(2048, 4096, 4096, 16, "row", *dtypes, torch.device("cpu"))
         for step in ("adapted_linear (y)", "fused_linear (dx)"):
             assert plans.WAYS["pipelined"] in steps[step] and ("bf16 parts" in steps[step]) == in_parts
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("arch", ["sm_90", "interpreter"])
+def test_a_call_of_no_rows_has_a_plan(arch, invariant, monkeypatch):
+    csrc_triton = pytest.importorskip("csrc_triton")
+    monkeypatch.setattr(configs, "arch_of", lambda device: arch)
+    monkeypatch.setattr(csrc_triton.batch_invariance, "_enabled", invariant)
+    for steps in (csrc_triton.plan_steps, csrc_triton.plan_added_steps):
+        none, one = (steps(rows, 64, 64, 8, "row", *MIXED, torch.device("cpu")) for rows in (0, 1))
+        assert none == one
 
 
 def test_to_split_fp32_factors_in_the_gemm_takes_longer():
@@ -270,7 +277,18 @@ def test_what_was_measured_of_dx_is_taken_for_it_with_its_sums():
     assert plans._pick(call("layer_grads"), "sm_90", plans.EVERYTHING, KEY) == tiles
 
 
-@pytest.mark.parametrize("content", ["not json", "[]", '{"entries": 3}', '{"entries": [{"call": 1}]}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "not json",
+        "[]",
+        '{"entries": 3}',
+        '{"entries": [{"call": 1}]}',
+        '{"entries": [{"call": ["fused_linear", 64, 64, 64, 16, "bfloat16", "bfloat16"], "config": null}]}',
+        '{"entries": [{"call": ["fused_linear", 0, 64, 64, 16, "bfloat16", "bfloat16"], "way": "tiles", "config": null}]}',
+    ],
+    ids=["no-json", "a-list", "no-entries", "no-call", "no-way", "no-rows"],
+)
 def test_a_broken_file_is_said_and_does_without(content):
     tuning.path(KEY).parent.mkdir(parents=True)
     tuning.path(KEY).write_text(content)

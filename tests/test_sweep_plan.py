@@ -1,5 +1,7 @@
 """The sweep over G moves little besides G: the plan counts the bytes of its partial sums and takes the cheapest order."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -33,6 +35,15 @@ def test_a_high_rank_takes_a_pass_of_its_own():
     assert plan("row", 128).separate and plan("row", 128).extra_reads == 3
     segments = M // found.segment_rows
     assert found.extra_bytes(M, N, 2) <= sweep_plan.partial_bytes(M, N, 64, found.config.BLOCK_N, 2, segments)
+
+
+def test_sums_over_rows_of_short_chunks_have_a_sweep_of_their_own():
+    mixed = (torch.bfloat16, torch.float32)
+    found = sweep_plan.plan_sweep(M, 128256, 64, "entry", 2, True, *mixed, "sm_90")
+    assert found.outer_apart and found.chunk_rows < 64
+    for norm, R, rows, columns in itertools.product(reference.NORMS, (16, 64), (512, M, 2**18), (1024, 4096, 16384)):
+        sums = sweep_plan.sums_over_columns(norm, True, True)
+        assert not sweep_plan.plan_sweep(rows, columns, R, norm, sums, True, *mixed, "sm_90").outer_apart
 
 
 def test_the_count():

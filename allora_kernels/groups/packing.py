@@ -115,4 +115,9 @@ def _table(values: tuple, device: torch.device, dtype: torch.dtype) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def _kept(values: tuple, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):
-        return on_device(values, device, dtype)
+        made = on_device(values, device, dtype)
+    if device.type == "cuda":
+        # All streams read it there, and only this one waits for its copy by itself. No stream that is captured comes here: to
+        # make it there was an error.
+        torch.cuda.current_stream(device).synchronize()
+    return made

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import csrc_triton
-from csrc_triton import squared_norms
 
+from .reference import squared_norms
 from .samples import Samples
 
 __all__ = ["sample_grads", "sample_squared_norms", "squared_norms", "weighted_grads", "weighted_sum"]

@@ -136,5 +136,6 @@ def weighted_sum(grad_sample: Tensor, weights: Tensor | None, dtype: torch.dtype
 
 
 def squared_norms(grad_sample: Tensor) -> Tensor:
-    """``‖grad_sample[i]‖² [b]`` for grad_sample [b, ...]."""
-    return torch.linalg.vector_norm(grad_sample.flatten(1), dim=1).square()
+    """``‖grad_sample[i]‖² [b]`` in fp32 or better for grad_sample [b, ...]."""
+    dtype = torch.promote_types(grad_sample.dtype, torch.float32)
+    return torch.linalg.vector_norm(grad_sample.flatten(1), dim=1, dtype=dtype).square()

@@ -276,12 +276,6 @@ def test_coefficients(arch, few_sms, dtypes, layout, shape):
     assert_close(csrc_triton.token_coefficient(laid_out(s, layout), laid_out(b, layout), ETA), eager, exact, "token")
 
 
-@over("arch", "few_sms", shape=[(1, 1, 1), (3, 70, 41), (300, 2, 3), (1, 90, 50)])
-def test_squared_norms(arch, few_sms, shape):
-    t = torch.randn(shape)
-    assert_close(csrc_triton.squared_norms(t), t.flatten(1).square().sum(1), t.double().flatten(1).square().sum(1))
-
-
 @over("arch", "few_sms", dtype=[F32, F16, BF16], weighted=[False, True], shape=[(1, 1, 1), (7, 70, 41), (40, 3, 5)])
 def test_combine(arch, few_sms, dtype, weighted, shape):
     partial = torch.randn(shape)

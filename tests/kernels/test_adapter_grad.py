@@ -1,4 +1,5 @@
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from red_zones import in_red_zone, poisoned_outputs
 import csrc_triton
 from allora_kernels import reference
 from allora_kernels.testing import assert_close, make_inputs
-from csrc_triton import configs, sweep_plan
+from csrc_triton import adapter_grad, configs, sweep_plan
 
 norms = pytest.mark.parametrize("norm", reference.NORMS)
 ETA = 1.3
@@ -68,9 +69,9 @@ def test_segments_add_up(device, norm, segments, monkeypatch):
 
 
 @norms
-@pytest.mark.parametrize("rows", [1, 40, 64])
-def test_chunks_of_rows_add_up(device, norm, rows, monkeypatch):
-    N, R = 70, 3
+@pytest.mark.parametrize("rows, R", [(1, 3), (40, 3), (64, 3), (1, 40)])
+def test_chunks_of_rows_add_up(device, norm, rows, R, monkeypatch):
+    N = 70
     monkeypatch.setattr(configs, "SCRATCH_BYTES", rows * 4 * R * 2)
     check(*arguments(make_inputs(130, N, 53, R, device=device), norm), norm)
     check(*arguments(make_inputs(130, N, 53, R, device=device), norm), norm, need_ds=False)
@@ -95,6 +96,16 @@ def test_scratch_does_not_grow_with_the_number_of_rows(device, monkeypatch):
 
 
 @norms
+def test_partial_sums_over_rows_are_no_more_than_g(device, norm, monkeypatch):
+    monkeypatch.setattr(configs, "SCRATCH_BYTES", 2**10)
+    g, x, s, b, c = arguments(make_inputs(512, 257, 1, 40, device=device), norm)
+    with mock.patch.object(adapter_grad, "empty_outer", wraps=adapter_grad.empty_outer) as made:
+        csrc_triton.adapter_grads(g, x, s, b, c, ETA, norm, True, None, torch.float32)
+    (((count, *_), _),) = made.call_args_list
+    assert count * b.numel() <= g.numel()
+
+
+@norms
 def test_the_same_bits_every_run(device, norm):
     args = arguments(make_inputs(130, 257, 53, 40, device=device), norm)
     first = csrc_triton.adapter_grads(*args, ETA, norm, True, torch.float32, torch.float32)
@@ -106,8 +117,6 @@ def test_the_same_bits_every_run(device, norm):
 @pytest.mark.parametrize("norm", ["row", "matrix", None])
 @pytest.mark.parametrize("separate", [False, True])
 def test_both_orders_of_the_sums_over_columns(device, norm, separate, monkeypatch):
-    from csrc_triton import adapter_grad
-
     def forced(*args):
         found = sweep_plan.plan_sweep(*args)
         return dataclasses.replace(found, separate=separate)

@@ -136,10 +136,10 @@ def test_pieces_of_long_groups_add_up(device, norm, parts, monkeypatch):
 
 
 @norms
-@pytest.mark.parametrize("rows", [1, 40])
-def test_a_g_longer_than_the_scratch(device, norm, rows, monkeypatch):
-    monkeypatch.setattr(configs, "SCRATCH_BYTES", rows * 4 * 3 * 2)
-    tensors = make(((40, 0, 33, 9), 8), 150, 53, 3, device=device)
+@pytest.mark.parametrize("rows, R", [(1, 3), (40, 3), (1, 40)])
+def test_a_g_longer_than_the_scratch(device, norm, rows, R, monkeypatch):
+    monkeypatch.setattr(configs, "SCRATCH_BYTES", rows * 4 * R * 2)
+    tensors = make(((40, 0, 33, 9), 8), 150, 53, R, device=device)
     check_gradients(*tensors, norm)
     check_gradients(*tensors, norm, need_ds=False)
 

@@ -7,8 +7,10 @@ import csrc_triton
 from allora_kernels import reference
 from allora_kernels.testing import assert_close, make_inputs
 from csrc_triton import configs, plans
+from csrc_triton.launching import MAX_ROWS
 
 FAR = 2**31 + 8
+ENDS = torch.tensor([5], dtype=torch.int32)
 
 
 def far_apart(t, dim):
@@ -87,6 +89,24 @@ def test_rows_of_a_factor(inputs, norm):
     c = csrc_triton.weight_coefficient(a, b, 2.0, norm)
     exact = reference.weight_coefficient(*doubles(inputs.lora_A[:2], b), 2.0, norm)
     assert_close(c, reference.weight_coefficient(a, b, 2.0, norm), exact, "C")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, s, w, b: csrc_triton.down_project(x, w[:3], s.dtype),
+        lambda x, s, w, b: csrc_triton.adapted_linear(x, w, None, w[:3], b, s.dtype),
+        lambda x, s, w, b: csrc_triton.fused_linear(x, w, None, s, b),
+        lambda x, s, w, b: csrc_triton.low_rank_add(x, s, b),
+        lambda x, s, w, b: csrc_triton.adapter_grads(x, x, s, b, None, 2.0, None, False, None, s.dtype),
+        lambda x, s, w, b: csrc_triton.grouped_down_project(x, w[None, :3], ENDS, s.dtype),
+    ],
+    ids=["down_project", "adapted_linear", "fused_linear", "low_rank_add", "adapter_grads", "grouped_down_project"],
+)
+def test_rows_beyond_32_bits_are_refused(call):
+    x, s, w, b = (torch.empty(shape, device="meta") for shape in [(MAX_ROWS + 1, 8), (MAX_ROWS + 1, 3), (8, 8), (8, 3)])
+    with pytest.raises(ValueError, match="at most 1073741824 rows at a time, got 1073741825: split the batch"):
+        call(x, s, w, b)
 
 
 def test_groups_of_parts_beyond_32_bits(device):

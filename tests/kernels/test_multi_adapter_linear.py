@@ -1,11 +1,14 @@
 """`multi_adapter_linear` on both backends, against autograd over its formula; rows without an adapter; errors; compiling."""
 
+from unittest import mock
+
 import numpy
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from allora_kernels import Adapter, allora_linear, multi_adapter_linear, reference, use_batch_invariant
+from allora_kernels.groups import packing
 from allora_kernels.groups import reference as grouped
 from allora_kernels.groups.packing import Layout
 from allora_kernels.testing import assert_close, make_inputs
@@ -425,3 +428,15 @@ def test_vmap_over_batches(device):
 
     each = torch.stack([torch.func.grad(loss)(batch) for batch in batches])
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(batches), each)
+
+
+def test_a_kept_table_is_there_before_another_stream_can_read_it(monkeypatch):
+    done = mock.Mock()
+    done.copy.return_value = torch.tensor([1.0])
+    monkeypatch.setattr(packing, "on_device", done.copy)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: done)
+    packing._kept.cache_clear()
+    for _ in range(2):
+        packing._table((1.0,), torch.device("cuda"), torch.float32)
+    packing._kept.cache_clear()
+    assert [call[0] for call in done.method_calls] == ["copy", "synchronize"]

@@ -4,6 +4,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
+
+from csrc_triton.tiling import narrow
 
 
 @pytest.fixture
@@ -55,3 +58,21 @@ def test_bf16_and_fp32_are_the_same_numbers(interpreted):
     there_and_back[(1,)](bf16, fp32, back, SIZE=2**16)
     assert torch.equal(fp32.view(torch.int32), bf16.float().view(torch.int32))
     assert torch.equal(back.view(torch.int16), bf16.view(torch.int16))
+
+
+def test_narrow_needs_no_conversion_of_the_interpreter(interpreted, monkeypatch):
+    """Which takes denormals, and what is rounded to zero, to other numbers: `quick_interpreter` has its own."""
+
+    @triton.jit
+    def narrowed(fp32, bf16, SIZE: tl.constexpr):
+        places = tl.arange(0, SIZE)
+        tl.store(bf16 + places, narrow(tl.load(fp32 + places), tl.bfloat16))
+
+    halves = torch.arange(-(2**15), 2**15)[:, None] * 2**16 + torch.tensor([0, 0x7FFF, 0x8000, 0xFFFF])
+    fp32 = halves.flatten().to(torch.int32).view(torch.float32)
+    bf16 = torch.empty_like(fp32, dtype=torch.bfloat16)
+    monkeypatch.setattr(interpreter, "_convert_float", None)
+    narrowed[(1,)](fp32, bf16, SIZE=2**18)
+    nan = fp32.isnan()
+    assert bf16[nan].isnan().all()
+    assert torch.equal(bf16[~nan].view(torch.int16), fp32[~nan].bfloat16().view(torch.int16))

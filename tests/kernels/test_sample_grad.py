@@ -11,8 +11,10 @@ from red_zones import in_red_zone, poisoned_outputs
 
 import csrc_triton
 from allora_kernels import reference
+from allora_kernels.layer import backend
 from allora_kernels.per_sample import reference as sample_reference
 from allora_kernels.per_sample.samples import Samples
+from allora_kernels.per_sample.steps import sample_steps
 from allora_kernels.testing import assert_close, make_inputs
 from csrc_triton import configs
 
@@ -241,9 +243,23 @@ def test_a_weighted_sweep_is_the_weighted_sum(device, norm):
         assert_close(ours, eager, weighted, "weighted sum")
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 4), (1, 1, 1), (3, 70, 41), (2, 0, 5), (300, 2, 3), (1, 90, 50)])
-def test_squared_norms(device, shape):
-    t = torch.randn(shape, device=device)
-    with poisoned_outputs():
-        squares = csrc_triton.squared_norms(in_red_zone(t))
-    assert_close(squares, sample_reference.squared_norms(t), sample_reference.squared_norms(t.double()), "squares")
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda t: t,
+        lambda t: t[::2],
+        lambda t: t.mT.contiguous().mT,
+        lambda t: t[:1].expand_as(t),
+        lambda t: t.bfloat16(),
+        lambda t: (300 * t).half(),
+        lambda t: t.double(),
+        lambda t: t[:0],
+        lambda t: t[:, :0],
+    ],
+    ids=["as-recorded", "every-second", "strided", "expanded", "bf16", "fp16", "fp64", "no-samples", "empty"],
+)
+def test_squared_norms_of_any_grad_sample(device, changed):
+    t = changed(torch.randn(6, 70, 41, device=device))
+    steps = sample_steps(backend.choose(t.device, t.dtype).name)
+    exact = t.double().flatten(1).square().sum(1)
+    torch.testing.assert_close(steps.squared_norms(t), exact.to(torch.promote_types(t.dtype, torch.float32)))

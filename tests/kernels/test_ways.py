@@ -167,12 +167,6 @@ def test_what_descriptors_reach(columns, row_stride, offset, dtype, reached):
     assert not csrc_triton.describable(x, weight[:7], b)
 
 
-@pytest.mark.parametrize("rows, reached", [(2**31 - 300, True), (2**31 - 100, False), (2**33, False)])
-def test_descriptors_count_rows_in_32_bits(rows, reached):
-    x, weight = torch.empty(rows, 8, dtype=torch.bfloat16, device="meta"), torch.zeros(8, 8, dtype=torch.bfloat16)
-    assert csrc_triton.describable(x, weight) == (plans.WIDE if reached else plans.NOTHING)
-
-
 def test_which_factors_descriptors_reach():
     x, weight = torch.zeros(16, 64, dtype=torch.bfloat16), torch.zeros(24, 64, dtype=torch.bfloat16)
     flat = torch.zeros(24 * 16 + 8, dtype=torch.bfloat16)
