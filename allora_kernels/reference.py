@@ -183,6 +183,22 @@ def adapter_grads(
     return ds, da, db
 
 
+def layer_grads(
+    g: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    eta: float,
+    norm: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dX = g W + dS A [M, K]``, and dA and dB of `adapter_grads` in the factors' dtypes, by the steps above."""
+    c = weight_coefficient(lora_A, lora_B, eta, norm) if norm in WEIGHT_NORMS else None
+    ds, da, db = adapter_grads(g, x, s, lora_B, c, eta, norm, True, lora_A.dtype, lora_B.dtype)
+    return fused_linear(g, weight.mT, None, ds, lora_A.mT), da, db
+
+
 # --- a frozen weight in 4 bits -------------------------------------------------------------------------------------
 
 

@@ -120,17 +120,12 @@ def _backward(inputs: Inputs) -> Product:
     compute = torch.promote_types(x.dtype, a.dtype)
     s, c = reference.down_project(x, a, compute), reference.weight_coefficient(a, b, ETA, "row")
 
-    def formula(g, x, s, weight, a, b):
-        own = reference.weight_coefficient(a, b, ETA, "row")
-        ds, da, db = reference.adapter_grads(g, x, s, b, own, ETA, "row", True, a.dtype, b.dtype)
-        return reference.fused_linear(g, weight.mT, None, ds, a.mT), da, db
-
     return Product(
         BACKWARD,
         Call("layer_grads", M, K, N, R, x.dtype, compute),
         lambda plan: csrc_triton.layer_grads(g, x, s, weight, a, b, ETA, "row", a.dtype, b.dtype, c, plan),
         lambda: g @ weight,
-        formula,
+        functools.partial(reference.layer_grads, eta=ETA, norm="row"),
         (g, x, s, weight, a, b),
     )
 

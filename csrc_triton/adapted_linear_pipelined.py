@@ -14,9 +14,10 @@ from torch import Tensor
 from . import configs
 from .chain import chained, join_chain
 from .configs import Config, cdiv
-from .fused_linear_persistent import aligned_rows
 from .fused_linear_pipelined import (
     describe,
+    describe_as_stored,
+    launch_options,
     let_next_kernel_begin,
     make_ring,
     multiply_step,
@@ -283,17 +284,18 @@ def launch_by_first_column(
     `chain.counts`, for what runs beside this and waits for S.
     """
     N, R = b.shape
-    w_rows_over_k, b_rows_over_r = not aligned_rows(weight), not aligned_rows(b)
     block_m, block_n, block_k, block_r = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
     programs = configs.num_sms(x.device)
+    w_desc, w_rows_over_k = describe_as_stored(weight, block_n, block_k)
+    b_desc, b_rows_over_r = describe_as_stored(b, block_n, block_r)
     launch(
         _adapted_linear_pipelined_kernel,
         (min(programs, cdiv(len(x), block_m) * cdiv(N, block_n)),),
         describe(x, block_m, block_k),
-        describe(weight.mT, block_k, block_n) if w_rows_over_k else describe(weight, block_n, block_k),
+        w_desc,
         describe(a, block_r, block_k),
         describe(s[:, :R], block_m, block_r),
-        describe(b.mT, block_r, block_n) if b_rows_over_r else describe(b, block_n, block_r),
+        b_desc,
         describe(y, block_m, block_n // 4),
         bias,
         s,
@@ -305,13 +307,5 @@ def launch_by_first_column(
         HAS_BIAS=bias is not None,
         W_ROWS_OVER_K=w_rows_over_k,
         B_ROWS_OVER_R=b_rows_over_r,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        BLOCK_R=block_r,
-        STAGES=config.num_stages,
-        GROUP_M=config.GROUP_M,
-        NUM_PROGRAMS=programs,
-        num_warps=config.num_warps,
-        **({} if counted is None else configs.leave_registers(config)),
+        **launch_options(config, programs, beside=counted is not None),
     )

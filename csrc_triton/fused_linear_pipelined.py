@@ -280,16 +280,17 @@ def launch_pipelined(
     """`launch_persistent`, for operands of which EVERYTHING is `describable`. For rows of s that `counted` programs write it
     waits where it needs them."""
     M, N = y.shape
-    w_rows_over_k, b_rows_over_r = not aligned_rows(weight), not aligned_rows(b)
     block_m, block_n, block_k, block_r = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R
     programs = configs.num_sms(x.device)
+    w_desc, w_rows_over_k = describe_as_stored(weight, block_n, block_k)
+    b_desc, b_rows_over_r = describe_as_stored(b, block_n, block_r)
     launch(
         _fused_linear_pipelined_kernel,
         (min(programs, cdiv(M, block_m) * cdiv(N, block_n)),),
         describe(x, block_m, block_k),
-        describe(weight.mT, block_k, block_n) if w_rows_over_k else describe(weight, block_n, block_k),
+        w_desc,
         describe(s, block_m, block_r),
-        describe(b.mT, block_r, block_n) if b_rows_over_r else describe(b, block_n, block_r),
+        b_desc,
         describe(y, block_m, block_n // 4),
         bias,
         None if counted is None else counted.under_way,
@@ -298,16 +299,23 @@ def launch_pipelined(
         HAS_BIAS=bias is not None,
         W_ROWS_OVER_K=w_rows_over_k,
         B_ROWS_OVER_R=b_rows_over_r,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        BLOCK_R=block_r,
-        STAGES=config.num_stages,
-        GROUP_M=config.GROUP_M,
-        NUM_PROGRAMS=programs,
-        num_warps=config.num_warps,
-        **(configs.leave_registers(config) if beside else {}),
+        **launch_options(config, programs, beside),
     )
+
+
+def launch_options(config: Config, programs: int, beside: bool) -> dict[str, int]:
+    """The last constexprs of a GEMM here and its launch options; `beside`: it leaves registers to what runs beside it."""
+    return {
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
+        "BLOCK_K": config.BLOCK_K,
+        "BLOCK_R": config.BLOCK_R,
+        "STAGES": config.num_stages,
+        "GROUP_M": config.GROUP_M,
+        "NUM_PROGRAMS": programs,
+        "num_warps": config.num_warps,
+        **(configs.leave_registers(config) if beside else {}),
+    }
 
 
 _GLUON_DTYPE = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -316,6 +324,12 @@ _GLUON_DTYPE = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 def describe(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """A descriptor of `t` in tiles of [rows, columns], laid out as matrix products read them."""
     return TensorDescriptor.from_tensor(t, [rows, columns], _layout(rows, columns, t.dtype))
+
+
+def describe_as_stored(t: Tensor, rows: int, columns: int) -> tuple[TensorDescriptor, bool]:
+    """A descriptor of `t` in tiles of [rows, columns], or where `t` is stored in columns, of its transpose; and which."""
+    turned = not aligned_rows(t)
+    return describe(t.mT, columns, rows) if turned else describe(t, rows, columns), turned
 
 
 @functools.cache

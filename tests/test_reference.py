@@ -50,9 +50,7 @@ def by_steps(inputs, norm):
     x, weight, bias, a, b, g = inputs
     s = reference.down_project(x, a, x.dtype)
     y = reference.fused_linear(x, weight, bias, s, b)
-    c = reference.weight_coefficient(a, b, ETA, norm) if norm in reference.WEIGHT_NORMS else None
-    ds, da, db = reference.adapter_grads(g, x, s, b, c, ETA, norm, True, a.dtype, b.dtype)
-    return y, reference.fused_linear(g, weight.mT, None, ds, a.mT), da, db
+    return y, *reference.layer_grads(g, x, s, weight, a, b, ETA, norm)
 
 
 @norms

@@ -61,13 +61,8 @@ def gradients_in_rounds(M, norm, monkeypatch):
     tensors = (g, x, reference.down_project(x, a, BF16), weight, a, b)
     monkeypatch.setattr(plans, "pick", lambda *args: pipelined("fused_linear", M, 1040, 272, 16))
     ours = csrc_triton.layer_grads(*tensors, ETA, norm, BF16, BF16)
-
-    def by_steps(g, x, s, weight, a, b):
-        c = reference.weight_coefficient(a, b, ETA, norm) if norm in reference.WEIGHT_NORMS else None
-        ds, da, db = reference.adapter_grads(g, x, s, b, c, ETA, norm, True, a.dtype, b.dtype)
-        return reference.fused_linear(g, weight.mT, None, ds, a.mT), da, db
-
-    for name, *values in zip(("dx", "da", "db"), ours, by_steps(*tensors), by_steps(*doubles(*tensors))):
+    eager, exact = (reference.layer_grads(*t, ETA, norm) for t in (tensors, doubles(*tensors)))
+    for name, *values in zip(("dx", "da", "db"), ours, eager, exact):
         assert_close(*values, name)
 
 
