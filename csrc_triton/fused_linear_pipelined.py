@@ -212,13 +212,13 @@ def _fused_linear_pipelined_kernel(
     HAS_BIAS: gl.constexpr,
     W_ROWS_OVER_K: gl.constexpr,
     B_ROWS_OVER_R: gl.constexpr,
+    NUM_PROGRAMS: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     BLOCK_R: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
-    NUM_PROGRAMS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """``y = x Wᵀ + bias + S Bᵀ`` for x [M, K], W [N, K] (W_ROWS_OVER_K: stored [K, N]), S [M, R], B [N, R] (B_ROWS_OVER_R:
@@ -299,11 +299,12 @@ def launch_pipelined(
         HAS_BIAS=bias is not None,
         W_ROWS_OVER_K=w_rows_over_k,
         B_ROWS_OVER_R=b_rows_over_r,
-        **launch_options(config, programs, beside),
+        NUM_PROGRAMS=programs,
+        **launch_options(config, beside),
     )
 
 
-def launch_options(config: Config, programs: int, beside: bool) -> dict[str, int]:
+def launch_options(config: Config, beside: bool) -> dict[str, int]:
     """The last constexprs of a GEMM here and its launch options; `beside`: it leaves registers to what runs beside it."""
     return {
         "BLOCK_M": config.BLOCK_M,
@@ -312,7 +313,6 @@ def launch_options(config: Config, programs: int, beside: bool) -> dict[str, int
         "BLOCK_R": config.BLOCK_R,
         "STAGES": config.num_stages,
         "GROUP_M": config.GROUP_M,
-        "NUM_PROGRAMS": programs,
         "num_warps": config.num_warps,
         **(configs.leave_registers(config) if beside else {}),
     }

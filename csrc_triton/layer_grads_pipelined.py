@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .adapted_linear_pipelined import launch_by_first_column
+from .adapted_linear_pipelined import count_tiles, launch_by_first_column, tiles_of
 from .chain import Counted, chained, join_chain
 from .configs import Config, cdiv
 from .launching import launch
@@ -26,7 +26,7 @@ def _stack_factors_kernel(
     b_ptr,
     c_ptr,
     stacked_ptr,
-    under_way_ptr,
+    tiles_ptr,
     num_m,
     N,
     R,
@@ -40,12 +40,10 @@ def _stack_factors_kernel(
 ):
     """``stacked = Bᵀ [BLOCK_R, N]``, with HAS_C ``[Bᵀ; (C ⊙ B)ᵀ] [2 BLOCK_R, N]``, for B [N, R] and C [N]; zeros from R on.
 
-    One program writes BLOCK_N columns, and as many elements of ``under_way [num_m]``: a 1 for each tile of dS that is yet to
-    be written.
+    One program writes BLOCK_N columns, and begins to count as many tiles (`count_tiles`).
     """
     join_chain(CHAIN)
-    offs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tl.store(under_way_ptr + offs, tl.full((BLOCK_N,), 1, tl.int32), mask=offs < num_m)
+    count_tiles(tiles_ptr, num_m, BLOCK_N)
     offs_n = offsets(tl.program_id(0) * BLOCK_N, BLOCK_N)
     offs_r = offsets(0, BLOCK_R)
     mask_n = offs_n < N
@@ -59,20 +57,20 @@ def _stack_factors_kernel(
         tl.store(out_ptrs, narrow(b * c[None, :], b_ptr.dtype.element_ty), mask=mask_n[None, :])
 
 
-def stack_factors(b: Tensor, c: Tensor | None, under_way: Tensor) -> Tensor:
-    """``Bᵀ``, or with c [N] ``[Bᵀ; (C ⊙ B)ᵀ]``, for b [N, R] and in its dtype, each of `configs.block_r` rows; fills
-    `under_way` with ones."""
+def stack_factors(b: Tensor, c: Tensor | None, tiles: Tensor) -> Tensor:
+    """``Bᵀ``, or with c [N] ``[Bᵀ; (C ⊙ B)ᵀ]``, for b [N, R] and in its dtype, each of `configs.block_r` rows; begins to count
+    `tiles`."""
     N, R = b.shape
     block_r, block_n = configs.block_r(R), 64
     stacked = torch.empty(block_r if c is None else 2 * block_r, N, device=b.device, dtype=b.dtype)
     launch(
         _stack_factors_kernel,
-        (cdiv(max(N, len(under_way)), block_n),),
+        (cdiv(max(N, len(tiles)), block_n),),
         b,
         c,
         stacked,
-        under_way,
-        len(under_way),
+        tiles,
+        len(tiles) - 1,
         N,
         R,
         *b.stride(),
@@ -106,14 +104,10 @@ def layer_grads_pipelined(
     config = dataclasses.replace(config, BLOCK_R=half if c is None else 2 * half)
     dx = torch.empty(M, K, device=g.device, dtype=g.dtype)
     ds_and_u = torch.empty(M, config.BLOCK_R, device=g.device, dtype=g.dtype)
-    under_way = torch.empty(cdiv(M, config.BLOCK_M), device=g.device, dtype=torch.int32)
-    with chained(configs.can_overlap(g.device), "midway", "late"):
-        stacked = stack_factors(b, c, under_way)
-        launch_by_first_column(
-            *(g, weight.mT, None, stacked, ds_and_u, a.mT, dx, config, under_way),
-            a_is_new=True,
-            counted=under_way_here,
-        )
+    tiles = tiles_of(M, config, g.device)
+    with chained(configs.can_overlap(g.device), "link", "late"):
+        stacked = stack_factors(b, c, tiles)
+        launch_by_first_column(g, weight.mT, None, stacked, ds_and_u, a.mT, dx, config, tiles, under_way_here)
         u = ds_and_u[:, :R] if c is None else ds_and_u[:, half : half + R]
         sums = outer_pair(g, s, rules[0], x, u, rules[1], pair, dtypes, Counted(under_way_here, 1, M))
         del stacked

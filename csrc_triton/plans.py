@@ -19,11 +19,7 @@ WAYS = {
     "vendor": "the rank-R product, then the vendor's GEMM added to it",
 }
 UNTRIED_WAYS = {"column": "GEMM in Gluon, S or dS by the tiles of its first column"}
-"""Those that no GPU has run yet.
-
-Programs of "column" wait for others of their own grid, and nothing makes sure that those run: two such GEMMs on two streams can
-each hold multiprocessors that the first column of the other waits for, for ever. Before a plan may take it, its grid has to be
-resident as a whole (a cooperative launch), or its programs have to take their tiles in the order in which they begin."""
+"""Those that no GPU has run yet."""
 
 _WIDEST_COLUMN = {"adapted_linear": 64, "layer_grads": 16}
 """The largest rank of each op that goes this way: with more columns for dS and u the GEMM leaves the sums for dB and dA no
@@ -96,11 +92,11 @@ def options(call: Call, arch: str, describable: int = EVERYTHING, untried: bool 
     if call.op == "adapted_linear" and fits:
         found += [Plan("inside", dataclasses.replace(config, BLOCK_R=configs.block_r(R))) for config in tiles]
     if untried and _WIDEST_COLUMN.get(call.op, 0) >= R and dtype == low_rank_dtype and describable == EVERYTHING:
-        # Loads run ahead by all stages but one: not so far that a tile which makes S waits for another's.
+        # Loads run ahead by all stages but one, which has to be less than a tile.
         found += [
             Plan("column", config)
             for way, config in found
-            if way == "pipelined" and cdiv(K, config.BLOCK_K) >= config.num_stages - 2
+            if way == "pipelined" and cdiv(K, config.BLOCK_K) >= config.num_stages - 1
         ]
     return [*found, Plan("vendor", None)]
 

@@ -309,9 +309,9 @@ def test_files_are_kept_apart_by_device_and_versions():
     [
         *(
             ("adapted_linear", *rest)
-            for rest in [(16, 4096, 2), (64, 4096, 2), (65, 4096, 0), (12, 4096, 0), (16, 64, 1)]
+            for rest in [(16, 4096, 2), (64, 4096, 2), (65, 4096, 0), (12, 4096, 0), (16, 64, 0), (16, 128, 1)]
         ),
-        *(("layer_grads", *rest) for rest in [(16, 4096, 2), (24, 4096, 0), (16, 64, 1)]),
+        *(("layer_grads", *rest) for rest in [(16, 4096, 2), (24, 4096, 0), (16, 128, 1)]),
         ("fused_linear", 16, 4096, 0),
     ],
 )

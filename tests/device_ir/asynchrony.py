@@ -73,16 +73,24 @@ class ByRounds:
 @dataclasses.dataclass
 class ByTiles:
     """What some tiles of a GEMM write for the others: `tensor`, `rows` of it a tile, of which each has its count in `counts`,
-    1 until it is written. Programs run one after another, so a launch runs twice: first all waits end at once, and what they
-    wait for is NaN to all; the second time it is what the first has written."""
+    1 until it is written; its last element is how many tiles `programs` have taken. Programs run one after another, so a launch
+    runs twice: first all waits end at once, and what they wait for is NaN to all; the second time it is what the first has
+    written. They get their tiles as if they took turns."""
 
     tensor: torch.Tensor
     rows: int
     counts: torch.Tensor
+    programs: int
     is_written: bool = False
+    ended: int = 0
+
+    @property
+    def tiles(self) -> int:
+        """How many write what the others need."""
+        return len(self.counts) - 1
 
     def tile_counted_at(self, address: int) -> int | None:
-        """The tile whose count is at this address."""
+        """The tile whose count is at this address; `tiles` where that of the taken ones is."""
         offset = address - self.counts.data_ptr()
         return offset // 4 if 0 <= offset < self.counts.nbytes else None
 
@@ -108,6 +116,7 @@ class UnderWay:
         self.tiles_there: set[int] = set()
         self.written_rows: set[int] = set()
         self.written_by_some = False
+        self.taken: list[int] = []
 
     def end(self) -> None:
         for what in ("copies", "products", "stores"):
@@ -265,9 +274,15 @@ class Asynchrony:
         return [np.where(rows < self.now.rows_there, found, nan)]
 
     def atomic(self, interp, op, args):
-        if self.by_tiles is not None:
-            self._counted_down(int(np.asarray(args[0])))
+        tile = None if self.by_tiles is None else self._tile_counted_at(int(np.asarray(args[0])))
+        if tile is not None and tile < self.by_tiles.tiles:
+            self._counted_down(tile)
         (found,) = ops_before["tt.atomic_rmw"](interp, op, args)
+        if tile is not None and tile == self.by_tiles.tiles:
+            programs = self.by_tiles.programs
+            number = self.by_tiles.ended % programs + len(self.now.taken) * programs
+            self.now.taken.append(number)
+            return [np.full_like(found, number)]
         if self.by_rounds is not None and not np.any(np.asarray(args[1])):
             self.polled(int(np.asarray(args[0])), found)
         return [found]
@@ -283,10 +298,8 @@ class Asynchrony:
             raise Unordered("a count that the kernel in front may not have written")
         return self.by_tiles.tile_counted_at(address)
 
-    def _counted_down(self, address):
-        tile, rows = self._tile_counted_at(address), self.by_tiles.rows
-        if tile is None:
-            return
+    def _counted_down(self, tile):
+        rows = self.by_tiles.rows
         if self.now.tiles_there:
             raise Unordered("what waits for a tile comes before one that others wait for")
         if self.now.written_by_some:
@@ -307,14 +320,23 @@ class Asynchrony:
             return [found]
         if "griddepcontrol" not in op.text:
             return ops_before["tt.elementwise_inline_asm"](interp, op, args)
+        if self.by_tiles is not None and "launch_dependents" in op.text:
+            self._let_next_begin()
         if "griddepcontrol.wait" in op.text:
             self.now.waited_for_kernel_in_front, self.now.rows_there = True, sys.maxsize
         return [np.zeros((), np.int32)]
+
+    def _let_next_begin(self):
+        # The others may have taken no later ones.
+        if self.now.taken[-1] + self.by_tiles.programs < self.by_tiles.tiles:
+            raise Unordered("the next kernel may begin before all that it waits for is taken")
 
     def end(self, interp, op, args):
         self.now.end()
         self.now = UnderWay()
         self.counts["programs"] += 1
+        if self.by_tiles is not None:
+            self.by_tiles.ended += 1
         return ops_before["tt.return"](interp, op, args)
 
 

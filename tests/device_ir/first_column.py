@@ -33,15 +33,17 @@ def twice(block_m: int, overlap: bool) -> Iterator[Asynchrony]:
         if kernel is not names["_adapted_linear_pipelined_kernel"]:
             launch(kernel, grid, *args, **options)
             return
-        a, (s, under_way) = args[2].base, args[7:9]
-        assert (under_way == 1).all()
-        ran.by_tiles = ByTiles(s, block_m, under_way)
+        a, y, (s, tiles) = args[2].base, args[5].base, args[7:9]
+        assert (tiles[:-1] == 1).all() and tiles[-1] == 0
+        ran.by_tiles = ByTiles(s, block_m, tiles, *grid)
         if overlap:
-            ran.after_kernel_in_front = _Memory(under_way, *([a] if options["A_IS_NEW"] else []))
+            ran.after_kernel_in_front = _Memory(tiles, a)
         launch(kernel, grid, *args, **options)
-        assert not under_way.any()
-        ran.by_tiles.is_written = True
-        with chained(overlap, "midway"):
+        # Each program takes one that is none.
+        columns = configs.cdiv(y.shape[1], 4 * args[5].block_shape[1])
+        assert not tiles[:-1].any() and tiles[-1] == grid[0] + len(tiles[:-1]) * columns
+        ran.by_tiles.is_written, tiles[-1] = True, 0
+        with chained(overlap, "link"):
             next_place()
             launch(kernel, grid, *args, **options)
         ran.by_tiles = None

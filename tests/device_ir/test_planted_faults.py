@@ -26,19 +26,20 @@ def products(way, M=70, N=136, K=64, R=16):
     module("adapted_linear").adapted_linear(x, weight, bias, a, b, F16, plan)
 
 
-def first_column(M=70, N=136, K=64):
+def first_column(M=70, N=136, K=264):
     config = configs.candidates("fused_linear_pipelined", N, K, 16, F16, "sm_90")[0]
     x, weight, bias, a, b, _ = make_inputs(M, N, K, 16, F16)
     y_and_s((x, weight, bias, a, b), config)
 
 
 def count_tiles():
-    module("adapted_linear_pipelined").count_tiles(torch.empty(70, dtype=torch.int32))
+    gemm = module("adapted_linear_pipelined")
+    gemm.launch(gemm._count_tiles_kernel, (3,), torch.empty(70, dtype=torch.int32), 69, BLOCK_L=32, num_warps=1)
 
 
 def stack_factors():
-    under_way = torch.empty(3, dtype=torch.int32)
-    module("layer_grads_pipelined").stack_factors(torch.randn(136, 3, dtype=F16), torch.randn(136), under_way)
+    tiles = torch.empty(3, dtype=torch.int32)
+    module("layer_grads_pipelined").stack_factors(torch.randn(136, 3, dtype=F16), torch.randn(136), tiles)
 
 
 def sweep(norms=False, M=70, rows=7):
@@ -191,16 +192,17 @@ FAULTS = [
     read("_fused_linear_pipelined_kernel", "fused_linear_pipelined", "mask=offs_n < N, other=0.0", "mask=offs_n < N + 8",
          lambda: products("pipelined")),
     race("_count_tiles_kernel", "adapted_linear_pipelined",
-         ("tl.program_id(0) * BLOCK_L + tl.arange", "tl.full((BLOCK_L,), 1, tl.int32)"),
-         ("tl.arange", "tl.full((BLOCK_L,), tl.program_id(0), tl.int32)"), count_tiles),
-    write("_count_tiles_kernel", "adapted_linear_pipelined", "mask=offs < num_m)", "mask=offs >= 0)", count_tiles),
+         ("tl.program_id(0) * BLOCK_L + tl.arange", "(offs < num_m).to(tl.int32)"),
+         ("tl.arange", "tl.program_id(0) + 0 * offs"), count_tiles),
+    write("_count_tiles_kernel", "adapted_linear_pipelined", "mask=offs <= num_m)", "mask=offs >= 0)", count_tiles),
     race("_adapted_linear_pipelined_kernel", "adapted_linear_pipelined", "stride_bias, start_m, start_n, HAS_BIAS)",
          "stride_bias, 0, start_n, HAS_BIAS)", lambda: first_column(M=300)),
     write("_adapted_linear_pipelined_kernel", "adapted_linear_pipelined", "mask=(offs_m < M)[:, None] & (offs_r",
           "mask=(offs_r", first_column),
     race("_stack_factors_kernel", "layer_grads_pipelined", "* N + offs_n[None, :]", "* N + (offs_n % BLOCK_N)[None, :]",
          stack_factors),
-    write("_stack_factors_kernel", "layer_grads_pipelined", "mask=offs < num_m)", "mask=offs >= 0)", stack_factors),
+    write("_stack_factors_kernel", "layer_grads_pipelined", "stacked_ptr + offs_r[:, None] * N",
+          "stacked_ptr + 9 * offs_r[:, None] * N", stack_factors),
     read("_stack_factors_kernel", "layer_grads_pipelined", "mask=(offs_r < R)[:, None] & mask_n[None, :]",
          "mask=(offs_r < R)[:, None]", stack_factors),
     race("_in_parts_kernel", "parts", "out_ptr + offs_l[:, None] * WIDTH + offs_r",

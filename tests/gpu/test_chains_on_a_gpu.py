@@ -15,12 +15,10 @@ pytestmark = pytest.mark.gpu
 # beside the GEMM, so that C comes behind it.
 SHAPES = [(1536, 1024, 4096, 16), (8192, 4096, 1024, 8), (9000, 1024, 1024, 32), (20_000, 2048, 1024, 16)]
 SHAPES += [(4096, 4096, 1024, 64)]
-# The way that both GEMMs are made to go; None: the one that is picked.
-PICKED = [(shape, None) for shape in SHAPES]
-CASES = [*PICKED, ((4096, 2048, 4096, 16), "column")]
-
-# Two GEMMs by "column" may wait for one another (`plans.UNTRIED_WAYS`).
-at_once = pytest.mark.parametrize("passes", PICKED, indirect=True, ids=str)
+# The way that both GEMMs are made to go; None: the one that is picked. The second has more rows of tiles than a GPU has
+# multiprocessors.
+CASES = [(shape, None) for shape in SHAPES]
+CASES += [((4096, 2048, 4096, 16), "column"), ((20_000, 2048, 1024, 16), "column")]
 
 
 def untried_plan(op, M, N, K, R):
@@ -83,7 +81,6 @@ def test_a_kernel_of_a_chain_leaves_shared_memory_to_what_runs_beside_it(passes,
         assert 100 in found[name], found
 
 
-@at_once
 def test_passes_on_six_streams_at_once(passes):
     streams = [torch.cuda.Stream() for _ in passes]
     torch.cuda.synchronize()
@@ -98,7 +95,6 @@ def test_passes_on_six_streams_at_once(passes):
     assert_nothing_is_counted()
 
 
-@at_once
 @pytest.mark.parametrize("counts_are_there", [True, False])
 def test_graphs_replayed_on_six_streams_at_once(passes, counts_are_there, monkeypatch):
     if not counts_are_there:
