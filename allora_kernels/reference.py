@@ -192,10 +192,16 @@ def layer_grads(
     lora_B: Tensor,
     eta: float,
     norm: str | None,
+    dtype_a: torch.dtype | None = None,
+    dtype_b: torch.dtype | None = None,
+    c: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``dX = g W + dS A [M, K]``, and dA and dB of `adapter_grads` in the factors' dtypes, by the steps above."""
-    c = weight_coefficient(lora_A, lora_B, eta, norm) if norm in WEIGHT_NORMS else None
-    ds, da, db = adapter_grads(g, x, s, lora_B, c, eta, norm, True, lora_A.dtype, lora_B.dtype)
+    """``dX = g W + dS A [M, K]``, and dA and dB of `adapter_grads` in these dtypes (None: the factor's own), by the steps
+    above; c where `weight_coefficient` has been called already."""
+    if c is None and norm in WEIGHT_NORMS:
+        c = weight_coefficient(lora_A, lora_B, eta, norm)
+    dtypes = dtype_a or lora_A.dtype, dtype_b or lora_B.dtype
+    ds, da, db = adapter_grads(g, x, s, lora_B, c, eta, norm, True, *dtypes)
     return fused_linear(g, weight.mT, None, ds, lora_A.mT), da, db
 
 

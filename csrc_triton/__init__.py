@@ -15,12 +15,14 @@ from .grouped_low_rank_product import grouped_low_rank_product
 from .grouped_sample_grad import grouped_sample_grads, grouped_sample_squared_norms
 from .layer_grads import layer_grads
 from .low_rank_add import low_rank_add
+from .plans import LayerCall
 from .replay import replayed
 from .row_norms import token_coefficient, weight_coefficient
 from .sample_grad import sample_grads, sample_squared_norms
 from .segments import Segments
 
 __all__ = [
+    "LayerCall",
     "Segments",
     "adapted_linear",
     "adapted_linear_and_coefficient",

@@ -21,7 +21,7 @@ from .configs import cdiv
 from .down_project import down_project, down_project_twice
 from .row_norms import token_coefficient
 from .sweep import Cut, Rule, empty_outer, sweep
-from .sweep_plan import SweepPlan, plan_sweep, sums_over_columns, total_segments
+from .sweep_plan import SCALES_COLUMNS, SweepPlan, plan_sweep, sums_over_columns, total_segments
 
 
 def rules(s: Tensor, b: Tensor, c: Tensor | None, eta: float, norm: str | None, columns_of_x: int) -> tuple[Rule, Rule]:
@@ -112,7 +112,7 @@ class Sums:
     """
 
     def __init__(self, s: Tensor, norm: str | None, need_ds: bool, need_da: bool) -> None:
-        apart = norm in ("row", "entry")
+        apart = norm in SCALES_COLUMNS
         another = need_da and (apart or not need_ds)
         self.all = s.new_empty(int(need_ds) + int(another), *s.shape)
         self.ds = self.all[0] if need_ds else s.new_empty(0)

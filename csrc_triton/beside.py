@@ -56,5 +56,5 @@ def counted(beside: Beside | None, device: torch.device) -> Beside | None:
     under_way = None if beside is None else counts(device)
     if under_way is None:
         return None
-    rows = configs.sms_of(configs.arch_of(device)) * beside.config.BLOCK_M
+    rows = configs.num_sms(device) * beside.config.BLOCK_M
     return beside._replace(counted=Counted(under_way, beside.rounds, rows))

@@ -38,8 +38,18 @@ class Config:
         return f"{sizes} warps={self.num_warps} stages={self.num_stages}"
 
 
-NUM_SMS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
-"""Multiprocessors (compute units) of the usual part of each architecture, for the number of programs to aim at."""
+NUM_SMS = {
+    "sm_80": 108,
+    "sm_86": 84,
+    "sm_89": 128,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_120": 170,
+    "gfx942": 304,
+    "interpreter": 2,
+}
+"""Multiprocessors (compute units) of the usual part of each architecture, for the number of programs to aim at. The interpreter
+has so few that small tensors give a program several tiles."""
 
 DEFAULT_NUM_SMS = 64
 
@@ -166,24 +176,6 @@ _TABLES = {
         ("*", "32"): (32, 32, 0, 16, 4, 2),
         ("interpreter", "*"): (32, 64, 0, 64, 1, 1),
     },
-    # Wide enough that a rule with two sums over columns writes little; "sweep" is for the ranks that do not fit.
-    "sweep_wide": {
-        ("sm_90", "16"): (128, 128, 0, 64, 8, 3),
-        ("sm_90", "mixed"): (64, 128, 0, 16, 4, 2),
-        ("sm_90", "mixed-fp16"): (32, 64, 0, 16, 4, 2),
-        ("sm_100", "16"): (64, 512, 0, 32, 8, 2),
-        ("sm_100", "mixed"): (32, 256, 0, 16, 8, 2),
-        ("sm_100", "mixed-fp16"): (32, 64, 0, 16, 4, 2),
-        ("sm_80", "16"): (32, 512, 0, 16, 8, 2),
-        ("sm_80", "mixed"): (32, 256, 0, 16, 8, 2),
-        ("sm_80", "mixed-fp16"): (32, 64, 0, 16, 8, 2),
-        ("gfx942", "16"): (32, 512, 0, 16, 8, 1),
-        ("gfx942", "mixed-fp16"): (32, 64, 0, 16, 4, 1),
-        ("*", "16"): (32, 128, 0, 64, 4, 2),
-        ("*", "mixed"): (32, 64, 0, 16, 4, 2),
-        ("*", "32"): (32, 32, 0, 16, 4, 2),
-        ("interpreter", "*"): (32, 128, 0, 64, 1, 1),
-    },
     "sweep_entry": {
         ("sm_90", "16"): (64, 128, 0, 32, 8, 2),
         ("sm_80", "mixed-fp16"): (32, 32, 0, 16, 4, 1),
@@ -192,19 +184,23 @@ _TABLES = {
         ("*", "32"): (32, 32, 0, 16, 4, 1),
         ("interpreter", "*"): (32, 64, 0, 64, 1, 1),
     },
-    "sweep_entry_wide": {
-        ("sm_90", "16"): (32, 256, 0, 16, 8, 2),
-        ("sm_100", "16"): (32, 256, 0, 16, 8, 2),
-        ("sm_80", "16"): (32, 256, 0, 16, 8, 2),
-        ("sm_80", "mixed-fp16"): (32, 32, 0, 16, 4, 1),
-        ("gfx942", "16"): (32, 256, 0, 16, 8, 2),
-        ("*", "16"): (32, 64, 0, 32, 4, 2),
-        ("*", "mixed"): (32, 64, 0, 16, 4, 1),
-        ("*", "32"): (32, 32, 0, 16, 4, 1),
-        ("interpreter", "*"): (32, 128, 0, 64, 1, 1),
-    },
 }
 
+# Wide enough that a rule with two sums over columns writes little; "sweep" and "sweep_entry" are for the ranks that do not fit.
+_TABLES["sweep_wide"] = _TABLES["sweep"] | {
+    ("sm_100", "16"): (64, 512, 0, 32, 8, 2),
+    ("sm_100", "mixed"): (32, 256, 0, 16, 8, 2),
+    ("sm_100", "mixed-fp16"): (32, 64, 0, 16, 4, 2),
+    ("sm_80", "16"): (32, 512, 0, 16, 8, 2),
+    ("sm_80", "mixed"): (32, 256, 0, 16, 8, 2),
+    ("sm_80", "mixed-fp16"): (32, 64, 0, 16, 8, 2),
+    ("gfx942", "16"): (32, 512, 0, 16, 8, 1),
+    ("interpreter", "*"): (32, 128, 0, 64, 1, 1),
+}
+_TABLES["sweep_entry_wide"] = _TABLES["sweep_entry"] | {
+    **{(arch, "16"): (32, 256, 0, 16, 8, 2) for arch in ("sm_80", "sm_90", "sm_100", "gfx942")},
+    ("interpreter", "*"): (32, 128, 0, 64, 1, 1),
+}
 # Two accumulators fill the registers, of dots without matrix units and of dots in parts those of twice the threads.
 _TABLES["down_project_twice"] = _TABLES["down_project"] | {
     ("sm_80", "mixed-fp16"): (64, 0, 64, 16, 8, 2),
@@ -314,8 +310,7 @@ def _perimeter_cost(m: int, n: int) -> float:
 
 def num_splits(tiles: int, length: int, step: int, arch: str, waves: int = 2) -> int:
     """Into how many parts to cut a reduction of `length` so that `tiles` output tiles give about `waves` full waves."""
-    programs = waves * sms_of(arch) if arch != "interpreter" else 4
-    return max(1, min(programs // max(tiles, 1), cdiv(length, step)))
+    return max(1, min(waves * sms_of(arch) // max(tiles, 1), cdiv(length, step)))
 
 
 def parts_of_k(config: Config, M: int, K: int, R: int, arch: str) -> int:
@@ -339,10 +334,8 @@ def leave_registers(config: Config) -> dict[str, int]:
 
 
 def num_sms(device: torch.device) -> int:
-    """Multiprocessors of this device; where it is not a GPU, of the usual one of its `arch_of`."""
-    if device.type == "cuda":
-        return _gpu_properties(device.index).multi_processor_count
-    return NUM_SMS.get(arch_of(device), 4)
+    """Multiprocessors of this device."""
+    return sms_of(arch_of(device))
 
 
 def arch_of(device: torch.device) -> str:

@@ -135,7 +135,7 @@ def _launch(
     (M, K), R, tiles = x.shape, a.shape[0], cdiv(x.shape[0], config.BLOCK_M)
     launch(
         _down_project_kernel,
-        (tiles if rounds == 1 else configs.sms_of(configs.arch_of(x.device)), cdiv(R, config.BLOCK_R), parts),
+        (tiles if rounds == 1 else configs.num_sms(x.device), cdiv(R, config.BLOCK_R), parts),
         x,
         a,
         scale,

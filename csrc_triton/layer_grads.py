@@ -19,37 +19,25 @@ from .down_project import down_project_beside
 from .fused_linear import fused_linear, launch_persistently
 from .fused_linear_persistent import describable
 from .outer_pair import add_up_pair, outer_pair, pick_pair
-from .row_norms import weight_coefficient
+from .row_norms import WEIGHT_NORMS, weight_coefficient
 
 
-def pick_apart(
-    N: int, K: int, R: int, norm: str | None, dtype: torch.dtype, arch: str, compute: torch.dtype
-) -> configs.Config | None:
+def pick_apart(call: plans.LayerCall, arch: str) -> configs.Config | None:
     """The configuration of the sums for dB and dA where they are taken apart from dS; None where step follows step."""
-    if norm == "entry" or batch_invariance.enabled():
+    if call.norm == "entry" or batch_invariance.enabled():
         return None
-    return pick_pair(N, K, R, dtype, arch, compute)
+    return pick_pair(call.N, call.K, call.R, call.dtype, arch, call.low_rank_dtype)
 
 
-def room_for_ds(
-    plan: plans.Plan,
-    M: int,
-    N: int,
-    K: int,
-    R: int,
-    norm: str | None,
-    dtype: torch.dtype,
-    low_rank_dtype: torch.dtype,
-    device: torch.device,
-) -> Beside | None:
+def room_for_ds(plan: plans.Plan, call: plans.LayerCall, device: torch.device) -> Beside | None:
     """How the pass over G [M, N] for dS and u runs beside the GEMM of `plan` for dX [M, K]; None where it does not. The GEMM
     has more tiles than fit the chip at once: else the first, which waits for dS, is the last."""
-    arch, products = configs.arch_of(device), 2 if norm == "row" else 1
-    beside = room(plan, M, N, R, dtype, low_rank_dtype, device, products)
-    if beside is None or not plans.pays_beside(M, N, beside.config.BLOCK_M, dtype, arch):
+    M, N, K, R, norm, dtype, low_rank_dtype = call
+    beside = room(plan, M, N, R, dtype, low_rank_dtype, device, products=2 if norm == "row" else 1)
+    if beside is None or not plans.pays_beside(M, N, beside.config.BLOCK_M, dtype, configs.arch_of(device)):
         return None
     tiles = cdiv(M, plan.config.BLOCK_M) * cdiv(K, plan.config.BLOCK_N)
-    return beside if tiles > configs.sms_of(arch) else None
+    return beside if tiles > configs.num_sms(device) else None
 
 
 def layer_grads(
@@ -72,18 +60,18 @@ def layer_grads(
     `weight_coefficient` has been called already. `plan` is of dX, chosen where none is given.
     """
     (M, N), K, R = g.shape, x.shape[1], s.shape[1]
-    arch, can_overlap, dtypes = configs.arch_of(g.device), configs.can_overlap(g.device), (dtype_a, dtype_b)
-    pair = pick_apart(N, K, R, norm, g.dtype, arch, s.dtype)
+    call = plans.LayerCall(M, N, K, R, norm, g.dtype, s.dtype)
+    can_overlap, dtypes = configs.can_overlap(g.device), (dtype_a, dtype_b)
+    pair = pick_apart(call, configs.arch_of(g.device))
     if M == 0 or pair is None:
         c = _coefficient(a, b, eta, norm) if c is None else c
         ds, da, db = adapter_grads(g, x, s, b, c, eta, norm, True, dtype_a, dtype_b)
         return fused_linear(g, weight.mT, None, ds, a.mT), da, db
 
     if plan is None or (plan.way == "column" and counts(g.device) is None):
-        call = plans.Call("layer_grads", M, K, N, R, g.dtype, s.dtype)
-        plan = plans.pick(call, g.device, describable(g, weight.mT, a.mT))
+        plan = plans.pick(call.dx, g.device, describable(g, weight.mT, a.mT))
     by_column, overlap = plan.way == "column", plan.way in plans.PERSISTENT and can_overlap
-    beside = counted(room_for_ds(plan, M, N, K, R, norm, g.dtype, s.dtype, g.device), g.device)
+    beside = counted(room_for_ds(plan, call, g.device), g.device)
     with chained(can_overlap):
         c = _coefficient(a, b, eta, norm) if c is None else c
         rule_g, rule_x = rules(s, b, c, eta, norm, K)
@@ -118,4 +106,4 @@ def layer_grads(
 
 
 def _coefficient(a: Tensor, b: Tensor, eta: float, norm: str | None) -> Tensor | None:
-    return weight_coefficient(a, b, eta, norm) if norm in ("row", "matrix", "factor") else None
+    return weight_coefficient(a, b, eta, norm) if norm in WEIGHT_NORMS else None

@@ -60,6 +60,27 @@ class Call(NamedTuple):
     low_rank_dtype: torch.dtype
 
 
+class LayerCall(NamedTuple):
+    """What a layer's forward and backward pass are planned by: the sizes of x [M, K] and weight [N, K], the rank, the rule of
+    C, and the dtypes of x and of S."""
+
+    M: int
+    N: int
+    K: int
+    R: int
+    norm: str | None
+    dtype: torch.dtype
+    low_rank_dtype: torch.dtype
+
+    @property
+    def y(self) -> Call:
+        return Call("adapted_linear", self.M, self.N, self.K, self.R, self.dtype, self.low_rank_dtype)
+
+    @property
+    def dx(self) -> Call:
+        return self.y._replace(op="layer_grads", N=self.K, K=self.N)
+
+
 class Plan(NamedTuple):
     """`way` is a key of `WAYS` or `UNTRIED_WAYS`; `config` that of its kernel, None where it is not ours."""
 

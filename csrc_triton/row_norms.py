@@ -336,6 +336,10 @@ def factor_coefficient(a: Tensor, b: Tensor, eta: float, inv_etas_squared: Tenso
     return c
 
 
+WEIGHT_NORMS = ("row", "matrix", "factor")
+"""The rules whose C depends on A and B alone."""
+
+
 def weight_coefficient(a: Tensor, b: Tensor, eta: float, norm: str, inv_etas_squared: Tensor | None = None) -> Tensor:
     """C in fp32 of a weight-dependent rule, for a [R, K] and b [N, R] of any strides: ``"row"`` [N]; ``"matrix"`` [1];
     ``"factor"`` [N + R], first the coefficients of b's rows, then those of a's. For a [E, R, K] and b [E, N, R] with E in

@@ -45,5 +45,4 @@ class Segments(NamedTuple):
 
 
 def _per_program(segments: int, tiles: int, arch: str) -> int:
-    programs = 4 * configs.sms_of(arch) if arch != "interpreter" else 8
-    return max(1, cdiv(segments * tiles, programs))
+    return max(1, cdiv(segments * tiles, 4 * configs.sms_of(arch)))

@@ -40,9 +40,13 @@ def partial_bytes(M: int, L: int, R: int, block_l: int, sums: int, segments: int
     return 2 * 4 * R * (sums * cdiv(L, block_l) * M + segments * L)
 
 
+SCALES_COLUMNS = ("row", "entry")
+"""The rules whose C goes along G's columns, so that u = G~ B is another sum over them than dS."""
+
+
 def sums_over_columns(norm: str | None, need_ds: bool, need_da: bool) -> int:
     """How many [M, R] sums over the columns of G are due: dS, and u where C makes it another one."""
-    return int(need_ds) + int(need_da) if norm in ("row", "entry") else int(need_ds or need_da)
+    return int(need_ds) + int(need_da) if norm in SCALES_COLUMNS else int(need_ds or need_da)
 
 
 @functools.lru_cache(maxsize=4096)

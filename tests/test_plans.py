@@ -159,7 +159,7 @@ def test_the_pass_for_ds_runs_beside_the_gemm_where_that_costs_less(monkeypatch)
     def rounds(m, n=4096, k=4096, r=16, norm="row", dtypes=(torch.bfloat16,) * 2, **other):
         plan = plans._pick(call("layer_grads", m=m, n=k, k=n, r=r, dtypes=dtypes), "sm_90", plans.EVERYTHING, None)
         plan = plan._replace(**other)
-        found = room_for_ds(plan, m, n, k, r, norm, *dtypes, torch.device("cpu"))
+        found = room_for_ds(plan, plans.LayerCall(m, n, k, r, norm, *dtypes), torch.device("cpu"))
         return 0 if found is None else found.rounds
 
     assert [rounds(m) for m in (512, 1024, 2048, 4096, 8192, 9216, 16384, 67584, 70000)] == [0, 0, 1, 1, 1, 2, 2, 8, 0]
@@ -174,7 +174,7 @@ def test_the_plan_of_a_layer_says_that_its_factors_go_in_parts(monkeypatch):
     csrc_triton = pytest.importorskip("csrc_triton")
     monkeypatch.setattr(configs, "arch_of", lambda device: "sm_90")
     for dtypes, in_parts in ((MIXED, True), ((torch.bfloat16,) * 2, False)):
-        steps = csrc_triton.plan_steps(2048, 4096, 4096, 16, "row", *dtypes, torch.device("cpu"))
+        steps = csrc_triton.plan_steps(plans.LayerCall(2048, 4096, 4096, 16, "row", *dtypes), torch.device("cpu"))
         for step in ("adapted_linear (y)", "fused_linear (dx)"):
             assert plans.WAYS["pipelined"] in steps[step] and ("bf16 parts" in steps[step]) == in_parts
 
@@ -186,7 +186,8 @@ def test_a_call_of_no_rows_has_a_plan(arch, invariant, monkeypatch):
     monkeypatch.setattr(configs, "arch_of", lambda device: arch)
     monkeypatch.setattr(csrc_triton.batch_invariance, "_enabled", invariant)
     for steps in (csrc_triton.plan_steps, csrc_triton.plan_added_steps):
-        none, one = (steps(rows, 64, 64, 8, "row", *MIXED, torch.device("cpu")) for rows in (0, 1))
+        calls = (plans.LayerCall(rows, 64, 64, 8, "row", *MIXED) for rows in (0, 1))
+        none, one = (steps(of_layer, torch.device("cpu")) for of_layer in calls)
         assert none == one
 
 

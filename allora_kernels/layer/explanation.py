@@ -59,9 +59,9 @@ def explain(
     compute = torch.promote_types(dtype, adapter_dtype)
     choice = _choose(device, compute)
     if choice.name == "triton":
-        from csrc_triton import plan_steps
+        from csrc_triton import LayerCall, plan_steps
 
-        plan = plan_steps(rows, out_features, in_features, r, norm, dtype, compute, device)
+        plan = plan_steps(LayerCall(rows, out_features, in_features, r, norm, dtype, compute), device)
     else:
         plan = dict.fromkeys(("adapted_linear", "fused_linear", "adapter_grads"), "torch")
     return Explanation(choice.name, choice.reason, choice.fallback, plan)
@@ -98,9 +98,9 @@ def explain_wrapped(
     choice = _choose(device, compute)
     where = "in place" if in_place else "into a copy, as the layer or a hook may keep what it returned"
     if choice.name == "triton":
-        from csrc_triton import plan_added_steps
+        from csrc_triton import LayerCall, plan_added_steps
 
-        plan = plan_added_steps(rows, out_features, in_features, r, norm, dtype, compute, device)
+        plan = plan_added_steps(LayerCall(rows, out_features, in_features, r, norm, dtype, compute), device)
     else:
         plan = dict.fromkeys(("down_project", "low_rank_add (y)", "adapter_grads", "low_rank_add (dx)"), "torch")
     plan = {step: f"{what}, {where}" if "low_rank_add" in step else what for step, what in plan.items()}

@@ -140,8 +140,8 @@ class _ALLoRALinear(torch.autograd.Function):
         weight, lora_A, lora_B, x, s, c = ctx.saved_tensors
         dtype, eta, norm, backend, sink, packed = ctx.settings
         steps = _steps(backend)
-        if needs_x and needs_a and needs_b and sink is None and backend == "triton":
-            # In one, so that what the adapter needs can run beside what dX needs.
+        if needs_x and needs_a and needs_b and sink is None and isinstance(backend, str):
+            # In one, so that by the kernels what the adapter needs can run beside what dX needs.
             weight = weight if packed is None else packed.dense()
             return steps.layer_grads(g, x, s, weight, lora_A, lora_B, eta, norm, lora_A.dtype, lora_B.dtype, c)
         step = steps.adapter_grads if sink is None else functools.partial(sink, backend)
