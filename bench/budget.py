@@ -15,7 +15,7 @@ from rich.table import Table
 
 from . import cases, step_budget
 from .cases import TARGETS, Case
-from .measured import ratio
+from .measured import NOT_MEASURED, ratio
 from .passes import COUNTED, passes
 from .results import all_files
 
@@ -45,7 +45,7 @@ def rows(case: Case, tflops: float, tb_per_s: float, results: Sequence[dict]) ->
         cells = [f"{predicted_ratio(name, case, kind, tflops, tb_per_s):.3f}" for kind in KINDS]
         for kind in ("forward", "forward_backward"):
             found = [r for r in (ratio(data, case, name, kind) for data in results) if r is not None]
-            cells.append(f"{found[0]:.3f}" if found else "not yet measured" if name not in _ON_PAPER else "")
+            cells.append(f"{found[0]:.3f}" if found else NOT_MEASURED if name not in _ON_PAPER else "")
         table.append([name, *cells])
     return table
 

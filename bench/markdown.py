@@ -10,6 +10,11 @@ def table(headings: list[str], rows: list[list[object]]) -> str:
     return "\n".join([_row(*headings), _row(*["---"] * len(headings)), *(_row(*cells) for cells in rows)])
 
 
+def earlier(record: dict, newest: dict) -> str:
+    """What marks a number beside those of the `newest` record of its case, if it is of an earlier one."""
+    return "" if record is newest else " (an earlier run)"
+
+
 def provenance(data: dict) -> str:
     """Where the numbers come from, each run that a record is left of; those that differ by their time alone in one line."""
     dates: dict[str, list[str]] = {}
