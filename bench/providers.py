@@ -185,7 +185,7 @@ class Judge:
         """What is wrong with the provider's results on `inputs`, in words; None if nothing is."""
         x = inputs.x.detach().requires_grad_()
         results = forward_backward(provider, x, inputs.g)
-        return fault(self._expectation(spec, provider, inputs), results, spec.tolerance, x.dtype)
+        return fault(self._expectation(spec, provider, inputs), results, spec.tolerance)
 
     def _expectation(self, spec: Spec, provider: Provider, inputs: Inputs) -> list[Expected]:
         key = (spec.formula, inputs.lora_A.dtype)

@@ -14,7 +14,6 @@ from .passes import Sizes
 from .samples import CPU_CASES, GPU_CASES, SampleCase
 from .steps import StepCase
 
-
 FAULT = math.nan
 """The number of a provider of this library that was wrong or failed: it keeps no limit."""
 

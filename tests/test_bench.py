@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from allora_kernels import reference
 from bench import __main__ as bench
 from bench import cases, layer, measured, model, providers, results
 from bench.cases import Case
@@ -63,6 +64,19 @@ def test_a_wrong_result_is_found(spoil, named):
         right = PROVIDERS[name].build(inputs)
         wrong = Provider(lambda x, right=right: spoil(right.forward(x)), right.parameters)
         assert Judge().verdict(PROVIDERS[name], wrong, inputs).startswith(f"{named} is off by")
+
+
+def test_gradients_of_fp32_factors_that_were_computed_in_16_bits_are_wrong():
+    inputs = Case(96, 80, 64, 8, "bfloat16", "float32").inputs("cpu")
+    lora_A, lora_B = (t.clone().requires_grad_() for t in (inputs.lora_A, inputs.lora_B))
+
+    def forward(x):
+        narrow = (t.to(torch.bfloat16) for t in (lora_A, lora_B))
+        return reference.allora_linear(x, inputs.weight, inputs.bias, *narrow, eta=providers.ETA)
+
+    for name in ("ours", "eager"):
+        verdict = Judge().verdict(PROVIDERS[name], Provider(forward, (lora_A, lora_B)), inputs)
+        assert verdict.startswith("dA is off by")
 
 
 def test_plain_lora_is_no_allora():
