@@ -22,8 +22,8 @@ def expectation(names: Iterable[str], eager: Iterable[Tensor], exact: Iterable[T
 
 
 def fault(expected: list[Expected], results: Iterable[Tensor], tolerance: float) -> str | None:
-    """What is wrong with `results`, in words; None if each is within its `error_limit`, of which one rounding is in its own dtype:
-    a gradient of fp32 factors that was computed in 16 bits is wrong."""
+    """What is wrong with `results`, in words; None if each is within its `error_limit` in its own dtype: a gradient of fp32
+    factors that was computed in 16 bits is wrong."""
     for (name, exact, eager_error), actual in zip(expected, results):
         error = max_error(actual, exact)
         limit = error_limit(exact, eager_error, actual.dtype, tolerance)

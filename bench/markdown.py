@@ -19,7 +19,9 @@ def provenance(data: dict) -> str:
     """Where the numbers come from, each run that a record is left of; those that differ by their time alone in one line."""
     dates: dict[str, list[str]] = {}
     for run in data["runs"]:
-        changed = ", with uncommitted changes" if run.get("changed_files") else ""
+        changed = {True: ", with uncommitted changes", None: ", uncommitted changes not known"}.get(
+            run.get("changed_files"), ""
+        )
         versions = ", ".join(
             f"{name} {run.get(name)}" for name in ("driver", "torch", "triton", "transformers", "peft", "opacus")
         )

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import budget, plots, quantized, results, step_budget, step_report, targets
+from .__main__ import SECTIONS
 from .cases import TARGETS, Case
 from .markdown import earlier, provenance, table
 from .measured import NOT_MEASURED, absence, median, plain_models, quoted, ratio, records
@@ -238,7 +239,13 @@ def _models(data: dict) -> str:
 
 def _not_run(data: dict) -> str:
     left = [f"{section}: {len(cases)} cases" for section, cases in data["not_run"].items() if cases]
-    return f"Not run for want of time: {', '.join(left)}." if left else ""
+    seen = {record["section"] for record in data["records"]} | {
+        name for name, cases in data["not_run"].items() if cases
+    }
+    never = [name for name in SECTIONS if name not in seen]
+    parts = [f"Not run for want of time: {', '.join(left)}."] if left else []
+    parts += [f"Not run at all: {', '.join(never)}."] if never else []
+    return " ".join(parts)
 
 
 def main(arguments: list[str] | None = None) -> int:
