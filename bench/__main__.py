@@ -15,10 +15,13 @@ import itertools
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from rich.console import Console
+
+from allora_kernels.layer.backend import TRITON_INSTALLED
 
 from . import (
     adapter_providers,
@@ -111,11 +114,27 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
         except ValueError as error:
             console.print(str(error), markup=False)
             return 2
+        # `ours` is the library as it comes, not as it was tuned on this machine.
+        stack.enter_context(_untuned())
         _measure(options, device, results, start, console)
     if file:
         console.print(f"results: {file}", highlight=False)
     console.print(f"{time.monotonic() - start:.0f} s", highlight=False)
     return 0
+
+
+@contextlib.contextmanager
+def _untuned() -> Iterator[None]:
+    """Within it, plans that `allora bench --tune` has kept on this machine are not taken."""
+    if not TRITON_INSTALLED:
+        yield
+        return
+    from csrc_triton import plans, tuning
+
+    with tuning.set_aside():
+        plans.forget()
+        yield
+    plans.forget()
 
 
 def _measure(
