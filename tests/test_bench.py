@@ -360,6 +360,27 @@ def test_an_adapter_that_changes_the_fresh_model_is_wrong(base):
     assert "no gradient" in model._fault(step, loss, loss)
 
 
+@pytest.mark.parametrize("variant, factor", [("ours", "lora_A"), ("ours-fp32", "lora_B"), ("peft", "lora_B")])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_model_with_wrong_gradients_is_wrong(base, monkeypatch, variant, factor, layer):
+    def spoiled(model_, case, name):
+        found = real(model_, case, name)
+        for parameter_name, p in found.named_parameters():
+            if p.requires_grad and factor in parameter_name and f"layers.{layer}." in parameter_name:
+                p.register_hook(lambda g: 1.01 * g)
+        return found
+
+    real = model._with_adapters
+    monkeypatch.setattr(model, "_with_adapters", spoiled)
+    run = Run(CPU, results.Results(None, {}), print)
+    case = model.ModelCase(2, False, False, 1, 16, 4, "float32")
+    row = model._measure(run, base, case, ["frozen", variant])[variant]
+    which = ("first", "last")[layer]
+    assert row["status"] == "wrong" and row["reason"].startswith(
+        f"of the {which} adapted layer d{factor[-1]} is off by"
+    )
+
+
 def test_a_model_too_large_for_memory_is_halved_at_once(monkeypatch):
     seen = []
 
