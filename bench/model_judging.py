@@ -1,4 +1,4 @@
-"""Whether a whole model gives its adapters the right gradients: those of the first and last adapted layer, from what they saw."""
+"""Whether a whole model gives its adapters the right gradients, by those of its first and last adapted layer."""
 
 import torch
 from torch import Tensor, nn

@@ -9,8 +9,20 @@ from .measured import median, quoted, ratio, records
 from .passes import COUNTED, passes, total
 from .providers import PROVIDERS
 
-_PALETTE = ("#555555", "#1f4e79", "#d1495b", "#edae49", "#66a182", "#2e4057", "#8d96a3", "#b07aa1", "#00798c")
-_COLORS = dict(zip(PROVIDERS, _PALETTE))
+_COLORS = {
+    "frozen": "#555555",
+    "ours": "#1f4e79",
+    "eager": "#d1495b",
+    "compile": "#edae49",
+    "eager-gram": "#e8998d",
+    "compile-gram": "#a98467",
+    "peft": "#66a182",
+    "peft-fp32": "#2e4057",
+    "peft-autocast": "#7fb7be",
+    "peft-dora": "#8d96a3",
+    "addmm-in-place": "#b07aa1",
+    "epilogue-atomics": "#00798c",
+}
 
 TITLES = {
     "layer": "Cost over the frozen layer, forward + backward",
