@@ -88,7 +88,10 @@ def _summary(data: dict) -> str:
             *over_frozen(records(data, "quantized", four_bit), "step"),
         ],
     ]
-    return table(["time over the frozen one's, lower is better", "this library", "PEFT, no autocast", "times as fast as PEFT"], rows)
+    return table(
+        ["time over the frozen one's, lower is better", "this library", "PEFT, no autocast", "times as fast as PEFT"],
+        rows,
+    )
 
 
 def _target_shapes(data: dict) -> str:
