@@ -15,10 +15,14 @@ def earlier(record: dict, newest: dict) -> str:
     return "" if record is newest else " (an earlier run)"
 
 
-def provenance(data: dict) -> str:
-    """Where the numbers come from, each run that a record is left of; those that differ by their time alone in one line."""
+def provenance(data: dict, *sections: str) -> str:
+    """Where the numbers come from, each run that a record is left of, of these `sections` (none: of all); runs that differ by
+    their time alone in one line."""
+    used = {r["run"] for r in data["records"] if not sections or r["section"] in sections}
     dates: dict[str, list[str]] = {}
-    for run in data["runs"]:
+    for number, run in enumerate(data["runs"]):
+        if number not in used:
+            continue
         changed = {True: ", with uncommitted changes", None: ", uncommitted changes not known"}.get(
             run.get("changed_files"), ""
         )

@@ -41,8 +41,10 @@ def blocks(gpus: dict[str, dict], drawn: dict[str, dict[str, str]], cpu: dict | 
     """The text of each block by its name, from the results of each GPU by file stem, and of a CPU."""
     first = next((gpus[stem] for stem in sorted(gpus, key=lambda stem: ("h100" not in stem, stem))), None)
     return {
-        "summary": NOT_YET if first is None else f"{_summary(first)}\n\n{provenance(first)}",
-        "readme": NOT_YET if first is None else f"{_target_shapes(first)}\n\n{provenance(first)}",
+        "summary": NOT_YET
+        if first is None
+        else f"{_summary(first)}\n\n{provenance(first, 'layer', 'model', 'quantized')}",
+        "readme": NOT_YET if first is None else f"{_target_shapes(first)}\n\n{provenance(first, 'layer')}",
         "targets": targets.table(first, cpu),
         "budget": _budget(list(gpus.values())),
         "results": "\n\n".join(_device(data, drawn.get(stem, {})) for stem, data in gpus.items()) or NOT_YET,

@@ -70,8 +70,7 @@ def _device(shown: Shown, data: dict) -> str:
     # As they were added, the oldest first.
     cases = list(reversed(of_case))
     rows = [[f"`{name}`", *(_cell(of_case[case], name, shown.floor) for case in cases)] for name in shown.providers]
-    used = {record["run"] for found in of_case.values() for record in found}
-    source = provenance({"runs": [run for i, run in enumerate(data["runs"]) if i in used]})
+    source = provenance(data, shown.section)
     where = "On one core of a CPU" if _name(data) == "cpu" else f"On {_name(data)}"
     heading = (
         f"{where}, ms of {shown.what} (p20 to p80), its ratio to `{shown.floor}`, peak memory where it is counted:"

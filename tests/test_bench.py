@@ -302,7 +302,8 @@ def test_git_is_asked_whether_files_were_changed(tmp_path, monkeypatch):
     assert source() == source(head) == (head, True)
     # A commit that the repository does not know: nothing is claimed of it.
     assert source("f" * 40) == ("f" * 40, None)
-    shown = markdown.provenance({"runs": [HERE | {"changed_files": c, "date": "d"} for c in (None, True, False)]})
+    runs = [HERE | {"changed_files": changed, "date": "d"} for changed in (None, True, False)]
+    shown = markdown.provenance({"runs": runs, "records": [{"section": "layer", "run": i} for i in range(3)]})
     assert (
         "aaaaaaaaaa, uncommitted changes not known, d." in shown and "aaaaaaaaaa, with uncommitted changes, d." in shown
     )

@@ -113,6 +113,12 @@ def test_results_become_tables_and_plots(folder):
     assert "| ours | 1.069 | 1.201 | 1.135 | 1.060 | 1.060 |" in block(folder, "budget")
 
 
+def test_a_table_names_the_runs_of_its_own_section_alone(folder):
+    again(folder, "dispatch", asdict(Case(512, 4096, 4096, 16)), {"frozen": layer_row(1.0)})
+    make(folder)
+    assert "dddddddddd" not in block(folder, "readme", "README.md") and "dddddddddd" not in block(folder, "summary")
+
+
 def test_targets_are_met_or_not(folder):
     make(folder)
     table = block(folder, "targets")
