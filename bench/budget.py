@@ -90,14 +90,18 @@ def _read(file) -> dict:
 def main(arguments: list[str] | None = None, console: Console | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.budget", description=__doc__.partition("\n")[0])
     parser.add_argument("--shapes", nargs="+", type=cases.parse_shape, default=[], metavar="M=..,N=..,K=..,R=..")
-    parser.add_argument("--tflops", type=float, default=TFLOPS, help="TFLOP/s of a GEMM (default 800)")
-    parser.add_argument("--tb-per-s", type=float, default=TERABYTES_PER_S, help="TB/s of memory (default 3.0)")
+    parser.add_argument("--tflops", type=cases.above_zero, default=TFLOPS, help="TFLOP/s of a GEMM (default 800)")
+    parser.add_argument(
+        "--tb-per-s", type=cases.above_zero, default=TERABYTES_PER_S, help="TB/s of memory (default 3.0)"
+    )
     parser.add_argument("--passes", metavar="PROVIDER", choices=COUNTED, help="list the passes of one provider")
     options = parser.parse_args(arguments)
     console = console or Console()
     # The rate is that of 16-bit products.
     grid = [case for case in cases.gpu_grid() if case.dtype == case.adapter_dtype == "bfloat16"]
     chosen = cases.matching(grid, options.shapes) if options.shapes else list(TARGETS.values())
+    if not chosen:
+        parser.error("no case of the grid has such a shape; one with all of M, N, K and R is a case of its own")
     if options.passes is None:
         show(console, chosen, options.tflops, options.tb_per_s)
         if not options.shapes:

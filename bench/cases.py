@@ -104,6 +104,17 @@ def parse_shape(text: str) -> dict[str, int]:
     return wanted
 
 
+def above_zero(text: str) -> float:
+    """A number for argparse, which is to be above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"it must be a number above 0, got {text!r}")
+    return number
+
+
 def matching(cases: list[Case], filters: list[dict[str, int]]) -> list[Case]:
     """The cases that fit any of the filters, or all where there is none; a filter that names every dimension and fits
     no case is a bf16 case of its own."""

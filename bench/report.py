@@ -259,6 +259,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=results.ROOT, help="where README.md and docs/ are")
     parser.add_argument("--check", action="store_true", help="write nothing, fail if a page is out of date")
     options = parser.parse_args(arguments)
+    missing = [str(options.root / page) for page in PAGES if not (options.root / page).is_file()]
+    if missing:
+        parser.error(f"--root must have {' and '.join(PAGES)}; there is no {' and no '.join(missing)}")
+    if not options.results.is_dir():
+        parser.error(f"--results must be a folder of results; {options.results} is none")
 
     everything = {file.stem: results.load(file) for file in results.all_files(options.results)}
     # What a CPU takes says nothing of what is promised of a GPU.

@@ -62,6 +62,21 @@ def test_a_fp32_adapter_costs_peft_more_than_it_costs_ours():
     assert predicted_ratio("peft-fp32", wide, "forward") > 1.2 + predicted_ratio("ours", wide, "forward") - 0.1
 
 
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--shapes", "foo"], "such as M=8192"),
+        (["--shapes", "M=1"], "no case of the grid"),
+        (["--tflops", "0"], "above 0, got '0'"),
+        (["--tb-per-s", "fast"], "above 0, got 'fast'"),
+    ],
+)
+def test_a_mistake_in_an_option_is_named(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        budget.main(arguments)
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
 class Traffic(TorchDispatchMode):
     """Counts the bytes that operations read and write: of a gather or a scatter the rows alone, of a view none."""
 

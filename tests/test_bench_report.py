@@ -215,6 +215,13 @@ def test_a_cpus_results_are_not_quoted(folder):
     assert block(folder, "results") == report.NOT_YET and not list((folder / "docs").glob("*.png"))
 
 
+@pytest.mark.parametrize("option, said", [("--root", "there is no "), ("--results", "must be a folder of results")])
+def test_a_folder_that_is_none_is_named(folder, capsys, option, said):
+    with pytest.raises(SystemExit) as stop:
+        make(folder, option, str(folder / "nowhere"))
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_only_what_stands_between_markers_is_touched():
     page = "a\n<!-- bench:x:begin -->\nold\n<!-- bench:x:end -->\nb\n"
     assert report.fill(page, {"x": "new"}) == page.replace("old", "new")

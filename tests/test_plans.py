@@ -307,6 +307,19 @@ def test_a_broken_file_is_said_and_does_without(content):
         assert tuning.lookup(KEY, call()) is None
 
 
+def test_tuning_that_can_keep_nothing_says_why(monkeypatch):
+    from allora_kernels.tools import tune
+
+    monkeypatch.setattr(tune.backend, "choose", lambda *arguments: None)
+    monkeypatch.setattr(
+        tune, "rejected", lambda product, options: dict.fromkeys(options, "RuntimeError: no kernel image")
+    )
+    with pytest.raises(
+        ValueError, match=r"no plan of y can be used here, so none is kept; .*: RuntimeError: no kernel image"
+    ):
+        next(tune.tune((32, 32, 32, 4), torch.float32, torch.float32, torch.device("cpu")))
+
+
 def test_a_measurement_is_of_these_kernels(tmp_path, monkeypatch):
     keys = []
     for source in ("x = 1", "x = 2", "x = 1"):

@@ -130,8 +130,8 @@ def test_a_verdict_counts_cases_and_leaves_perplexity_out_of_the_points():
     alone = verdicts.Tally("DoRA", [case("newsgroups", -0.04, 0.5)])
     perplexity = verdicts.Tally("LoRA+", [case("shakespeare", 1.0, 0.9, sign=-1)])
     assert verdicts.sentence("AdamW", [mixed, alone, perplexity]) == (
-        f"Under AdamW, {OURS} is better than LoRA in 2 and worse in 1 of 3 cases (mean +0.5 points over the 2 with an accuracy); "
-        "not told apart from DoRA (1 case, mean +0.0 points) or LoRA+ (1 case)"
+        f"Under AdamW, {OURS} is better than LoRA in 2 and worse in 1 of 3 cases (mean +0.5 points over the 2 with an "
+        "accuracy); not told apart from DoRA (1 case, mean +0.0 points) or LoRA+ (1 case)"
     )
     better = "2: 20 Newsgroups at 25 steps, Shakespeare, decoder at 25 steps"
     assert verdicts.rows("AdamW", [mixed, perplexity]) == [
@@ -258,9 +258,9 @@ def test_one_outlier_is_no_mean_of_the_scaling(monkeypatch):
     numbered, said = SimpleNamespace(figure=lambda *a: "", figures=5), []
     sections.scaling(numbered, [], said)
     assert said == [
-        "Under SGD with momentum multiplying ALLoRA's η changes the logits less than multiplying LoRA's α at 1 of 2 multipliers "
-        "(by 4.00 to 15.00 against 1.00 to 80.00 of their size), and the layers interact by 0.10 to 0.50 against 0.20 to 0.30 "
-        "of the change (Figure 5)."
+        "Under SGD with momentum multiplying ALLoRA's η changes the logits less than multiplying LoRA's α at 1 of 2 "
+        "multipliers (by 4.00 to 15.00 against 1.00 to 80.00 of their size), and the layers interact by 0.10 to 0.50 against "
+        "0.20 to 0.30 of the change (Figure 5)."
     ]
 
 
