@@ -1,9 +1,11 @@
 """Input makers and the one comparison that tests and benchmarks share."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class Inputs(NamedTuple):
@@ -49,6 +51,14 @@ def make_inputs(
         lora_B=draw(N, R, scale=R**-0.5, dtype=adapter_dtype),
         g=draw(M, N),
     )
+
+
+def with_factors(layer: Layer, lora_A: Tensor, lora_B: Tensor) -> Layer:
+    """`layer`, an adapted one, with copies of these factors in place of its own."""
+    with torch.no_grad():
+        layer.lora_A.copy_(lora_A)
+        layer.lora_B.copy_(lora_B)
+    return layer
 
 
 def max_error(actual: Tensor, exact: Tensor) -> float:

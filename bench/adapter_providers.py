@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allora_kernels import Adapter, FusedALLoRALinear, multi_adapter_linear
+from allora_kernels import Adapter, multi_adapter_linear
 from allora_kernels.groups import reference
 from allora_kernels.testing import Inputs
 
 from .grouped import Judge, Spec
-from .providers import ETA, frozen_linear
+from .providers import ETA, frozen_linear, own_layer
 from .steps import Step, taken
 
 
@@ -71,11 +71,7 @@ def _ours(batch: Batch) -> Step:
 def _one_by_one(batch: Batch) -> Step:
     layers, samples = [], []
     for e, (a, b) in enumerate(zip(batch.lora_A, batch.lora_B)):
-        layer = FusedALLoRALinear.from_linear(batch.layer(), r=a.shape[0], eta=ETA)
-        with torch.no_grad():
-            layer.lora_A.copy_(a)
-            layer.lora_B.copy_(b)
-        layers.append(layer)
+        layers.append(own_layer(Inputs(batch.x, batch.weight, batch.bias, a, b, batch.g)))
         samples.append([i for i, own in enumerate(batch.of_sample) if own == e])
     # Each run would have a batch of its own: that they are cut out of one here is not timed.
     parts = [(batch.x.detach()[own].requires_grad_(), batch.g[own]) for own in samples]

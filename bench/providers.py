@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from allora_kernels import FusedALLoRALinear, reference
 from allora_kernels.layer import backend
-from allora_kernels.testing import Inputs
+from allora_kernels.testing import Inputs, with_factors
 
 from . import orders
 from .judging import Expected, expectation, fault
@@ -87,13 +87,15 @@ def frozen_linear(inputs: Inputs) -> nn.Linear:
     return linear
 
 
+def own_layer(inputs: Inputs) -> FusedALLoRALinear:
+    """This library's layer on the frozen one, with copies of `inputs`' factors."""
+    a, b = inputs.lora_A, inputs.lora_B
+    layer = FusedALLoRALinear.from_linear(frozen_linear(inputs), r=len(a), eta=ETA, adapter_dtype=a.dtype)
+    return with_factors(layer, a, b)
+
+
 def _ours(inputs: Inputs) -> Provider:
-    layer = FusedALLoRALinear.from_linear(
-        frozen_linear(inputs), r=inputs.lora_A.shape[0], eta=ETA, adapter_dtype=inputs.lora_A.dtype
-    )
-    with torch.no_grad():
-        layer.lora_A.copy_(inputs.lora_A)
-        layer.lora_B.copy_(inputs.lora_B)
+    layer = own_layer(inputs)
     plan = layer.explain(rows=len(inputs.x)).plan
     return Provider(layer, (layer.lora_A, layer.lora_B), plan)
 
