@@ -1,9 +1,11 @@
 """Input makers and the one comparison that tests and benchmarks share."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class Inputs(NamedTuple):
@@ -51,6 +53,14 @@ def make_inputs(
     )
 
 
+def with_factors(layer: Layer, lora_A: Tensor, lora_B: Tensor) -> Layer:
+    """`layer`, an adapted one, with copies of these factors in place of its own."""
+    with torch.no_grad():
+        layer.lora_A.copy_(lora_A)
+        layer.lora_B.copy_(lora_B)
+    return layer
+
+
 def max_error(actual: Tensor, exact: Tensor) -> float:
     """``max |actual - exact|`` in fp64; 0.0 for empty tensors, nan where `actual` has one."""
     if exact.numel() == 0:
@@ -58,10 +68,15 @@ def max_error(actual: Tensor, exact: Tensor) -> float:
     return (actual.double() - exact.double()).abs().max().item()
 
 
-def assert_close(actual: Tensor, eager: Tensor, exact: Tensor, name: str = "result") -> None:
-    """`actual` is at most twice as far from the fp64 `exact` as the same-dtype `eager` is.
+def error_limit(exact: Tensor, eager_error: float, dtype: torch.dtype, tolerance: float = 2.0) -> float:
+    """How far a result in `dtype` may be from the fp64 `exact`: `tolerance` times as far as same-dtype eager torch is, and one
+    unit in the last place of the largest value on top, for where eager is right by luck."""
+    scale = exact.double().abs().max().item() if exact.numel() else 0.0
+    return tolerance * eager_error + torch.finfo(dtype).eps * scale
 
-    One unit in the last place of the largest value is granted on top, for where eager is right by luck.
+
+def assert_close(actual: Tensor, eager: Tensor, exact: Tensor, name: str = "result") -> None:
+    """`actual` is within `error_limit` of the fp64 `exact`: at most twice as far as the same-dtype `eager` is.
 
     Raises:
         AssertionError: wrong shape or dtype, or a larger error, or a nan.
@@ -69,6 +84,5 @@ def assert_close(actual: Tensor, eager: Tensor, exact: Tensor, name: str = "resu
     assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)}, should be {list(exact.shape)}"
     assert actual.dtype == eager.dtype, f"{name}: {actual.dtype}, should be {eager.dtype}"
     error, eager_error = max_error(actual, exact), max_error(eager, exact)
-    scale = exact.double().abs().max().item() if exact.numel() else 0.0
-    limit = 2 * eager_error + torch.finfo(actual.dtype).eps * scale
+    limit = error_limit(exact, eager_error, actual.dtype)
     assert error <= limit, f"{name}: error {error:.3e} over the limit {limit:.3e} (eager's is {eager_error:.3e})"

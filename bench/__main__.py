@@ -10,13 +10,18 @@ one call over commits by `--benchmark-compare`, is in bench/test_layer.py.
 """
 
 import argparse
+import contextlib
 import itertools
 import os
+import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from rich.console import Console
+
+from allora_kernels.layer.backend import TRITON_INSTALLED
 
 from . import (
     adapter_providers,
@@ -35,6 +40,7 @@ from . import (
     show,
     ways,
 )
+from .locking import locked
 from .providers import PROVIDERS
 from .results import Results, default_file, environment
 from .runner import Run
@@ -64,12 +70,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     known = list(dict.fromkeys([*PROVIDERS, *model.VARIANTS, *itertools.chain(*of_steps)]))
     parser.add_argument("--providers", nargs="+", choices=known, help="only these (the floor always)")
-    parser.add_argument("--missing", action="store_true", help="skip what the file has from this commit")
+    parser.add_argument(
+        "--missing", action="store_true", help="skip what the file has from this commit, unchanged, and these versions"
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing after this long (default 9)")
     parser.add_argument("--rounds", type=int, default=30, help="rounds of a layer's timing (default 30)")
     parser.add_argument("--output", type=Path, help="file to merge the results into (a GPU's default: bench/results)")
-    parser.add_argument("--commit", help="the commit to record, for a copy whose repository does not know it")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--commit",
+        type=_commit,
+        help="the commit to record, for a copy without a repository: whether files were changed is then not known",
+    )
+    options = parser.parse_args(arguments)
+    if options.output is not None and options.output.is_dir():
+        parser.error(f"--output must name a file, such as results.json; {options.output} is a folder")
+    return options
+
+
+def _commit(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{7,40}", text):
+        raise argparse.ArgumentTypeError(f"a commit has 7 to 40 hexadecimal digits, got {text!r}")
+    return text
 
 
 def main(arguments: list[str] | None = None, console: Console | None = None) -> int:
@@ -84,7 +105,43 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
         torch.set_num_threads(1)
     where = environment(device, options.commit)
     file = options.output or (default_file(where["device"]) if device.type == "cuda" else None)
-    results = Results(file, where)
+    with contextlib.ExitStack() as stack:
+        try:
+            if file is not None:
+                busy = f"another run is writing to {file}: let it end, or name another --output"
+                stack.enter_context(locked(file.with_name(f".{file.name}.lock"), busy))
+            results = Results(file, where)
+        except ValueError as error:
+            console.print(str(error), markup=False)
+            return 2
+        # `ours` is the library as it comes, not as it was tuned on this machine.
+        stack.enter_context(_untuned())
+        _measure(options, device, results, start, console)
+    if file:
+        console.print(f"results: {file}", highlight=False)
+    console.print(f"{time.monotonic() - start:.0f} s", highlight=False)
+    return 0
+
+
+@contextlib.contextmanager
+def _untuned() -> Iterator[None]:
+    """Within it, plans that `allora bench --tune` has kept on this machine are not taken."""
+    if not TRITON_INSTALLED:
+        yield
+        return
+    from csrc_triton import plans, tuning
+
+    with tuning.set_aside():
+        plans.forget()
+        yield
+    plans.forget()
+
+
+def _measure(
+    options: argparse.Namespace, device: torch.device, results: Results, start: float, console: Console
+) -> None:
+    """Run the sections that were asked for."""
+    where = results.run
     console.print(", ".join(f"{name} {value}" for name, value in where.items()), highlight=False)
 
     dtypes = ["bfloat16", "float16", "float32"] if device.type == "cuda" else ["float32"]
@@ -116,10 +173,6 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
         console.print("\n[bold]Not measured, computed:[/bold] ratios to the frozen layer on an H100 by bytes and FLOPs")
         budget.show(console)
         budget.show_steps(console)
-    if file:
-        console.print(f"results: {file}", highlight=False)
-    console.print(f"{time.monotonic() - start:.0f} s", highlight=False)
-    return 0
 
 
 if __name__ == "__main__":

@@ -52,11 +52,16 @@ def _grouped_mm(z: Sizes) -> list[Pass]:
         Pass("rows as they lay", z.y, z.y),
         Pass("+", 2 * z.y, z.y),
         dx,
-        Pass("G by adapter", z.y, z.y),
+        *_gathered_back("G by adapter", z.y, z.y),
         *adapter_backward(z),
-        Pass("rows as they lay", z.x, z.x),
+        *_gathered_back("rows as they lay", z.x, z.x),
         Pass("dX + dS A_e", 2 * z.x, z.x),
     ]
+
+
+def _gathered_back(name: str, whole: float, rows: float) -> list[Pass]:
+    """What autograd does for rows that were gathered: zeros of all, and the rows' gradients added to them, in a copy."""
+    return [Pass(f"{name}: zeros", 0, whole), Pass(name, whole + rows, whole)]
 
 
 def _peft(z: Sizes) -> list[Pass]:
@@ -70,12 +75,27 @@ def _peft(z: Sizes) -> list[Pass]:
         Pass("y of each adapter", z.y, z.y),
         Pass("+", 2 * z.y, z.y),
         Pass("into y", z.y, z.y),
-        dx,
-        Pass("G of each adapter, of +=", z.y, z.y),
-        Pass("G · scaling", z.y, z.y),
+        # Autograd goes through all of G and of dX for each adapter, however few its rows are.
+        *z.adapters * _peft_backward_of_one(z, z.y / z.adapters, z.x / z.adapters),
         *adapter_backward(z),
-        Pass("rows as they lay", z.x, z.x),
+        dx,
         Pass("dX + dS A_e", 2 * z.x, z.x),
+    ]
+
+
+def _peft_backward_of_one(z: Sizes, own_y: float, own_x: float) -> list[Pass]:
+    """Of one adapter, whose rows of y and x are `own_y` and `own_x`: through `y[rows] += ...`, a write into a view of y."""
+    return [
+        Pass("G of the view: zeros", 0, z.y),
+        *3 * [Pass("G copied", z.y, z.y)],
+        Pass("G without its rows", z.y, z.y + own_y),
+        Pass("G of its rows", own_y, own_y),
+        Pass("G copied", z.y, z.y),
+        *_gathered_back("G of its rows, of +=", z.y, own_y),
+        Pass("G + G of its rows", 2 * z.y, z.y),
+        Pass("G · scaling", own_y, own_y),
+        *_gathered_back("rows as they lay", z.x, own_x),
+        Pass("dS A_e + those before", 2 * z.x, z.x),
     ]
 
 

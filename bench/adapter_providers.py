@@ -4,18 +4,19 @@ A step gives y, dX, then dA of every adapter, then dB; the frozen one y and dX. 
 which is less work than ALLoRA. Each is checked against a loop over the adapters in fp64 before it is timed.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allora_kernels import Adapter, FusedALLoRALinear, multi_adapter_linear
+from allora_kernels import Adapter, multi_adapter_linear
 from allora_kernels.groups import reference
 from allora_kernels.testing import Inputs
 
 from .grouped import Judge, Spec
-from .providers import ETA, frozen_linear
+from .providers import ETA, frozen_linear, own_layer
 from .steps import Step, taken
 
 
@@ -70,15 +71,10 @@ def _ours(batch: Batch) -> Step:
 def _one_by_one(batch: Batch) -> Step:
     layers, samples = [], []
     for e, (a, b) in enumerate(zip(batch.lora_A, batch.lora_B)):
-        layer = FusedALLoRALinear.from_linear(batch.layer(), r=a.shape[0], eta=ETA)
-        with torch.no_grad():
-            layer.lora_A.copy_(a)
-            layer.lora_B.copy_(b)
-        layers.append(layer)
+        layers.append(own_layer(Inputs(batch.x, batch.weight, batch.bias, a, b, batch.g)))
         samples.append([i for i, own in enumerate(batch.of_sample) if own == e])
     # Each run would have a batch of its own: that they are cut out of one here is not timed.
     parts = [(batch.x.detach()[own].requires_grad_(), batch.g[own]) for own in samples]
-    order = torch.tensor([i for own in samples for i in own]).argsort()
 
     def step():
         results = []
@@ -88,11 +84,14 @@ def _one_by_one(batch: Batch) -> Step:
             results.append((y.detach(), *taken(x, layer.lora_A, layer.lora_B)))
         return results
 
-    def joined():
-        y, dx, da, db = zip(*step())
-        return torch.cat(y)[order], torch.cat(dx)[order], *da, *db
+    return step
 
-    return joined
+
+def _joined(batch: Batch, results: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """(y, dX, dA of each, dB of each) out of the (y, dX, dA, dB) of each adapter's own batch."""
+    order = torch.tensor(batch.of_sample).argsort(stable=True).argsort()
+    y, dx, da, db = zip(*results)
+    return torch.cat(y)[order], torch.cat(dx)[order], *da, *db
 
 
 def _grouped_mm(batch: Batch) -> Step:
@@ -142,7 +141,7 @@ PROVIDERS = {
     "frozen": Spec("the same nn.Linear without an adapter, by the vendor's GEMM: the floor", _frozen, "frozen"),
     "ours": Spec("`multi_adapter_linear`, C of every adapter computed anew", _ours, "allora", tolerance=2.0),
     "one-by-one": Spec(
-        "`FusedALLoRALinear`, a batch for each adapter, one after the other", _one_by_one, "allora", 2.0
+        "`FusedALLoRALinear`, a batch for each adapter, one after the other", _one_by_one, "allora", 2.0, apart=True
     ),
     "grouped-mm": Spec("LoRA: rows gathered by adapter, two of torch's grouped GEMMs", _grouped_mm, needs="grouped_mm"),
     "peft": Spec("PEFT's LoRA layer with `adapter_names`", _peft, needs="peft"),
@@ -153,7 +152,11 @@ def judge_of(batch: Batch) -> Judge:
     """Compares providers with a loop over the adapters."""
     of_each = [f"{factor} of adapter {e}" for factor in ("dA", "dB") for e in range(len(batch.lora_A))]
     dtypes = (batch.weight.dtype, torch.float64)
-    return Judge(["y", "dx", *of_each], lambda formula: tuple(_loop(batch, dtype, formula) for dtype in dtypes))
+    return Judge(
+        ["y", "dx", *of_each],
+        lambda formula: tuple(_loop(batch, dtype, formula) for dtype in dtypes),
+        functools.partial(_joined, batch),
+    )
 
 
 def _loop(batch: Batch, dtype: torch.dtype, formula: str) -> tuple[Tensor, ...]:

@@ -2,8 +2,8 @@
 was measured, where results exist.
 
 A pass takes the longer of its FLOPs at the device's rate and its bytes at the device's bandwidth; passes add up. Traffic
-that stays in the L2 cache, launches, and the host are not counted, so a prediction is a floor for that order of
-operations.
+that stays in the L2 cache, launches, and the host are not counted, so a prediction is a floor for passes that run one after
+the other, as those of all providers but this library's: what it runs beside a GEMM is hidden in part, and costs less.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from rich.table import Table
 
 from . import cases, step_budget
 from .cases import TARGETS, Case
-from .measured import ratio
+from .measured import NOT_MEASURED, ratio
 from .passes import COUNTED, passes
 from .results import all_files
 
@@ -45,7 +45,7 @@ def rows(case: Case, tflops: float, tb_per_s: float, results: Sequence[dict]) ->
         cells = [f"{predicted_ratio(name, case, kind, tflops, tb_per_s):.3f}" for kind in KINDS]
         for kind in ("forward", "forward_backward"):
             found = [r for r in (ratio(data, case, name, kind) for data in results) if r is not None]
-            cells.append(f"{found[0]:.3f}" if found else "not yet measured" if name not in _ON_PAPER else "")
+            cells.append(f"{found[0]:.3f}" if found else NOT_MEASURED if name not in _ON_PAPER else "")
         table.append([name, *cells])
     return table
 
@@ -90,14 +90,18 @@ def _read(file) -> dict:
 def main(arguments: list[str] | None = None, console: Console | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench.budget", description=__doc__.partition("\n")[0])
     parser.add_argument("--shapes", nargs="+", type=cases.parse_shape, default=[], metavar="M=..,N=..,K=..,R=..")
-    parser.add_argument("--tflops", type=float, default=TFLOPS, help="TFLOP/s of a GEMM (default 800)")
-    parser.add_argument("--tb-per-s", type=float, default=TERABYTES_PER_S, help="TB/s of memory (default 3.0)")
+    parser.add_argument("--tflops", type=cases.above_zero, default=TFLOPS, help="TFLOP/s of a GEMM (default 800)")
+    parser.add_argument(
+        "--tb-per-s", type=cases.above_zero, default=TERABYTES_PER_S, help="TB/s of memory (default 3.0)"
+    )
     parser.add_argument("--passes", metavar="PROVIDER", choices=COUNTED, help="list the passes of one provider")
     options = parser.parse_args(arguments)
     console = console or Console()
     # The rate is that of 16-bit products.
     grid = [case for case in cases.gpu_grid() if case.dtype == case.adapter_dtype == "bfloat16"]
     chosen = cases.matching(grid, options.shapes) if options.shapes else list(TARGETS.values())
+    if not chosen:
+        parser.error("no case of the grid has such a shape; one with all of M, N, K and R is a case of its own")
     if options.passes is None:
         show(console, chosen, options.tflops, options.tb_per_s)
         if not options.shapes:

@@ -1,5 +1,6 @@
 """What one layer is measured on: shapes, ranks and dtypes, the most important first."""
 
+import argparse
 import re
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -90,14 +91,28 @@ def compiles(case: Case) -> bool:
 
 
 def parse_shape(text: str) -> dict[str, int]:
-    """``"M=8192,K=4096"`` as a filter: the dims that a case must have. Raises ValueError for anything else."""
+    """``"M=8192,K=4096"`` as a filter: the dims that a case must have. Raises argparse.ArgumentTypeError for anything
+    else."""
     wanted = {}
     for part in text.split(","):
         match = re.fullmatch(r"\s*([MNKR])=(\d+)\s*", part)
         if not match:
-            raise ValueError(f"a shape is a list such as M=8192,N=4096,K=4096,R=16 (any of them), got {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"a shape is a list such as M=8192,N=4096,K=4096,R=16 (any of them), got {text!r}"
+            )
         wanted[match[1]] = int(match[2])
     return wanted
+
+
+def above_zero(text: str) -> float:
+    """A number for argparse, which is to be above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"it must be a number above 0, got {text!r}")
+    return number
 
 
 def matching(cases: list[Case], filters: list[dict[str, int]]) -> list[Case]:

@@ -31,6 +31,7 @@ def _peft(z: Sizes) -> list[Pass]:
     y, dx = frozen(z)
     product = 2.0 * z.adapters * z.case.N * z.case.K * z.case.R
     return [
+        Pass("W + BA of all experts, as a parametrization is put on", z.w + z.a + z.b, z.w, product),
         Pass("W + BA of all experts", z.w + z.a + z.b, z.w, product),
         y,
         dx,

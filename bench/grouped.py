@@ -15,13 +15,15 @@ from .steps import Step
 @dataclass(frozen=True)
 class Spec:
     """How a provider is built and judged: `formula` is what it computes, "frozen", "allora" (rule "row") or "lora". Its error
-    may be `tolerance` times that of the loop in the batch's own dtype. `needs` is "peft", "grouped_mm" or None."""
+    may be `tolerance` times that of the loop in the batch's own dtype. `needs` is "peft", "grouped_mm" or None. `apart`: its
+    step gives results group by group, which the judge joins, untimed."""
 
     description: str
     build: Callable[[Any], Step]
     formula: str = "lora"
     tolerance: float = 8.0
     needs: str | None = None
+    apart: bool = False
 
     def obstacle(self) -> str | None:
         """Why it cannot run here; None where it can."""
@@ -37,10 +39,16 @@ class Spec:
 
 class Judge:
     """Compares providers with `loop`, which gives a formula's results in the batch's own dtype and in fp64, called once for
-    each formula; `names` are those of the results, of which the frozen formula has the first two."""
+    each formula; `names` are those of the results, of which the frozen formula has the first two. `join` puts together the
+    results of a provider that gives them apart."""
 
-    def __init__(self, names: Sequence[str], loop: Callable[[str], tuple[Sequence[Tensor], Sequence[Tensor]]]) -> None:
-        self._names, self._loop = names, loop
+    def __init__(
+        self,
+        names: Sequence[str],
+        loop: Callable[[str], tuple[Sequence[Tensor], Sequence[Tensor]]],
+        join: Callable[[Any], Sequence[Tensor]] | None = None,
+    ) -> None:
+        self._names, self._loop, self._join = names, loop, join
         self._expected: dict[str, list[Expected]] = {}
 
     def verdict(self, spec: Spec, step: Step) -> str | None:
@@ -48,7 +56,8 @@ class Judge:
         if spec.formula not in self._expected:
             eager, exact = self._loop(spec.formula)
             self._expected[spec.formula] = expectation(self._names[: len(exact)], eager, exact)
-        return fault(self._expected[spec.formula], step(), spec.tolerance)
+        results = self._join(step()) if spec.apart else step()
+        return fault(self._expected[spec.formula], results, spec.tolerance)
 
 
 def frozen(z: Sizes) -> list[Pass]:

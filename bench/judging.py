@@ -3,10 +3,9 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from allora_kernels.testing import max_error
+from allora_kernels.testing import error_limit, max_error
 
 
 class Expected(NamedTuple):
@@ -22,14 +21,12 @@ def expectation(names: Iterable[str], eager: Iterable[Tensor], exact: Iterable[T
     return [Expected(name, e.detach(), max_error(a, e)) for name, a, e in zip(names, eager, exact, strict=True)]
 
 
-def fault(
-    expected: list[Expected], results: Iterable[Tensor], tolerance: float, rounding: torch.dtype | None = None
-) -> str | None:
-    """What is wrong with `results`, in words; None if each is within `tolerance` times its `eager_error`, and one rounding in
-    `rounding` (None: in its own dtype)."""
+def fault(expected: list[Expected], results: Iterable[Tensor], tolerance: float) -> str | None:
+    """What is wrong with `results`, in words; None if each is within its `error_limit` in its own dtype: a gradient of fp32
+    factors that was computed in 16 bits is wrong."""
     for (name, exact, eager_error), actual in zip(expected, results):
         error = max_error(actual, exact)
-        limit = tolerance * eager_error + torch.finfo(rounding or actual.dtype).eps * exact.abs().max().item()
+        limit = error_limit(exact, eager_error, actual.dtype, tolerance)
         # Written so that a nan is wrong.
         if actual.shape != exact.shape or not error <= limit:
             return f"{name} is off by {error:.2e}, the limit is {limit:.2e}"

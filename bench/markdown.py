@@ -10,11 +10,22 @@ def table(headings: list[str], rows: list[list[object]]) -> str:
     return "\n".join([_row(*headings), _row(*["---"] * len(headings)), *(_row(*cells) for cells in rows)])
 
 
-def provenance(data: dict) -> str:
-    """Where the numbers come from, each run that a record is left of; those that differ by their time alone in one line."""
+def earlier(record: dict, newest: dict) -> str:
+    """What marks a number beside those of the `newest` record of its case, if it is of an earlier one."""
+    return "" if record is newest else " (an earlier run)"
+
+
+def provenance(data: dict, *sections: str) -> str:
+    """Where the numbers come from, each run that a record is left of, of these `sections` (none: of all); runs that differ by
+    their time alone in one line."""
+    used = {r["run"] for r in data["records"] if not sections or r["section"] in sections}
     dates: dict[str, list[str]] = {}
-    for run in data["runs"]:
-        changed = ", with uncommitted changes" if run.get("changed_files") else ""
+    for number, run in enumerate(data["runs"]):
+        if number not in used:
+            continue
+        changed = {True: ", with uncommitted changes", None: ", uncommitted changes not known"}.get(
+            run.get("changed_files"), ""
+        )
         versions = ", ".join(
             f"{name} {run.get(name)}" for name in ("driver", "torch", "triton", "transformers", "peft", "opacus")
         )

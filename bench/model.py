@@ -18,6 +18,7 @@ from allora_kernels import apply_allora
 from allora_kernels.tools.timing import interleaved
 
 from .layer import as_row, failure
+from .model_judging import gradient_fault
 from .runner import Run
 
 
@@ -148,11 +149,16 @@ class Step:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4) if self.parameters else None
 
-    def __call__(self) -> Tensor:
+    def backward(self) -> Tensor:
+        """Forward and backward, by fresh gradients."""
         for p in self.parameters:
             p.grad = None
         loss = self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss
         loss.backward()
+        return loss
+
+    def __call__(self) -> Tensor:
+        loss = self.backward()
         if self.optimizer is not None:
             self.optimizer.step()
         return loss.detach()
@@ -176,11 +182,11 @@ def _measure(run: Run, base: nn.Module, case: ModelCase, names: list[str]) -> di
             try:
                 step = Step(adapted(base, case, name), tokens)
                 loss, peak = _first_steps(run, step)
+                frozen_loss = loss if name == "frozen" else frozen_loss
+                fault = _fault(step, loss, frozen_loss) or gradient_fault(step, name, case.compiled)
             except Exception as error:
                 rows[name] = failure(error)
                 continue
-            frozen_loss = loss if name == "frozen" else frozen_loss
-            fault = _fault(step, loss, frozen_loss)
             rows[name] = {"status": "ok"} if fault is None else {"status": "wrong", "reason": fault}
             rows[name]["layers"] = case.layers
             if fault is None:

@@ -1,11 +1,17 @@
-"""LoRA in two orders of operations that known fused implementations take, written here to be compared with.
+"""Orders of operations, written here to be compared with: LoRA in two that known fused implementations take, ALLoRA in two
+of plain torch.
 
-Both are plain LoRA (C = 1): they do less than `ours`. S is saved and dS computed once in both, which not every
+The first two are plain LoRA (C = 1): they do less than `ours`. S is saved and dS computed once in both, which not every
 implementation does.
 """
 
 import torch
 import torch.nn.functional as F
+
+from allora_kernels import reference
+
+ETA = 2.0
+"""η of every provider that trains by ALLoRA."""
 
 
 class AddmmInPlace(torch.autograd.Function):
@@ -63,7 +69,7 @@ def _epilogue_plan(x, weight, s):
 
 
 class EagerALLoRA(torch.autograd.Function):
-    """ALLoRA written directly: the formulas of rule "row" (η = 2), with BA materialised for its norms."""
+    """ALLoRA by rule "row" as the paper writes it: BA is made in fp32 for its norms, and all of G is scaled."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B):
@@ -74,8 +80,24 @@ class EagerALLoRA(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, s, weight, lora_A, lora_B = ctx.saved_tensors
-        c = ((lora_B.float() @ lora_A.float()).norm(dim=1) + 0.25).rsqrt()
+        c = reference.coefficient((lora_B.float() @ lora_A.float()).norm(dim=1), ETA)
         wide = g.to(lora_A.dtype)
         scaled = (c * wide).to(wide.dtype)
         dx = g @ weight + (wide @ lora_B @ lora_A).to(x.dtype)
         return dx, None, None, (scaled @ lora_B).T @ x.to(wide.dtype), scaled.T @ s
+
+
+class GramALLoRA(torch.autograd.Function):
+    """ALLoRA in the order of this library's own reference: norms by A's Gram matrix, and C on rows of B and of dB, not on G."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B):
+        y, s = reference.adapted_linear(x, weight, bias, lora_A, lora_B, lora_A.dtype)
+        ctx.save_for_backward(x, s, weight, lora_A, lora_B)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, s, weight, lora_A, lora_B = ctx.saved_tensors
+        dx, da, db = reference.layer_grads(g, x, s, weight, lora_A, lora_B, ETA, "row")
+        return dx, None, None, da, db

@@ -98,11 +98,11 @@ def _sums(z: Sizes) -> list[Pass]:
 
 def _ours(z: Sizes) -> tuple[list[Pass], list[Pass]]:
     y, dx = _epilogue(z)
-    return [_s(z), y], [
-        Pass("C from A Aᵀ and B", z.a + z.b, 4 * z.case.N, 2.0 * z.case.R**2 * (z.case.K + z.case.N)),
-        *_sums(z),
-        dx,
-    ]
+    return [_s(z), y], [_coefficient(z), *_sums(z), dx]
+
+
+def _coefficient(z: Sizes) -> Pass:
+    return Pass("C from A Aᵀ and B", z.a + z.b, 4 * z.case.N, 2.0 * z.case.R**2 * (z.case.K + z.case.N))
 
 
 def _epilogue_atomics(z: Sizes) -> tuple[list[Pass], list[Pass]]:
@@ -154,6 +154,20 @@ def _eager(z: Sizes, compiled: bool = False) -> tuple[list[Pass], list[Pass]]:
     ]
 
 
+def _eager_gram(z: Sizes) -> tuple[list[Pass], list[Pass]]:
+    (gemm_y,), (gemm_dx,) = _frozen(z)
+    return [gemm_y, _s(z), Pass("S Bᵀ", z.s + z.b, z.y, z.over_n), Pass("y + S Bᵀ", 2 * z.y, z.y)], [
+        _coefficient(z),
+        Pass("dS = G B", z.y + z.b, z.s, z.over_n),
+        Pass("u = G (C ⊙ B)", z.y + z.b, z.s, z.over_n),
+        Pass("dA = uᵀ x", z.x + z.s, z.a, z.over_k),
+        Pass("dB = C ⊙ Gᵀ S", z.y + z.s, z.b, z.over_n),
+        gemm_dx,
+        Pass("dS A", z.s + z.a, z.x, z.over_k),
+        Pass("dX + dS A", 2 * z.x, z.x),
+    ]
+
+
 def _peft(z: Sizes) -> tuple[list[Pass], list[Pass]]:
     (gemm_y,), (gemm_dx,) = _frozen(z)
     return [
@@ -195,6 +209,20 @@ def _peft_fp32(z: Sizes) -> tuple[list[Pass], list[Pass]]:
         Pass("dS A", z.s, x, z.over_k),
         Pass("dS A from fp32", x, z.x),
         Pass("dX + dS A", 2 * z.x, z.x),
+    ]
+
+
+def _peft_autocast(z: Sizes) -> tuple[list[Pass], list[Pass]]:
+    """PEFT takes x to its factors' dtype, autocast back; dX likewise."""
+    forward, (gemm_dx, *adapter, added) = _peft(z)
+    x = z.x * 4 // z.element
+    gemm_y, *rest = forward
+    return [gemm_y, Pass("x to fp32", z.x, x), Pass("x from fp32", x, z.x), *rest], [
+        gemm_dx,
+        *adapter,
+        Pass("dS A to fp32", z.x, x),
+        Pass("dS A from fp32", x, z.x),
+        added,
     ]
 
 
@@ -248,9 +276,13 @@ _COUNTS: dict[str, Callable[[Sizes], tuple[list[Pass], list[Pass]]]] = {
     "addmm-in-place, S and dS computed twice": lambda z: _addmm(z, again=True),
     "peft": _peft,
     "peft-fp32": _peft_fp32,
+    "peft-autocast": _peft_autocast,
     "peft-dora": _peft_dora,
     "eager": _eager,
     "compile": lambda z: _eager(z, compiled=True),
+    "eager-gram": _eager_gram,
+    # The compiler leaves the products and the sums after them apart.
+    "compile-gram": _eager_gram,
 }
 COUNTED = tuple(_COUNTS)
 """What can be counted: the providers, and two that exist only on paper."""
@@ -258,8 +290,9 @@ COUNTED = tuple(_COUNTS)
 
 def passes(name: str, case: Case, kind: str) -> list[Pass]:
     """The passes of `name` at `case` for `kind`: "forward", "backward" or "forward_backward"."""
-    if name == "peft-fp32":
-        case = Case(case.M, case.N, case.K, case.R, case.dtype, "float32")
+    # What the factors are, or are cast to, whatever the case's are.
+    factors = {"peft-fp32": "float32", "peft-autocast": case.dtype}.get(name, case.adapter_dtype)
+    case = replace(case, adapter_dtype=factors)
     forward, backward = _COUNTS[name](Sizes(case))
     return {"forward": forward, "backward": backward, "forward_backward": forward + backward}[kind]
 

@@ -5,12 +5,24 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from .cases import Case
-from .measured import median, records
+from .measured import median, quoted, ratio, records
 from .passes import COUNTED, passes, total
 from .providers import PROVIDERS
 
-_PALETTE = ("#555555", "#1f4e79", "#d1495b", "#edae49", "#66a182", "#2e4057", "#8d96a3", "#b07aa1", "#00798c")
-_COLORS = dict(zip(PROVIDERS, _PALETTE))
+_COLORS = {
+    "frozen": "#555555",
+    "ours": "#1f4e79",
+    "eager": "#d1495b",
+    "compile": "#edae49",
+    "eager-gram": "#e8998d",
+    "compile-gram": "#a98467",
+    "peft": "#66a182",
+    "peft-fp32": "#2e4057",
+    "peft-autocast": "#7fb7be",
+    "peft-dora": "#8d96a3",
+    "addmm-in-place": "#b07aa1",
+    "epilogue-atomics": "#00798c",
+}
 
 TITLES = {
     "layer": "Cost over the frozen layer, forward + backward",
@@ -36,41 +48,38 @@ def draw(data: dict, folder: Path, stem: str) -> dict[str, str]:
     return drawn
 
 
-def bf16_records(data: dict) -> list[tuple[Case, dict]]:
-    """The newest record of each bf16 case, the most important first."""
-    found: dict[Case, dict] = {}
-    for record in records(data, "layer"):
-        case = Case(**record["case"])
-        if case.dtype == case.adapter_dtype == "bfloat16":
-            found.setdefault(case, record)
-    return sorted(found.items(), key=lambda item: (item[0].R != 16, item[0].R, -item[0].M, item[0].K, item[0].N))
+def _bf16_cases(data: dict) -> list[Case]:
+    """Each bf16 case that there is a record of, the most important first."""
+    found = {Case(**record["case"]) for record in records(data, "layer")}
+    bf16 = [case for case in found if case.dtype == case.adapter_dtype == "bfloat16"]
+    return sorted(bf16, key=lambda case: (case.R != 16, case.R, -case.M, case.K, case.N))
 
 
 def _layer(data: dict) -> Figure | None:
-    shown = bf16_records(data)[:24]
+    shown = _bf16_cases(data)[:24]
     if not shown:
         return None
     figure = Figure(figsize=(8, 1.2 + 0.34 * len(shown)), dpi=130, layout="constrained")
     axes = figure.subplots()
     for name in PROVIDERS:
         points = [
-            (time / floor, position)
-            for position, (_, record) in enumerate(shown)
-            if (time := median(record, name, "forward_backward"))
-            and (floor := median(record, "frozen", "forward_backward"))
+            (over_frozen, position)
+            for position, case in enumerate(shown)
+            if (over_frozen := ratio(data, case, name, "forward_backward"))
         ]
         if points and name != "frozen":
             axes.plot(*zip(*points), "o", color=_COLORS[name], label=name, markersize=8 if name == "ours" else 5)
     axes.axvline(1.0, color=_COLORS["frozen"], linewidth=1)
-    axes.set_yticks(range(len(shown)), [str(case).removesuffix(" bfloat16") for case, _ in shown], fontsize=8)
+    axes.set_yticks(range(len(shown)), [str(case).removesuffix(" bfloat16") for case in shown], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("time over the frozen layer's (M, KxN, R)")
     return _finish(figure, data, axes)
 
 
 def _roofline(data: dict) -> Figure | None:
-    shown = bf16_records(data)
-    ceilings = next((data["runs"][r["run"]].get("ceilings") for _, r in shown), None)
+    shown = _bf16_cases(data)
+    newest = next(records(data, "layer", shown[0]), None) if shown else None
+    ceilings = newest and data["runs"][newest["run"]].get("ceilings")
     if not ceilings or "bfloat16" not in ceilings:
         return None
     peak, bandwidth = ceilings["bfloat16"]["tflops"], ceilings["copy"]["bytes_per_s"] * 1e-12
@@ -80,8 +89,9 @@ def _roofline(data: dict) -> Figure | None:
     axes.plot(reach, [min(peak, bandwidth * x) for x in reach], color="black", linewidth=1)
     for name in PROVIDERS:
         points = []
-        for case, record in shown:
-            time = median(record, name, "forward_backward")
+        for case in shown:
+            record = quoted(records(data, "layer", case), name, "frozen")
+            time = median(record, name, "forward_backward") if record else None
             if time and name in COUNTED:
                 flops, moved = total(passes(name, case, "forward_backward"))
                 points.append((flops / moved, flops / time * 1e-9))
@@ -92,7 +102,12 @@ def _roofline(data: dict) -> Figure | None:
 
 
 def _model(data: dict) -> Figure | None:
-    shown = [r for r in records(data, "model") if any("tokens_per_s" in row for row in r["providers"].values())]
+    """Of each case the newest record alone: tokens/s and memory are compared within one run."""
+    shown: list[dict] = []
+    for record in records(data, "model"):
+        timed = any("tokens_per_s" in row for row in record["providers"].values())
+        if timed and record["case"] not in [other["case"] for other in shown]:
+            shown.append(record)
     if not shown:
         return None
     figure = Figure(figsize=(9, 1.2 + 1.5 * len(shown)), dpi=130, layout="constrained")

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from allora_kernels import FusedALLoRALinear, reference
 from allora_kernels.layer import backend
-from allora_kernels.testing import Inputs
+from allora_kernels.testing import Inputs, with_factors
 
 from . import orders
 from .judging import Expected, expectation, fault
-
-ETA = 2.0
+from .orders import ETA
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,8 @@ class Spec:
 
     `formula` names what it computes: "frozen", "allora" (rule "row"), "lora" or "dora". Its error may be `tolerance` times
     that of the formula in plain torch of the same dtypes: foreign code is asked whether it computes the formula, not
-    where it rounds. `adapter_dtype` overrides the case's.
+    where it rounds. `adapter_dtype` overrides the case's. `autocast`: its forward pass runs under torch.autocast, so that it
+    computes, and is judged, with factors of x's dtype.
     """
 
     description: str
@@ -45,6 +45,7 @@ class Spec:
     tolerance: float = 8.0
     adapter_dtype: torch.dtype | None = None
     needs: str | None = None
+    autocast: bool = False
 
     def inputs(self, inputs: Inputs) -> Inputs:
         """The case's inputs with this provider's dtype of the adapter."""
@@ -64,7 +65,10 @@ class Spec:
             choice = backend.choose(inputs.x.device, inputs.x.dtype)
             if choice.name != "triton":
                 return f"needs Triton's kernels: {choice.reason}"
-        if self.adapter_dtype is not None and self.adapter_dtype == inputs.lora_A.dtype:
+        if self.autocast:
+            if inputs.x.dtype == torch.float32:
+                return "in fp32 autocast would compute the frozen layer in 16 bits, too"
+        elif self.adapter_dtype is not None and self.adapter_dtype == inputs.lora_A.dtype:
             return "the same as the provider with the case's own adapter dtype"
         return None
 
@@ -83,13 +87,15 @@ def frozen_linear(inputs: Inputs) -> nn.Linear:
     return linear
 
 
+def own_layer(inputs: Inputs) -> FusedALLoRALinear:
+    """This library's layer on the frozen one, with copies of `inputs`' factors."""
+    a, b = inputs.lora_A, inputs.lora_B
+    layer = FusedALLoRALinear.from_linear(frozen_linear(inputs), r=len(a), eta=ETA, adapter_dtype=a.dtype)
+    return with_factors(layer, a, b)
+
+
 def _ours(inputs: Inputs) -> Provider:
-    layer = FusedALLoRALinear.from_linear(
-        frozen_linear(inputs), r=inputs.lora_A.shape[0], eta=ETA, adapter_dtype=inputs.lora_A.dtype
-    )
-    with torch.no_grad():
-        layer.lora_A.copy_(inputs.lora_A)
-        layer.lora_B.copy_(inputs.lora_B)
+    layer = own_layer(inputs)
     plan = layer.explain(rows=len(inputs.x)).plan
     return Provider(layer, (layer.lora_A, layer.lora_B), plan)
 
@@ -122,11 +128,17 @@ def peft_layer(linear: nn.Module, inputs: Inputs, use_dora: bool = False) -> nn.
     return layer
 
 
-def _peft(use_dora: bool = False) -> Callable[[Inputs], Provider]:
+def _peft(use_dora: bool = False, autocast: bool = False) -> Callable[[Inputs], Provider]:
     def build(inputs: Inputs) -> Provider:
         layer = peft_layer(frozen_linear(inputs), inputs, use_dora)
         magnitude = (layer.lora_magnitude_vector["default"].weight,) if use_dora else ()
-        return Provider(layer, (layer.lora_A["default"].weight, layer.lora_B["default"].weight, *magnitude))
+
+        def under_autocast(x: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, x.dtype):
+                return layer(x)
+
+        forward = under_autocast if autocast else layer
+        return Provider(forward, (layer.lora_A["default"].weight, layer.lora_B["default"].weight, *magnitude))
 
     return build
 
@@ -134,11 +146,33 @@ def _peft(use_dora: bool = False) -> Callable[[Inputs], Provider]:
 PROVIDERS = {
     "frozen": Spec("the same nn.Linear without an adapter, by the vendor's GEMM: the floor", _frozen, "frozen"),
     "ours": Spec("FusedALLoRALinear, C computed anew in each step", _ours, "allora", tolerance=2.0),
-    "eager": Spec("ALLoRA in plain torch, BA materialised for its norms", _of_function(orders.EagerALLoRA), "allora"),
+    "eager": Spec(
+        "ALLoRA in plain torch as the paper writes it: BA made in fp32 for its norms, all of G scaled",
+        _of_function(orders.EagerALLoRA),
+        "allora",
+    ),
     "compile": Spec("torch.compile of eager", _of_function(orders.EagerALLoRA, compile=True), "allora"),
+    "eager-gram": Spec(
+        "ALLoRA in plain torch in a cheaper order, this library's reference: no BA, C on rows of B and dB",
+        _of_function(orders.GramALLoRA),
+        "allora",
+    ),
+    "compile-gram": Spec("torch.compile of eager-gram", _of_function(orders.GramALLoRA, compile=True), "allora"),
     "peft": Spec("PEFT's LoRA layer, dropout 0, adapter in the case's dtype", _peft(), "lora", needs="peft"),
     "peft-fp32": Spec(
-        "PEFT's LoRA layer as PEFT leaves it: an fp32 adapter", _peft(), "lora", adapter_dtype=torch.float32, needs="peft"
+        "PEFT's LoRA layer as PEFT leaves it, without autocast: an fp32 adapter",
+        _peft(),
+        "lora",
+        adapter_dtype=torch.float32,
+        needs="peft",
+    ),
+    "peft-autocast": Spec(
+        "the same under torch.autocast, as a Trainer with `bf16=True` runs it",
+        _peft(autocast=True),
+        "lora",
+        adapter_dtype=torch.float32,
+        needs="peft",
+        autocast=True,
     ),
     "peft-dora": Spec("PEFT's DoRA layer", _peft(use_dora=True), "dora", needs="peft"),
     "addmm-in-place": Spec(
@@ -185,13 +219,13 @@ class Judge:
         """What is wrong with the provider's results on `inputs`, in words; None if nothing is."""
         x = inputs.x.detach().requires_grad_()
         results = forward_backward(provider, x, inputs.g)
-        return fault(self._expectation(spec, provider, inputs), results, spec.tolerance, x.dtype)
+        return fault(self._expectation(spec, provider, inputs), results, spec.tolerance)
 
     def _expectation(self, spec: Spec, provider: Provider, inputs: Inputs) -> list[Expected]:
-        key = (spec.formula, inputs.lora_A.dtype)
+        key = (spec.formula, inputs.lora_A.dtype, spec.autocast)
         if key not in self._expected:
             magnitude = provider.parameters[2].detach() if spec.formula == "dora" else None
-            eager = by_formula(spec.formula, inputs, magnitude)
+            eager = by_formula(spec.formula, inputs.to(inputs.x.dtype) if spec.autocast else inputs, magnitude)
             wide = None if magnitude is None else magnitude.double()
             exact = by_formula(spec.formula, inputs.to(torch.float64), wide)
             self._expected[key] = expectation(("y", "dx", "dA", "dB")[: len(exact)], eager, exact)

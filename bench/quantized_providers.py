@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from allora_kernels import WrappedALLoRALinear
 from allora_kernels.layer.added import add_adapter
-from allora_kernels.testing import Inputs
+from allora_kernels.testing import Inputs, with_factors
 
 from .grouped import Judge, Spec
 from .providers import ETA, by_formula, peft_layer
@@ -53,10 +53,7 @@ def _frozen(batch: Batch) -> Step:
 
 def _ours(batch: Batch) -> Step:
     a, b = batch.inputs.lora_A, batch.inputs.lora_B
-    layer = WrappedALLoRALinear(batch.layer, a.shape[0], ETA, adapter_dtype=a.dtype)
-    with torch.no_grad():
-        layer.lora_A.copy_(a)
-        layer.lora_B.copy_(b)
+    layer = with_factors(WrappedALLoRALinear(batch.layer, len(a), ETA, adapter_dtype=a.dtype), a, b)
     return _step(batch, layer, layer.lora_A, layer.lora_B)
 
 

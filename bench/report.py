@@ -8,13 +8,16 @@ nothing and exits with 1 if a page is out of date.
 
 import argparse
 import re
-from dataclasses import asdict, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from . import budget, plots, quantized, results, step_budget, step_report, targets
+from .__main__ import SECTIONS
 from .cases import TARGETS, Case
-from .markdown import provenance, table
-from .measured import median, ratio, records
+from .markdown import earlier, provenance, table
+from .measured import NOT_MEASURED, absence, median, plain_models, quoted, ratio, records
+from .model import VARIANTS
 from .passes import passes, total
 from .providers import PROVIDERS
 
@@ -38,8 +41,10 @@ def blocks(gpus: dict[str, dict], drawn: dict[str, dict[str, str]], cpu: dict | 
     """The text of each block by its name, from the results of each GPU by file stem, and of a CPU."""
     first = next((gpus[stem] for stem in sorted(gpus, key=lambda stem: ("h100" not in stem, stem))), None)
     return {
-        "summary": NOT_YET if first is None else f"{_summary(first)}\n\n{provenance(first)}",
-        "readme": NOT_YET if first is None else f"{_target_shapes(first)}\n\n{provenance(first)}",
+        "summary": NOT_YET
+        if first is None
+        else f"{_summary(first)}\n\n{provenance(first, 'layer', 'model', 'quantized')}",
+        "readme": NOT_YET if first is None else f"{_target_shapes(first)}\n\n{provenance(first, 'layer')}",
         "targets": targets.table(first, cpu),
         "budget": _budget(list(gpus.values())),
         "results": "\n\n".join(_device(data, drawn.get(stem, {})) for stem, data in gpus.items()) or NOT_YET,
@@ -61,51 +66,46 @@ def _summary(data: dict) -> str:
     """Ours and PEFT's over what is frozen, at one layer, one model and one layer in 4 bits."""
     case, four_bit = TARGETS["M=8192, 4096x4096"], quantized.GPU_CASES[0]
 
-    def of_layer(adapters: str) -> list[float | None]:
-        own = replace(case, adapter_dtype=adapters)
-        return [ratio(data, own, name, "forward_backward") for name in ("ours", "peft")]
+    def over_frozen(found: Iterable[dict], kind: str, ours: str = "ours", peft: str = "peft") -> list[str]:
+        record = quoted(found, "frozen", ours, peft)
+        if record is None:
+            return [NOT_MEASURED] * 3
+        floor, own, other = (record["providers"][name][kind]["median_ms"] for name in ("frozen", ours, peft))
+        return [_times(own / floor), _times(other / floor), _times(other / own)]
 
-    def of_model(ours: str, peft: str) -> list[float | None]:
-        for record in records(data, "model"):
-            rows = [record["providers"].get(name, {}) for name in ("frozen", ours, peft)]
-            if all(row.get("status") == "ok" for row in rows):
-                return [rows[0]["tokens_per_s"] / row["tokens_per_s"] for row in rows[1:]]
-        return [None, None]
+    def of_layer(adapters: str) -> list[str]:
+        return over_frozen(records(data, "layer", replace(case, adapter_dtype=adapters)), "forward_backward")
+
+    def of_model(*variants: str) -> list[str]:
+        return over_frozen(plain_models(data, "frozen", *variants), "step", *variants)
 
     model = "a training step of Llama-3.1-8B's shape"
-    found = {
-        f"a layer, bf16 adapters ({case})": of_layer("bfloat16"),
-        "a layer, fp32 adapters": of_layer("float32"),
-        f"{model}, bf16 adapters": of_model("ours", "peft"),
-        f"{model}, fp32 adapters": of_model("ours-fp32", "peft-fp32"),
-        f"a layer in 4 bits, fp32 adapters ({four_bit})": [
-            ratio(data, four_bit, name, "step", section="quantized") for name in ("ours", "peft")
-        ],
-    }
     rows = [
-        [title, *(["not run"] * 3 if None in (ours, peft) else map(_times, (ours, peft, peft / ours)))]
-        for title, (ours, peft) in found.items()
+        [f"a layer, bf16 adapters ({case})", *of_layer("bfloat16")],
+        ["a layer, fp32 adapters", *of_layer("float32")],
+        [f"{model}, bf16 adapters", *of_model("ours", "peft")],
+        [f"{model}, fp32 adapters", *of_model("ours-fp32", "peft-fp32")],
+        [
+            f"a layer in 4 bits, fp32 adapters ({four_bit})",
+            *over_frozen(records(data, "quantized", four_bit), "step"),
+        ],
     ]
-    return table(["time over the frozen one's, lower is better", "this library", "PEFT", "times as fast as PEFT"], rows)
+    return table(
+        ["time over the frozen one's, lower is better", "this library", "PEFT, no autocast", "times as fast as PEFT"],
+        rows,
+    )
 
 
 def _target_shapes(data: dict) -> str:
     def cell(name: str, case: Case) -> str:
         values = [ratio(data, case, name, kind) for kind in ("forward", "forward_backward")]
-        return " / ".join(map(_times, values)) if None not in values else _absence(data, name, case)
+        return " / ".join(map(_times, values)) if None not in values else absence(records(data, "layer", case), name)
 
     rows = [[f"`{name}`", *(cell(name, case) for case in TARGETS.values())] for name in PROVIDERS]
     default = [cell("ours", replace(case, adapter_dtype="float32")) for case in TARGETS.values()]
     rows.insert(1 + list(PROVIDERS).index("ours"), ["`ours-fp32`", *default])
     heading = "cost over the frozen layer: forward / forward + backward (bf16, R=16)"
     return table([heading, *TARGETS], rows)
-
-
-def _absence(data: dict, name: str, case: Case) -> str:
-    for record in records(data, "layer"):
-        if record["case"] == asdict(case) and name in record["providers"]:
-            return record["providers"][name]["status"]
-    return "not run"
 
 
 def _budget(gpus: list[dict]) -> str:
@@ -141,52 +141,47 @@ def _ceilings(data: dict) -> str:
 def _detail(data: dict) -> str:
     """The first target shape in full: times with their spread, rates, launches, memory."""
     case = TARGETS["M=8192, 4096x4096"]
-    counted = (record["providers"] for record in records(data, "launches") if record["case"] == asdict(case))
-    launches = next(counted, {})
-    for record in records(data, "layer"):
-        if record["case"] != asdict(case):
+    launches = next((record["providers"] for record in records(data, "launches", case)), {})
+    newest, rows = next(records(data, "layer", case), None), []
+    for name in PROVIDERS:
+        record = quoted(records(data, "layer", case), name, "frozen")
+        if record is None:
             continue
-        rows = []
-        for name, row in record["providers"].items():
-            time = median(record, name, "forward_backward")
-            if time is None:
-                continue
-            timing = row["forward_backward"]
-            useful, _ = total(
-                passes("frozen" if name == "frozen" else "the low-rank FLOPs alone", case, "forward_backward")
-            )
-            _, moved = total(passes(name, case, "forward_backward"))
-            peak = row.get("forward_backward_peak_bytes")
-            rows.append(
-                [
-                    f"`{name}`",
-                    f"{time:.3f} ({timing['p20_ms']:.3f} to {timing['p80_ms']:.3f})",
-                    f"{useful / time * 1e-9:.0f}",
-                    f"{moved / time * 1e-9:.2f}",
-                    launches.get(name, {}).get("forward_backward_launches", ""),
-                    "" if peak is None else f"{peak / 2**20:,.0f}",
-                ]
-            )
-        headings = ["forward + backward", "ms (p20 to p80)", "TFLOP/s, useful", "TB/s, counted", "kernels", "peak MiB"]
-        return f"{case}:\n\n{table(headings, rows)}"
-    return ""
+        row = record["providers"][name]
+        timing = row["forward_backward"]
+        time = timing["median_ms"]
+        useful, _ = total(
+            passes("frozen" if name == "frozen" else "the low-rank FLOPs alone", case, "forward_backward")
+        )
+        _, moved = total(passes(name, case, "forward_backward"))
+        peak = row.get("forward_backward_peak_bytes")
+        rows.append(
+            [
+                f"`{name}`{earlier(record, newest)}",
+                f"{time:.3f} ({timing['p20_ms']:.3f} to {timing['p80_ms']:.3f})",
+                f"{useful / time * 1e-9:.0f}",
+                f"{moved / time * 1e-9:.2f}",
+                launches.get(name, {}).get("forward_backward_launches", ""),
+                "" if peak is None else f"{peak / 2**20:,.0f}",
+            ]
+        )
+    headings = ["forward + backward", "ms (p20 to p80)", "TFLOP/s, useful", "TB/s, counted", "kernels", "peak MiB"]
+    return f"{case}:\n\n{table(headings, rows)}" if rows else ""
 
 
 def _every_case(data: dict) -> str:
-    newest: dict[Case, dict] = {}
-    for record in records(data, "layer"):
-        newest.setdefault(Case(**record["case"]), record)
-    if not newest:
+    seen = {Case(**record["case"]) for record in records(data, "layer")}
+    if not seen:
         return ""
     names = [name for name in PROVIDERS if name != "frozen"]
     rows = []
-    for case, record in sorted(newest.items(), key=lambda item: str(item[0])):
-        floor = median(record, "frozen", "forward_backward")
+    for case in sorted(seen, key=str):
+        floor = median(next(records(data, "layer", case)), "frozen", "forward_backward")
         cells = []
         for name in names:
-            time = median(record, name, "forward_backward")
-            status = record["providers"].get(name, {}).get("status", "")
-            cells.append(f"{time / floor:.2f}" if time and floor else status.replace("ok", ""))
+            value = ratio(data, case, name, "forward_backward")
+            why = absence(records(data, "layer", case), name)
+            cells.append(_times(value) if value else "" if why in (NOT_MEASURED, "ok") else why)
         rows.append([case, f"{floor:.3f}" if floor else "", *cells])
     return f"Forward + backward over the frozen layer, every case:\n\n{table(['case', 'frozen, ms', *names], rows)}"
 
@@ -204,8 +199,11 @@ def _dispatch(data: dict) -> str:
 
 def _ways(data: dict) -> str:
     """For each product of the section "ways": the plan that is picked, and how much longer it takes than the best."""
-    rows = []
+    rows, seen = [], []
     for record in records(data, "ways"):
+        if record["case"] in seen:
+            continue
+        seen.append(record["case"])
         times = {name: time for name in record["providers"] if (time := median(record, name, "time"))}
         floor = times.pop("frozen", None)
         picked = next((name for name in times if record["providers"][name]["picked"]), None)
@@ -222,22 +220,37 @@ def _ways(data: dict) -> str:
 
 
 def _models(data: dict) -> str:
+    """Every variant of each case, from the newest record that names it."""
+    cases = []
+    for record in records(data, "model"):
+        if record["case"] not in cases:
+            cases.insert(0, record["case"])
     rows = []
-    for record in reversed(list(records(data, "model"))):
-        case = record["case"]
+    for case in cases:
+        found = [record for record in records(data, "model") if record["case"] == case]
         how = f"{case['layers']} layers, {'with' if case['checkpointing'] else 'without'} checkpointing"
         how += ", compiled" if case["compiled"] else ", eager"
-        for name, row in record["providers"].items():
+        for name in VARIANTS:
+            record = next((record for record in found if name in record["providers"]), None)
+            if record is None:
+                continue
+            row = record["providers"][name]
             ok = row["status"] == "ok"
             speed, peak = (row.get(key) if ok else None for key in ("tokens_per_s", "peak_bytes"))
             shown = f"{speed:,.0f}" if speed else f"{row['status']}: {row.get('reason', '')}"
-            rows.append([how, f"`{name}`", shown, f"{peak / 2**30:.1f}" if peak else ""])
+            rows.append([how, f"`{name}`{earlier(record, found[0])}", shown, f"{peak / 2**30:.1f}" if peak else ""])
     return table(["Llama-3.1-8B's shape", "", "tokens/s", "peak GiB"], rows) if rows else ""
 
 
 def _not_run(data: dict) -> str:
     left = [f"{section}: {len(cases)} cases" for section, cases in data["not_run"].items() if cases]
-    return f"Not run for want of time: {', '.join(left)}." if left else ""
+    seen = {record["section"] for record in data["records"]} | {
+        name for name, cases in data["not_run"].items() if cases
+    }
+    never = [name for name in SECTIONS if name not in seen]
+    parts = [f"Not run for want of time: {', '.join(left)}."] if left else []
+    parts += [f"Not run at all: {', '.join(never)}."] if never else []
+    return " ".join(parts)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -246,6 +259,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=results.ROOT, help="where README.md and docs/ are")
     parser.add_argument("--check", action="store_true", help="write nothing, fail if a page is out of date")
     options = parser.parse_args(arguments)
+    missing = [str(options.root / page) for page in PAGES if not (options.root / page).is_file()]
+    if missing:
+        parser.error(f"--root must have {' and '.join(PAGES)}; there is no {' and no '.join(missing)}")
+    if not options.results.is_dir():
+        parser.error(f"--results must be a folder of results; {options.results} is none")
 
     everything = {file.stem: results.load(file) for file in results.all_files(options.results)}
     # What a CPU takes says nothing of what is promised of a GPU.

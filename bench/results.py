@@ -23,17 +23,21 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "bench" / "results"
 
 
+VERSIONS = ("torch", "triton", "transformers", "peft", "opacus")
+
+
 def environment(device: torch.device, commit: str | None = None) -> dict:
     """What a number must say of where it comes from; `commit` where the repository, if there is one, does not know."""
+    commit, changed = _source(commit)
     found = {
         "device": "cpu",
         "arch": platform.machine(),
         "driver": None,
-        **{name: _version(name) for name in ("torch", "triton", "transformers", "peft", "opacus")},
+        **{name: _version(name) for name in VERSIONS},
         "cuda": torch.version.cuda or torch.version.hip,
         "python": platform.python_version(),
-        "commit": commit or _git("rev-parse", "HEAD"),
-        "changed_files": commit is None and bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": commit,
+        "changed_files": changed,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "threads": torch.get_num_threads(),
     }
@@ -49,6 +53,14 @@ def environment(device: torch.device, commit: str | None = None) -> dict:
             "l2_bytes": properties.L2_cache_size,
         }
     return found
+
+
+def _source(commit: str | None) -> tuple[str | None, bool | None]:
+    """(the commit, whether files differ from it): asked of git; None for what it does not know."""
+    known = _git("rev-parse", "--verify", "--quiet", f"{commit or 'HEAD'}^{{commit}}")
+    if known is None:
+        return commit, None
+    return known, _git("diff", "--quiet", known, "--") is None
 
 
 def _version(package: str) -> str | None:
@@ -101,10 +113,20 @@ class Results:
     """Results being gathered: each record is merged and written at once, so that a run cut short keeps what it has."""
 
     def __init__(self, file: Path | None, run: dict) -> None:
-        """`file` None keeps them in memory; `run` is the `environment` of what will be added."""
+        """`file` None keeps them in memory; `run` is the `environment` of what will be added.
+
+        Raises:
+            ValueError: a file of another device, or of something else.
+        """
         self.file = file
         found = file is not None and file.exists()
         self.data = load(file) if found else {"format": FORMAT, "runs": [], "records": [], "not_run": {}}
+        for other in self.data["runs"]:
+            if other.get("device") != run.get("device"):
+                raise ValueError(
+                    f"{file} has the results of {other.get('device')}, this run is on {run.get('device')}: "
+                    "name another file, of this device alone"
+                )
         self.data["runs"].append(run)
 
     @property
@@ -113,23 +135,41 @@ class Results:
         return self.data["runs"][-1]
 
     def has(self, section: str, case: dict, providers: list[str]) -> bool:
-        """Whether a record from this very commit already has these providers."""
-        return any(
-            record["section"] == section
-            and record["case"] == case
-            and set(providers) <= set(record["providers"])
-            and self.run["commit"] is not None
-            and self.data["runs"][record["run"]]["commit"] == self.run["commit"]
-            for record in self.data["records"]
+        """Whether a record of this very source and these versions has all `providers`, of which none has failed since."""
+        for record in self._of(section, case):
+            if self._same_source(record):
+                if any(record["providers"].get(name, {}).get("status") == "failed" for name in providers):
+                    return False
+                if set(providers) <= set(record["providers"]):
+                    return True
+        return False
+
+    def _of(self, section: str, case: dict) -> list[dict]:
+        """The records of a case, the newest first."""
+        return [r for r in reversed(self.data["records"]) if r["section"] == section and r["case"] == case]
+
+    def _same_source(self, record: dict) -> bool:
+        """Whether a record is of this run's commit and versions, and neither of them had uncommitted changes."""
+        other = self.data["runs"][record["run"]]
+        return (
+            self.run.get("commit") is not None
+            and all(other.get(name) == self.run.get(name) for name in ("commit", *VERSIONS))
+            and not (self.run.get("changed_files") or other.get("changed_files"))
         )
 
     def add(self, section: str, case: dict, providers: dict[str, dict]) -> None:
-        """Merge one record and write the file."""
+        """Merge one record and write the file. What was right in an older one of the same source, and failed now, stays."""
         record = {"section": section, "case": case, "run": len(self.data["runs"]) - 1, "providers": providers}
 
         def replaced(old: dict) -> bool:
             same = old["section"] == section and old["case"] == case
-            return same and set(old["providers"]) <= set(providers)
+            if not same or not set(old["providers"]) <= set(providers):
+                return False
+            worse = (
+                row.get("status") == "ok" and providers[name].get("status") == "failed"
+                for name, row in old["providers"].items()
+            )
+            return not (self._same_source(old) and any(worse))
 
         self.data["records"] = [old for old in self.data["records"] if not replaced(old)] + [record]
         waiting = self.data["not_run"].get(section, [])
@@ -137,13 +177,14 @@ class Results:
         self.write()
 
     def leave(self, section: str, waiting: list[tuple[dict, list[str]]]) -> None:
-        """Note the cases that no time was left for, unless an earlier run has them with these providers."""
+        """Note the cases that no time was left for, unless an earlier run has them with these providers, beside those that are
+        noted: this run may have asked for others."""
 
         def done(case: dict, providers: list[str]) -> bool:
-            found = (r for r in self.data["records"] if r["section"] == section and r["case"] == case)
-            return any(set(providers) <= set(record["providers"]) for record in found)
+            return any(set(providers) <= set(record["providers"]) for record in self._of(section, case))
 
-        self.data["not_run"][section] = [case for case, providers in waiting if not done(case, providers)]
+        noted = self.data["not_run"].setdefault(section, [])
+        noted += [case for case, providers in waiting if not done(case, providers) and case not in noted]
         self.write()
 
     def write(self) -> None:

@@ -45,7 +45,7 @@ class Run:
         or the case is worth it."""
         if self.providers is not None:
             return [name for name in PROVIDERS if name == "frozen" or name in self.providers]
-        return [name for name in PROVIDERS if name != "compile" or cases.compiles(case)]
+        return [name for name in PROVIDERS if not name.startswith("compile") or cases.compiles(case)]
 
     def record(self, section: str, title: str, case: dict, rows: dict[str, dict]) -> None:
         self.results.add(section, case, rows)

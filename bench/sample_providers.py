@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allora_kernels import FusedALLoRALinear, per_sample, reference
+from allora_kernels import per_sample, reference
 from allora_kernels.testing import Inputs
 
 from .judging import Expected, expectation, fault
-from .providers import ETA, frozen_linear
+from .providers import ETA, frozen_linear, own_layer
 from .steps import Step, taken
 
 
@@ -52,12 +52,7 @@ class Spec:
 def _ours(how: str) -> Callable[[Batch], Step]:
     def build(batch: Batch) -> Step:
         inputs = batch.inputs
-        layer = FusedALLoRALinear.from_linear(
-            frozen_linear(inputs), r=inputs.lora_A.shape[0], eta=ETA, adapter_dtype=inputs.lora_A.dtype
-        )
-        with torch.no_grad():
-            layer.lora_A.copy_(inputs.lora_A)
-            layer.lora_B.copy_(inputs.lora_B)
+        layer = own_layer(inputs)
 
         def step():
             if how == "plain":

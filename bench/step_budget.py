@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import adapter_passes, adapters, expert_passes, experts, quantized, quantized_passes
-from .measured import ratio
+from .measured import NOT_MEASURED, ratio
 from .passes import Pass
 from .steps import StepCase
 
@@ -44,7 +44,7 @@ def rows(
         for name in counted.providers:
             time = predicted_ms(counted, name, case, tflops, tb_per_s)
             found = (ratio(data, case, name, "step", floor_name, counted.section) for data in results)
-            measured = next((f"{r:.3f}" for r in found if r is not None), "not yet measured")
+            measured = next((f"{r:.3f}" for r in found if r is not None), NOT_MEASURED)
             table.append([name, f"{1e3 * time:,.0f}", f"{time / floor:.3f}", measured])
         yield case, table
 

@@ -13,11 +13,9 @@ from . import (
     sample_providers,
     samples,
 )
-from .markdown import provenance, table
-from .measured import median, records
+from .markdown import earlier, provenance, table
+from .measured import NOT_MEASURED, median, quoted, records
 from .steps import StepCase, StepSpec
-
-NO_GPU = "not yet measured"
 
 
 class Shown(NamedTuple):
@@ -55,7 +53,7 @@ def block(shown: Shown, devices: list[dict]) -> str:
     measured = [data for data in devices if any(True for _ in records(data, shown.section))]
     parts = [_device(shown, data) for data in measured]
     if not any(_name(data) != "cpu" for data in measured):
-        rows = [[f"`{name}`", *([NO_GPU] * len(shown.gpu_cases))] for name in shown.providers]
+        rows = [[f"`{name}`", *([NOT_MEASURED] * len(shown.gpu_cases))] for name in shown.providers]
         heading = f"On a GPU, ms and peak MiB of {shown.what}:"
         parts.insert(0, f"{heading}\n\n{table(['', *map(str, shown.gpu_cases)], rows)}")
     return "\n\n".join(parts)
@@ -66,14 +64,13 @@ def _name(data: dict) -> str:
 
 
 def _device(shown: Shown, data: dict) -> str:
-    newest: dict[StepCase, dict] = {}
+    of_case: dict[StepCase, list[dict]] = {}
     for record in records(data, shown.section):
-        newest.setdefault(shown.case_type(**record["case"]), record)
+        of_case.setdefault(shown.case_type(**record["case"]), []).append(record)
     # As they were added, the oldest first.
-    cases = list(reversed(newest))
-    rows = [[f"`{name}`", *(_cell(newest[case], name, shown.floor) for case in cases)] for name in shown.providers]
-    used = {record["run"] for record in newest.values()}
-    source = provenance({"runs": [run for i, run in enumerate(data["runs"]) if i in used]})
+    cases = list(reversed(of_case))
+    rows = [[f"`{name}`", *(_cell(of_case[case], name, shown.floor) for case in cases)] for name in shown.providers]
+    source = provenance(data, shown.section)
     where = "On one core of a CPU" if _name(data) == "cpu" else f"On {_name(data)}"
     heading = (
         f"{where}, ms of {shown.what} (p20 to p80), its ratio to `{shown.floor}`, peak memory where it is counted:"
@@ -81,8 +78,12 @@ def _device(shown: Shown, data: dict) -> str:
     return f"{heading}\n\n{table(['', *map(str, cases)], rows)}\n\n{source}"
 
 
-def _cell(record: dict, name: str, over: str) -> str:
-    row = record["providers"].get(name, {"status": "not run"})
+def _cell(found: list[dict], name: str, over: str) -> str:
+    """Of a case's records, the newest first."""
+    record = quoted(found, name, over) or next((record for record in found if name in record["providers"]), None)
+    if record is None:
+        return NOT_MEASURED
+    row = record["providers"][name]
     time, floor = median(record, name, "step"), median(record, over, "step")
     if time is None:
         return f"{row['status']}: {row['reason']}" if "reason" in row else row["status"]
@@ -90,4 +91,5 @@ def _cell(record: dict, name: str, over: str) -> str:
     text = f"{time:.{digits}f} ({row['step']['p20_ms']:.{digits}f} to {row['step']['p80_ms']:.{digits}f})"
     text += f" = {time / floor:.2f}x" if floor else ""
     peak = row.get("step_peak_bytes")
-    return text if peak is None else f"{text}, {peak / 2**20:,.0f} MiB"
+    text += "" if peak is None else f", {peak / 2**20:,.0f} MiB"
+    return text + earlier(record, found[0])

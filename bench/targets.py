@@ -1,6 +1,7 @@
 """What this library promises of its speed (on an H100 where nothing else is said), and whether a file of results keeps it."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -8,14 +9,17 @@ from typing import NamedTuple
 from . import experts
 from .cases import ONE_RANK_MORE, TARGETS, Case, gpu_grid
 from .experts import ExpertCase
-from .measured import median, ratio, records
+from .measured import FAULTS, NOT_MEASURED, deciding, plain_models, records, status
 from .passes import Sizes
 from .samples import CPU_CASES, GPU_CASES, SampleCase
 from .steps import StepCase
 
+FAULT = math.nan
+"""The number of a provider of this library that was wrong or failed: it keeps no limit."""
+
 
 class Worst(NamedTuple):
-    """The worst value of the `seen` cases that were measured, `of` how many."""
+    """The worst value of the `seen` cases that were measured, `of` how many; FAULT where one of them is."""
 
     value: float
     seen: int
@@ -38,8 +42,10 @@ class Target:
         """What was measured, and for each limit whether that keeps it: of a part of the cases that keep it, "so far"."""
         found = None if data is None else self.measure(data)
         if found is None:
-            return "not yet measured", ""
+            return NOT_MEASURED, ""
         value, seen, of = found if isinstance(found, Worst) else (found, 1, 1)
+        if math.isnan(value):
+            return "wrong or failed", ", then ".join("**no**" for _ in self.limits)
         kept = [value <= limit if self.at_most else value >= limit for limit in self.limits]
         measured = f"{value:.3g}{self.unit}"
         if seen < of:
@@ -52,57 +58,78 @@ def _worst(values: Iterable[float | None], pick: Callable) -> Worst | None:
     """The worst of the values that there are."""
     values = list(values)
     there = [value for value in values if value is not None]
-    return Worst(pick(there), len(there), len(values)) if there else None
+    worst = FAULT if any(map(math.isnan, there)) else pick(there, default=None)
+    return None if worst is None else Worst(worst, len(there), len(values))
+
+
+def _both(values: Sequence[float | None], combine: Callable) -> float | None:
+    if any(value is not None and math.isnan(value) for value in values):
+        return FAULT
+    return None if None in values else combine(values)
+
+
+def _own(provider: str) -> bool:
+    return provider.startswith("ours") or provider == "plain"
+
+
+def _number(found: Iterable[dict], providers: Sequence[str], of_rows: Callable[..., float | None]) -> float | None:
+    """`of_rows` of the providers' rows in the record that they are quoted from; FAULT where one of this library's has one."""
+    record = deciding(found, *providers)
+    if record is None:
+        return None
+    fares = {name: status(record, name) for name in providers}
+    if any(fares[name] in FAULTS and _own(name) for name in providers):
+        return FAULT
+    return of_rows(*(record["providers"][name] for name in providers)) if set(fares.values()) == {"ok"} else None
+
+
+def _ratio(
+    data: dict, case: Case | StepCase, provider: str, kind: str, over: str = "frozen", section: str = "layer"
+) -> float | None:
+    def of_rows(*rows: dict) -> float | None:
+        return rows[0][kind]["median_ms"] / rows[1][kind]["median_ms"] if all(kind in row for row in rows) else None
+
+    return _number(records(data, section, case), (provider, over), of_rows)
 
 
 def _over(other: str) -> Callable[[dict], Worst | None]:
     """The least advantage over `other` at the three target shapes, forward + backward."""
     return lambda data: _worst(
-        (ratio(data, case, other, "forward_backward", over="ours") for case in TARGETS.values()), min
+        (_ratio(data, case, other, "forward_backward", over="ours") for case in TARGETS.values()), min
     )
 
 
 def _never_slower_than_peft(data: dict) -> Worst | None:
     def of_case(case: Case) -> float | None:
-        ratios = [ratio(data, case, "ours", kind, over="peft") for kind in ("forward", "forward_backward")]
-        return None if None in ratios else max(ratios)
+        ratios = [_ratio(data, case, "ours", kind, over="peft") for kind in ("forward", "forward_backward")]
+        return _both(ratios, max)
 
     return _worst(map(of_case, gpu_grid()), max)
 
 
 def _dispatch(data: dict) -> float | None:
-    for record in records(data, "dispatch"):
-        times = [median(record, name, "forward") for name in ("ours", "frozen")]
-        if None not in times:
-            return 1e3 * (times[0] - times[1])
-    return None
+    def of_rows(ours: dict, frozen: dict) -> float:
+        return 1e3 * (ours["forward"]["median_ms"] - frozen["forward"]["median_ms"])
+
+    return _number(records(data, "dispatch"), ("ours", "frozen"), of_rows)
 
 
 def _rank(data: dict) -> float | None:
     sixteen = Case(**{**asdict(ONE_RANK_MORE), "R": 16})
-    ratios = [ratio(data, case, "ours", "forward_backward") for case in (ONE_RANK_MORE, sixteen)]
-    return None if None in ratios else ratios[0] / ratios[1]
+    ratios = [_ratio(data, case, "ours", "forward_backward") for case in (ONE_RANK_MORE, sixteen)]
+    return _both(ratios, lambda pair: pair[0] / pair[1])
 
 
 def _model(ours: str, other: str, what: str) -> Callable[[dict], float | None]:
-    def measure(data: dict) -> float | None:
-        for record in records(data, "model"):
-            case = record["case"]
-            rows = [record["providers"].get(name, {}) for name in (ours, other)]
-            if not (case["checkpointing"] or case["compiled"]) and all(_right(row, what) for row in rows):
-                return rows[0][what] / rows[1][what]
-        return None
+    def of_rows(*rows: dict) -> float | None:
+        return rows[0][what] / rows[1][what] if all(row.get(what) for row in rows) else None
 
-    return measure
-
-
-def _right(row: dict, what: str) -> bool:
-    return row.get("status") == "ok" and bool(row.get(what))
+    return lambda data: _number(plain_models(data, ours, other), (ours, other), of_rows)
 
 
 def _steps(section: str, provider: str, over: str, cases: Sequence[StepCase], pick: Callable) -> Callable:
     """The worst ratio of two steps over all `cases`."""
-    return lambda data: _worst((ratio(data, case, provider, "step", over, section) for case in cases), pick)
+    return lambda data: _worst((_ratio(data, case, provider, "step", over, section) for case in cases), pick)
 
 
 _samples = functools.partial(_steps, "per-sample")
@@ -113,12 +140,12 @@ def _experts_memory(data: dict) -> Worst | None:
 
     def of_case(case: ExpertCase) -> float | None:
         weights = Sizes(case.layer, weights=case.E).w
-        for record in records(data, "experts"):
-            rows = [record["providers"].get(name, {}) for name in ("ours", "frozen")]
-            if record["case"] == asdict(case) and all(_right(row, "step_peak_bytes") for row in rows):
-                ours, frozen = (weights + row["step_peak_bytes"] for row in rows)
-                return ours / frozen
-        return None
+
+        def of_rows(*rows: dict) -> float | None:
+            ours, frozen = (row.get("step_peak_bytes") for row in rows)
+            return (weights + ours) / (weights + frozen) if ours and frozen else None
+
+        return _number(records(data, "experts", case), ("ours", "frozen"), of_rows)
 
     return _worst(map(of_case, experts.GPU_CASES), max)
 
@@ -126,20 +153,19 @@ def _experts_memory(data: dict) -> Worst | None:
 def _extra_memory(other: str) -> Callable[[dict], Worst | None]:
     """The worst ratio of what clipping takes over the plain step's memory: ours over the other's."""
 
+    def of_rows(*rows: dict) -> float | None:
+        plain, ours, others = (row.get("step_peak_bytes") for row in rows)
+        return (ours - plain) / (others - plain) if plain and ours and others and others > plain else None
+
     def of_case(data: dict, case: SampleCase) -> float | None:
-        for record in records(data, "per-sample"):
-            rows = [record["providers"].get(name, {}) for name in ("plain", "ours", other)]
-            if record["case"] == asdict(case) and all(_right(row, "step_peak_bytes") for row in rows):
-                plain, ours, others = (row["step_peak_bytes"] for row in rows)
-                return (ours - plain) / (others - plain) if others > plain else None
-        return None
+        return _number(records(data, "per-sample", case), ("plain", "ours", other), of_rows)
 
     return lambda data: _worst((of_case(data, case) for case in GPU_CASES), max)
 
 
 def _layer(kind: str, title: str, *limits: float) -> Target:
     words = {"forward": "forward", "forward_backward": "forward + backward"}[kind]
-    return Target(f"{words} over `frozen`, {title}", lambda data: ratio(data, TARGETS[title], "ours", kind), limits)
+    return Target(f"{words} over `frozen`, {title}", lambda data: _ratio(data, TARGETS[title], "ours", kind), limits)
 
 
 ALL = [

@@ -1,15 +1,18 @@
-"""Plans measured on this machine: a file for each device and versions in the user's cache directory.
+"""Plans measured on this machine: a file for each device, versions and kernels in the user's cache directory.
 
 Written when tuning is asked for (`allora bench --tune`), read when the first plan for a device is picked.
 """
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,20 @@ from .configs import Config
 NEAREST = 2.0
 """A measurement stands for numbers of rows up to this factor from its own."""
 
+_aside = False
+
+
+@contextlib.contextmanager
+def set_aside() -> Iterator[None]:
+    """Look nothing up within it: plans are those of a machine on which nothing was measured. Plans that were picked before are
+    to be forgotten on both sides of it (`plans.forget`)."""
+    global _aside
+    before, _aside = _aside, True
+    try:
+        yield
+    finally:
+        _aside = before
+
 
 def directory() -> Path:
     """``$XDG_CACHE_HOME/allora_kernels``, by default under ``~/.cache``."""
@@ -29,9 +46,17 @@ def directory() -> Path:
 
 @functools.cache
 def device_key(device: torch.device) -> str:
-    """The device's name and the versions a measurement depends on."""
+    """The device's name, and the versions and kernels that a measurement depends on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-    return f"{name}, torch {torch.__version__}, triton {triton.__version__}"
+    return f"{name}, torch {torch.__version__}, triton {triton.__version__}, kernels {_kernels()}"
+
+
+def _kernels() -> str:
+    """A digest of this package's source: a plan that was the fastest of other kernels says nothing of these."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def path(key: str) -> Path:
@@ -63,7 +88,10 @@ def entry(call: tuple, way: str, config: Config | None, milliseconds: dict[str, 
 
 
 def lookup(key: str, call: tuple) -> tuple[str, Config | None] | None:
-    """(way, config) measured for `call` or for the nearest number of rows; None where nothing near was measured."""
+    """(way, config) measured for `call` or for the nearest number of rows; None where nothing near was measured, or what was is
+    set aside."""
+    if _aside:
+        return None
     op, rows, *rest, dtype, low_rank_dtype = call
     same = [e for e in _entries(path(key)) if _identity(e)[2:] == (*rest, _name(dtype), _name(low_rank_dtype))]
     near = {abs(math.log(rows / e["call"][1])): e for e in same if e["call"][0] == op}

@@ -1,14 +1,18 @@
 """The benchmark: what it measures is right before it is timed, nothing stops it, and its file keeps what it has."""
 
+import argparse
+import io
 import json
+import subprocess
 from dataclasses import asdict
 
 import pytest
 import torch
 from rich.console import Console
 
+from allora_kernels import reference
 from bench import __main__ as bench
-from bench import cases, layer, measured, model, providers, results
+from bench import cases, layer, markdown, measured, model, providers, results
 from bench.cases import Case
 from bench.providers import PROVIDERS, Judge, Provider
 from bench.runner import Run
@@ -19,10 +23,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def small(monkeypatch):
-    """A grid of one tiny layer, and no ceilings."""
+    """A grid of one tiny layer, no ceilings, a source without changes."""
     monkeypatch.setattr(cases, "cpu_grid", lambda: [TINY])
     monkeypatch.setattr(cases, "compiles", lambda case: False)
     monkeypatch.setattr(bench.ceilings, "measure", lambda device, dtypes: {})
+    monkeypatch.setattr(results, "_source", lambda commit: ("a" * 40, False))
     # The process's own, for the tests after this one.
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
 
@@ -65,6 +70,19 @@ def test_a_wrong_result_is_found(spoil, named):
         assert Judge().verdict(PROVIDERS[name], wrong, inputs).startswith(f"{named} is off by")
 
 
+def test_gradients_of_fp32_factors_that_were_computed_in_16_bits_are_wrong():
+    inputs = Case(96, 80, 64, 8, "bfloat16", "float32").inputs("cpu")
+    lora_A, lora_B = (t.clone().requires_grad_() for t in (inputs.lora_A, inputs.lora_B))
+
+    def forward(x):
+        narrow = (t.to(torch.bfloat16) for t in (lora_A, lora_B))
+        return reference.allora_linear(x, inputs.weight, inputs.bias, *narrow, eta=providers.ETA)
+
+    for name in ("ours", "eager"):
+        verdict = Judge().verdict(PROVIDERS[name], Provider(forward, (lora_A, lora_B)), inputs)
+        assert verdict.startswith("dA is off by")
+
+
 def test_plain_lora_is_no_allora():
     inputs = TINY.inputs("cpu")
     verdict = Judge().verdict(PROVIDERS["ours"], PROVIDERS["addmm-in-place"].build(inputs), inputs)
@@ -90,7 +108,7 @@ def test_shapes_choose_from_the_grid_or_stand_for_themselves():
     chosen = cases.matching(grid, [cases.parse_shape("M=512,R=16")])
     assert {(c.M, c.R, c.dtype) for c in chosen} == {(512, 16, "bfloat16")} and len(chosen) == 6
     assert cases.matching(grid, [cases.parse_shape("M=3,N=5,K=7,R=2")]) == [Case(3, 5, 7, 2)]
-    with pytest.raises(ValueError, match="M=8192"):
+    with pytest.raises(argparse.ArgumentTypeError, match="M=8192"):
         cases.parse_shape("8192x4096")
 
 
@@ -195,6 +213,103 @@ def test_records_of_fewer_providers_do_not_displace_others(tmp_path):
     assert [r["commit"] for r in data["runs"]] == ["c"] and [r["run"] for r in data["records"]] == [0]
 
 
+def test_a_run_of_fewer_cases_leaves_the_others_to_be_run(small, tmp_path):
+    file = tmp_path / "cpu.json"
+    run("--only", "layer", "--minutes", "0", "--output", str(file))
+    run("--only", "layer", "--shapes", "M=999", "--output", str(file))
+    assert json.loads(file.read_text())["not_run"] == {"layer": [asdict(TINY)]}
+
+
+HERE = {"device": "a GPU", "commit": "a" * 40, "torch": "2.13", "triton": "3.6", "changed_files": False}
+
+
+@pytest.mark.parametrize(
+    "change, there",
+    [
+        ({}, True),
+        ({"torch": "2.14"}, False),
+        ({"triton": "3.7"}, False),
+        ({"commit": "b" * 40}, False),
+        ({"changed_files": True}, False),
+        ({"commit": None}, False),
+    ],
+)
+def test_what_is_missing_is_of_this_source_and_these_versions(tmp_path, change, there):
+    file = tmp_path / "file.json"
+    results.Results(file, HERE).add("layer", asdict(TINY), {"ours": {"status": "ok"}})
+    assert results.Results(file, HERE | change).has("layer", asdict(TINY), ["ours"]) is there
+    assert not results.Results(file, HERE).has("layer", asdict(TINY), ["ours", "peft"])
+
+
+def test_what_failed_is_run_again_and_displaces_nothing_right(tmp_path):
+    file = tmp_path / "file.json"
+    for status, has, kept in (("ok", True, 1), ("failed", False, 2), ("ok", True, 1)):
+        gathered = results.Results(file, HERE)
+        gathered.add("layer", asdict(TINY), {"frozen": {"status": "ok"}, "ours": {"status": status}})
+        assert gathered.has("layer", asdict(TINY), ["frozen", "ours"]) is has
+        assert len(gathered.data["records"]) == kept
+
+
+def test_a_file_has_the_results_of_one_device(small, tmp_path, monkeypatch):
+    file = tmp_path / "h100.json"
+    results.Results(file, HERE).add("layer", asdict(TINY), {"ours": {"status": "ok"}})
+    before = file.read_text()
+    monkeypatch.setattr(bench, "_measure", lambda *a: pytest.fail("measured"))
+    console = Console(record=True, width=300, file=io.StringIO())
+    assert bench.main(["--output", str(file)], console) == 2
+    assert "has the results of a GPU, this run is on cpu" in console.export_text() and file.read_text() == before
+
+
+def test_two_runs_do_not_write_one_file(small, tmp_path, monkeypatch):
+    file, console = tmp_path / "cpu.json", Console(record=True, width=300, file=io.StringIO())
+    monkeypatch.setattr(bench, "_measure", lambda *a: inner.append(bench.main(["--output", str(file)], console)))
+    inner = []
+    assert bench.main(["--output", str(file)], console) == 0 and inner == [2]
+    assert f"another run is writing to {file}" in console.export_text()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--commit", "nonsense"], ["--commit", "abc"], ["--output", "."], ["--shapes", "foo"]]
+)
+def test_a_mistake_in_an_option_is_named(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.parse(arguments)
+    said = {"nonsense": "hexadecimal", "abc": "7 to 40", ".": "is a folder", "foo": "such as M=8192"}[arguments[1]]
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_git_is_asked_whether_files_were_changed(tmp_path, monkeypatch):
+    def git(*arguments):
+        return subprocess.run(
+            ["git", *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+
+    def source(commit=None):
+        found = results.environment(CPU, commit)
+        return found["commit"], found["changed_files"]
+
+    assert source() == (None, None) and source("a" * 7) == ("a" * 7, None)
+    git("init", "-q")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "m")
+    head = git("rev-parse", "HEAD")
+    assert source() == source(head[:9]) == (head, False)
+    (tmp_path / "file").write_text("2")
+    assert source() == source(head) == (head, True)
+    # A commit that the repository does not know: nothing is claimed of it.
+    assert source("f" * 40) == ("f" * 40, None)
+    runs = [HERE | {"changed_files": changed, "date": "d"} for changed in (None, True, False)]
+    shown = markdown.provenance({"runs": runs, "records": [{"section": "layer", "run": i} for i in range(3)]})
+    assert (
+        "aaaaaaaaaa, uncommitted changes not known, d." in shown and "aaaaaaaaaa, with uncommitted changes, d." in shown
+    )
+    assert "aaaaaaaaaa, d." in shown
+
+
 def test_a_file_of_something_else_is_left_alone(tmp_path):
     file = tmp_path / "other.json"
     file.write_text("{}")
@@ -244,6 +359,27 @@ def test_an_adapter_that_changes_the_fresh_model_is_wrong(base):
     assert "fresh adapter" in model._fault(step, loss, 1.1 * loss)
     step.parameters[0].grad = None
     assert "no gradient" in model._fault(step, loss, loss)
+
+
+@pytest.mark.parametrize("variant, factor", [("ours", "lora_A"), ("ours-fp32", "lora_B"), ("peft", "lora_B")])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_model_with_wrong_gradients_is_wrong(base, monkeypatch, variant, factor, layer):
+    def spoiled(model_, case, name):
+        found = real(model_, case, name)
+        for parameter_name, p in found.named_parameters():
+            if p.requires_grad and factor in parameter_name and f"layers.{layer}." in parameter_name:
+                p.register_hook(lambda g: 1.01 * g)
+        return found
+
+    real = model._with_adapters
+    monkeypatch.setattr(model, "_with_adapters", spoiled)
+    run = Run(CPU, results.Results(None, {}), print)
+    case = model.ModelCase(2, False, False, 1, 16, 4, "float32")
+    row = model._measure(run, base, case, ["frozen", variant])[variant]
+    which = ("first", "last")[layer]
+    assert row["status"] == "wrong" and row["reason"].startswith(
+        f"of the {which} adapted layer d{factor[-1]} is off by"
+    )
 
 
 def test_a_model_too_large_for_memory_is_halved_at_once(monkeypatch):

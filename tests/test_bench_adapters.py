@@ -36,6 +36,13 @@ def test_another_adapters_samples_are_wrong(name):
     assert judge_of(batch).verdict(PROVIDERS[name], PROVIDERS[name].build(other)).startswith("y is off by")
 
 
+def test_what_is_timed_of_one_by_one_is_the_layers_alone():
+    batch = TINY.batch(CPU)
+    results = PROVIDERS["one-by-one"].build(batch)()
+    # y of each adapter's own samples, as its layer gave it.
+    assert [len(y) for y, *_ in results] == [batch.of_sample.count(e) for e in range(3)]
+
+
 @pytest.mark.parametrize("position, named", [(2, "dA of adapter 0"), (4, "dA of adapter 2"), (6, "dB of adapter 1")])
 def test_a_wrong_gradient_is_found(position, named):
     batch = TINY.batch(CPU)

@@ -3,11 +3,16 @@
 import io
 
 import pytest
+import torch
 from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from bench import budget
+from bench import adapter_providers, budget, expert_providers, step_budget
+from bench.adapters import AdaptersCase
 from bench.budget import predicted_ms, predicted_ratio
 from bench.cases import TARGETS, Case
+from bench.experts import ExpertCase
 from bench.passes import COUNTED, passes, total
 from bench.providers import PROVIDERS
 
@@ -55,6 +60,65 @@ def test_a_fp32_adapter_costs_peft_more_than_it_costs_ours():
     for name in ("peft-fp32", "ours"):
         assert predicted_ratio(name, wide, "forward") >= predicted_ratio(name, CASE, "forward")
     assert predicted_ratio("peft-fp32", wide, "forward") > 1.2 + predicted_ratio("ours", wide, "forward") - 0.1
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--shapes", "foo"], "such as M=8192"),
+        (["--shapes", "M=1"], "no case of the grid"),
+        (["--tflops", "0"], "above 0, got '0'"),
+        (["--tb-per-s", "fast"], "above 0, got 'fast'"),
+    ],
+)
+def test_a_mistake_in_an_option_is_named(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        budget.main(arguments)
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operations read and write: of a gather or a scatter the rows alone, of a view none."""
+
+    VIEWS = "t transpose view detach _unsafe_view alias expand permute as_strided unsqueeze slice select set_ new_empty_strided"
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result, name = function(*args, **(kwargs or {})), function.overloadpacket.__name__
+        sizes = [t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        written = sum(t.nbytes for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+        if name == "index":
+            self.bytes += 2 * written
+        elif name == "index_put_" or name == "copy_":
+            self.bytes += 2 * sizes[-1]
+        elif name in ("new_zeros", "zeros"):
+            self.bytes += written
+        elif name not in self.VIEWS.split():
+            self.bytes += sum(sizes) + written
+        return result
+
+
+@pytest.mark.parametrize(
+    "counted, case, providers, name",
+    [
+        *((step_budget.ADAPTERS, AdaptersCase(c, 16, 64, 256, 256, 8), adapter_providers.PROVIDERS, n)
+          for c in (4, 16) for n in ("grouped-mm", "peft")),
+        (step_budget.EXPERTS, ExpertCase(16, 512, 256, 512, 16), expert_providers.PROVIDERS, "peft"),
+        (step_budget.EXPERTS, ExpertCase(16, 512, 256, 512, 16), expert_providers.PROVIDERS, "grouped-mm"),
+    ],
+)  # fmt: skip
+def test_what_is_counted_is_what_is_moved(counted, case, providers, name):
+    spec = providers[name]
+    if spec.obstacle():
+        pytest.skip(spec.obstacle())
+    step = spec.build(case.batch(torch.device("cpu")))
+    step()
+    with Traffic() as moved:
+        step()
+    assert total(counted.passes(name, case))[1] == pytest.approx(moved.bytes, rel=0.06)
 
 
 def test_the_command_prints_the_table_as_computed():

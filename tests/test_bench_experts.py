@@ -67,10 +67,10 @@ def test_the_budget_of_the_published_case():
     counted = step_budget.EXPERTS
     times = {name: step_budget.predicted_ms(counted, name, case, 800, 3) for name in counted.providers}
     assert list(times) == list(PROVIDERS)
-    # The weights are read once a pass, 403 MB of them, by all but PEFT, which moves as much six times more.
+    # The weights are read once a pass, 403 MB of them, by all but PEFT, which moves as much seven times more.
     weights = 128 * 768 * 2048 * 2 / 3e12 * 1e3
     assert 2 * weights < times["frozen"] < times["ours"] < times["grouped-mm"] < 2.6 * weights
-    assert 7 * weights < times["peft"] < 7.5 * weights
+    assert 9 * weights < times["peft"] < 9.5 * weights
 
 
 def made_up(milliseconds, mebibytes):

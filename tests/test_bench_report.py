@@ -106,8 +106,17 @@ def test_results_become_tables_and_plots(folder):
         assert (folder / "docs" / image).read_bytes().startswith(b"\x89PNG")
     # 0.827 PFLOP of GEMMs and adapter in 2 x 1.06 ms, and their count.
     assert re.search(r"\| `ours` \| 2\.120 \(2\.099 to 2\.162\) \| 262 \| \d\.\d\d \| 6 \| 200 \|", shown), shown
-    assert "layer: 1 cases" in shown and "| 8,000 | 60.0 |" in shown
+    assert (
+        "layer: 1 cases. Not run at all: per-sample, experts, adapters, quantized." in shown
+        and "| 8,000 | 60.0 |" in shown
+    )
     assert "| ours | 1.069 | 1.201 | 1.135 | 1.060 | 1.060 |" in block(folder, "budget")
+
+
+def test_a_table_names_the_runs_of_its_own_section_alone(folder):
+    again(folder, "dispatch", asdict(Case(512, 4096, 4096, 16)), {"frozen": layer_row(1.0)})
+    make(folder)
+    assert "dddddddddd" not in block(folder, "readme", "README.md") and "dddddddddd" not in block(folder, "summary")
 
 
 def test_targets_are_met_or_not(folder):
@@ -132,10 +141,13 @@ def test_the_page_begins_with_what_a_layer_and_a_model_cost(folder):
     assert text.index("bench:summary:begin") < text.index("\n## ")
     shown = block(folder, "summary")
     assert f"| a layer, bf16 adapters ({ONE_TARGET}) | 1.06 | 1.45 | 1.37 |" in shown
-    assert "| a layer, fp32 adapters | not run | not run | not run |" in shown
+    assert "| a layer, fp32 adapters | not yet measured | not yet measured | not yet measured |" in shown
     assert "Llama-3.1-8B's shape, bf16 adapters | 1.12 | 1.50 | 1.33 |" in shown
     assert "Llama-3.1-8B's shape, fp32 adapters | 1.14 | 1.64 | 1.44 |" in shown
-    assert "(nf4, M=8192 4096x4096 R=16 bfloat16/float32) | not run | not run | not run |" in shown
+    assert (
+        "(nf4, M=8192 4096x4096 R=16 bfloat16/float32) | not yet measured | not yet measured | not yet measured |"
+        in shown
+    )
 
 
 def test_one_slow_shape_is_the_worst(folder):
@@ -159,8 +171,8 @@ def test_a_wrong_result_is_quoted_nowhere(folder):
     edit(folder, wrong)
     make(folder)
     assert "| `ours` | wrong | wrong | wrong |" in block(folder, "readme", "README.md")
-    measured = [line for line in block(folder, "targets").splitlines()[2:] if "not yet measured" not in line]
-    assert measured == []
+    rows = [line for line in block(folder, "targets").splitlines()[2:] if "not yet measured" not in line]
+    assert rows and all("| wrong or failed | **no**" in line for line in rows)
 
 
 def test_a_target_over_three_shapes_is_met_by_all_three_and_missed_by_any(folder):
@@ -181,14 +193,16 @@ def test_a_target_over_three_shapes_is_met_by_all_three_and_missed_by_any(folder
 def test_fp32_adapters_have_a_row_of_their_own(folder):
     file = folder / "made-up-h100.json"
     assert not make(folder)
-    assert "| `ours-fp32` | not run | not run | not run |" in block(folder, "readme", "README.md")
+    assert "| `ours-fp32` | not yet measured | not yet measured | not yet measured |" in block(
+        folder, "readme", "README.md"
+    )
     data = json.loads(file.read_text())
     rows = layer_rows() | {"ours": {"status": "ok", "forward": timing(1.2), "forward_backward": timing(2.6)}}
     case = asdict(ONE_TARGET) | {"adapter_dtype": "float32"}
     data["records"].append({"section": "layer", "case": case, "run": 0, "providers": rows})
     file.write_text(json.dumps(data))
     make(folder)
-    assert "| `ours-fp32` | 1.20 / 1.30 | not run | not run |" in block(folder, "readme", "README.md")
+    assert "| `ours-fp32` | 1.20 / 1.30 | not yet measured | not yet measured |" in block(folder, "readme", "README.md")
 
 
 def test_a_cpus_results_are_not_quoted(folder):
@@ -199,6 +213,13 @@ def test_a_cpus_results_are_not_quoted(folder):
     make(folder)
     assert report.NOT_YET in (folder / "README.md").read_text()
     assert block(folder, "results") == report.NOT_YET and not list((folder / "docs").glob("*.png"))
+
+
+@pytest.mark.parametrize("option, said", [("--root", "there is no "), ("--results", "must be a folder of results")])
+def test_a_folder_that_is_none_is_named(folder, capsys, option, said):
+    with pytest.raises(SystemExit) as stop:
+        make(folder, option, str(folder / "nowhere"))
+    assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_only_what_stands_between_markers_is_touched():
@@ -217,3 +238,64 @@ def test_the_plan_that_is_picked_stands_beside_the_fastest(folder):
     make(folder)
     page = (folder / "docs" / "performance.md").read_text()
     assert f"| dx of {ONE_TARGET} | tiles (M=128) | 1.200 | the vendor's | +9.1% |" in page
+
+
+def again(folder, section, case, rows):
+    """A later run of another commit, with a record of its own."""
+    run = {"device": "Made Up H100", "commit": "d" * 40, "date": "2026-01-02", "torch": "2.14", "changed_files": False}
+    results.Results(folder / "made-up-h100.json", run).add(section, case, rows)
+
+
+def layer_row(milliseconds):
+    return {"status": "ok", "forward": timing(milliseconds), "forward_backward": timing(milliseconds)}
+
+
+@pytest.mark.parametrize("status", ["wrong", "failed"])
+def test_a_fault_in_the_newest_record_is_no_older_number(folder, status):
+    for case in TARGETS.values():
+        again(folder, "layer", asdict(case), {"frozen": layer_row(1.0), "ours": {"status": status, "reason": "dA"}})
+    make(folder)
+    assert f"| `ours` | {status} | {status} | {status} |" in block(folder, "readme", "README.md")
+    table = block(folder, "targets")
+    for title in ("forward over `frozen`, M=8192, 4096x4096", "faster than `peft` at the worst of these three shapes"):
+        (row,) = [line for line in table.splitlines() if line.startswith(f"| {title} |")]
+        assert row.endswith("| wrong or failed | **no** |")
+    assert "| ≤ 1.1x, then ≤ 1.05x | wrong or failed | **no**, then **no** |" in table
+    assert "| `peft` | 1.45 / 1.45 |" in block(folder, "readme", "README.md")
+
+
+def test_a_fault_at_one_of_three_shapes_is_none_unseen(folder):
+    def wrong(record):
+        if record["section"] == "layer" and record["case"] == asdict(TARGETS["M=2048, 4096x4096"]):
+            record["providers"]["ours"] = {"status": "wrong", "reason": "dA is off"}
+
+    edit(folder, wrong)
+    make(folder)
+    table = block(folder, "targets")
+    assert "| faster than `peft` at the worst of these three shapes | ≥ 1.35x | wrong or failed | **no** |" in table
+    assert "| time over `peft` at the worst shape of the grid | ≤ 1x | wrong or failed | **no** |" in table
+
+
+def test_a_quotient_is_of_one_run_and_the_newest_that_has_both_sides(folder):
+    again(folder, "layer", asdict(ONE_TARGET), {"frozen": layer_row(1.0), "ours": layer_row(1.04)})
+    make(folder)
+    # Neither 1.45 / 1.04 nor 1.04 beside a 1.45 of another run.
+    assert f"| a layer, bf16 adapters ({ONE_TARGET}) | 1.06 | 1.45 | 1.37 |" in block(folder, "summary")
+    shown = block(folder, "results")
+    assert "| `ours` | 1.04 / 1.04 |" in shown and "| `peft` | 1.45 / 1.45 |" in shown
+    assert re.search(r"\| M=8192 4096x4096 R=16 bfloat16 \| 1\.000 \| 1\.04 \|.* 1\.45 \|", shown)
+    assert "| `ours` | 1.040 (" in shown and "| `peft` (an earlier run) | 2.900 (" in shown
+
+
+def test_what_a_later_run_has_again_is_listed_once(folder):
+    again(folder, "ways", asdict(ONE_TARGET) | {"product": "dx"}, {
+        "frozen": {"status": "ok", "time": timing(1.0), "picked": False},
+        "rings": {"status": "ok", "time": timing(1.05), "picked": True},
+    })  # fmt: skip
+    again(folder, "model", asdict(GPU_CASES[0]), {name: model_rows()[name] for name in ("frozen", "ours")})
+    make(folder)
+    shown = block(folder, "results")
+    assert [line for line in shown.splitlines() if line.startswith("| dx of ")] == [
+        f"| dx of {ONE_TARGET} | rings | 1.050 | rings | +0.0% |"
+    ]
+    assert shown.count("| `ours` | 8,000 |") == 1 and shown.count("| `peft` (an earlier run) | 6,000 |") == 1

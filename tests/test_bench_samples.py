@@ -77,7 +77,8 @@ def test_a_run_times_every_provider(small, tmp_path, monkeypatch):
         assert row["status"] == "ok" and row["step"]["p20_ms"] <= row["step"]["p80_ms"], (name, row)
 
 
-def test_providers_shapes_and_missing_choose_what_runs(small, tmp_path):
+def test_providers_shapes_and_missing_choose_what_runs(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "_source", lambda commit: ("a" * 40, False))
     file = tmp_path / "cpu.json"
     run("--providers", "ours", "--shapes", "M=30,K=32", "--output", str(file))
     (record,) = measured.records(json.loads(file.read_text()), "per-sample")
@@ -134,7 +135,7 @@ def test_targets_and_table_of_made_up_results():
     assert "| on a CPU: clipped step faster than `opacus-ghost`, worst b x T | ≥ 1x | 0.5x | **no** |" in table
 
     text = step_report.block(step_report.SAMPLES, [gpu, cpu])
-    assert "| `ours` | 2.20 (2.20 to 2.20) = 1.10x, 13 MiB |" in text and "not yet measured" not in text
+    assert "| `ours` | 2.20 (2.20 to 2.20) = 1.10x, 13 MiB |" in text and "On a GPU, ms" not in text
     assert "On one core of a CPU, ms" in text and "wrong: dA is off by 1" in text and "commit cccccccccc" in text
     alone = step_report.block(step_report.SAMPLES, [cpu])
     assert f"| `ours` |{' not yet measured |' * len(GPU_CASES)}" in alone and "| `ours` | 22.0" in alone

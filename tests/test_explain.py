@@ -125,3 +125,10 @@ def test_from_the_command_line_no_weight_is_read(tmp_path):
     ):
         done = explained(*wrong)
         assert done.exit_code == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_command_names_the_rules_as_it_takes_them():
+    from allora_kernels.tools import cli
+
+    with pytest.raises(ValueError, match="--norm must be one of row, matrix, factor, entry, token, none, got 'foo'"):
+        cli.explain("no-model", norm="foo")

@@ -253,6 +253,17 @@ def test_a_measurement_is_preferred_near_where_it_was_taken():
     )
 
 
+def test_the_benchmark_takes_no_plan_that_was_tuned_here():
+    from bench import __main__ as bench
+
+    tiles, by_estimate = plans.options(call(), "sm_90")[3], plans._pick(call(), "sm_90", plans.EVERYTHING, None)
+    save(*tiles)
+    assert plans._pick(call(), "sm_90", plans.EVERYTHING, KEY) == tiles != by_estimate
+    with bench._untuned():
+        assert plans._pick(call(), "sm_90", plans.EVERYTHING, KEY) == by_estimate
+    assert plans._pick(call(), "sm_90", plans.EVERYTHING, KEY) == tiles
+
+
 def test_the_nearest_number_of_rows_wins_and_a_new_measurement_replaces_the_old():
     first, second = plans.options(call(), "sm_90")[:2]
     save(*first, m=1024)
@@ -295,6 +306,28 @@ def test_a_broken_file_is_said_and_does_without(content):
     tuning.path(KEY).write_text(content)
     with pytest.warns(RuntimeWarning, match="cannot be read"):
         assert tuning.lookup(KEY, call()) is None
+
+
+def test_tuning_that_can_keep_nothing_says_why(monkeypatch):
+    from allora_kernels.tools import tune
+
+    monkeypatch.setattr(tune.backend, "choose", lambda *arguments: None)
+    monkeypatch.setattr(
+        tune, "rejected", lambda product, options: dict.fromkeys(options, "RuntimeError: no kernel image")
+    )
+    with pytest.raises(
+        ValueError, match=r"no plan of y can be used here, so none is kept; .*: RuntimeError: no kernel image"
+    ):
+        next(tune.tune((32, 32, 32, 4), torch.float32, torch.float32, torch.device("cpu")))
+
+
+def test_a_measurement_is_of_these_kernels(tmp_path, monkeypatch):
+    keys = []
+    for source in ("x = 1", "x = 2", "x = 1"):
+        (tmp_path / "kernel.py").write_text(source)
+        monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.py"))
+        keys.append(tuning.device_key.__wrapped__(torch.device("cpu")))
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_files_are_kept_apart_by_device_and_versions():

@@ -3,6 +3,7 @@
 import math
 import re
 from importlib import metadata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from scipy import stats
 from study_cells import fake_record, fill
 
 from bench.study import __main__ as command
-from bench.study import flaw_report, plan, readme, report, results, statistics, verdicts
+from bench.study import flaw_report, plan, readme, report, results, sections, statistics, verdicts
 from bench.study.cells import SEEDS, identity
 from bench.study.methods import ALLORA, LORA
 from bench.study.store import Store
@@ -129,8 +130,8 @@ def test_a_verdict_counts_cases_and_leaves_perplexity_out_of_the_points():
     alone = verdicts.Tally("DoRA", [case("newsgroups", -0.04, 0.5)])
     perplexity = verdicts.Tally("LoRA+", [case("shakespeare", 1.0, 0.9, sign=-1)])
     assert verdicts.sentence("AdamW", [mixed, alone, perplexity]) == (
-        f"Under AdamW, {OURS} is better than LoRA in 2 and worse in 1 of 3 cases (mean +0.5 points); "
-        "not told apart from DoRA (1 case, mean +0.0 points) or LoRA+ (1 case)"
+        f"Under AdamW, {OURS} is better than LoRA in 2 and worse in 1 of 3 cases (mean +0.5 points over the 2 with an "
+        "accuracy); not told apart from DoRA (1 case, mean +0.0 points) or LoRA+ (1 case)"
     )
     better = "2: 20 Newsgroups at 25 steps, Shakespeare, decoder at 25 steps"
     assert verdicts.rows("AdamW", [mixed, perplexity]) == [
@@ -247,6 +248,20 @@ def test_halves_that_add_up_do_not_interact():
     ((_, _, mixed),) = flaw_report.scaling_points([*added, record(2.0, "all", [5.0, 6.0])])["M", "sgd"]
     assert mixed == pytest.approx(1 / math.sqrt(8))
     assert not flaw_report.scaling_points(added)
+
+
+def test_one_outlier_is_no_mean_of_the_scaling(monkeypatch):
+    changes = {"LoRA": [(0.5, 1.0, 0.2), (4.0, 80.0, 0.3)], OURS: [(0.5, 15.0, 0.5), (4.0, 4.0, 0.1)]}
+    points = {(name, "sgd"): found for name, found in changes.items()}
+    monkeypatch.setattr(flaw_report, "scaling_points", lambda records: points)
+    monkeypatch.setattr(sections.figures, "scaling", lambda points: None)
+    numbered, said = SimpleNamespace(figure=lambda *a: "", figures=5), []
+    sections.scaling(numbered, [], said)
+    assert said == [
+        "Under SGD with momentum multiplying ALLoRA's η changes the logits less than multiplying LoRA's α at 1 of 2 "
+        "multipliers (by 4.00 to 15.00 against 1.00 to 80.00 of their size), and the layers interact by 0.10 to 0.50 against "
+        "0.20 to 0.30 of the change (Figure 5)."
+    ]
 
 
 # --- what is committed ----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..layer.linear import FusedALLoRALinear
-from ..testing import make_inputs
+from ..testing import make_inputs, with_factors
 from . import timing
 from .tune import tune
 
@@ -40,11 +40,10 @@ def measure_layer(
     (_, N, K, R), inputs = shape, make_inputs(*shape, dtype, adapter_dtype, device=device)
     linear = torch.nn.Linear(K, N, device=device, dtype=dtype)
     layer = FusedALLoRALinear.from_linear(linear, r=R, adapter_dtype=adapter_dtype)
+    with_factors(layer, inputs.lora_A, inputs.lora_B)
     with torch.no_grad():
         layer.weight.copy_(inputs.weight)
         layer.bias.copy_(inputs.bias)
-        layer.lora_A.copy_(inputs.lora_A)
-        layer.lora_B.copy_(inputs.lora_B)
     x, g = inputs.x.requires_grad_(), inputs.g
 
     def frozen():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from ..layer.functional import check_rule
+from ..reference import NORMS
 from ..training.config import FinetuneConfig, without_none
 from .doctor import default_device, diagnose
 from .runs_file import read_runs
@@ -114,6 +115,9 @@ def explain(
     """Show what would be adapted in a model, and which kernels would run each layer on this device."""
     from .model_plan import explain_model
 
+    rules = [rule or "none" for rule in NORMS]
+    if norm not in rules:
+        raise ValueError(f"--norm must be one of {', '.join(rules)}, got {norm!r}")
     targets = "all-linear" if list(target_modules) == ["all-linear"] else list(target_modules)
     weights = None if dtype is None else _dtype(dtype)
     _quiet_transformers()

@@ -109,7 +109,8 @@ def tune(
     Every plan is checked against fp64 before it is timed, as the tests do.
 
     Raises:
-        ValueError: the kernels cannot run on `device` or in these dtypes, so there is nothing to choose.
+        ValueError: the kernels cannot run on `device` or in these dtypes, or every plan is refused, so there is nothing to
+            choose.
     """
     backend.choose(device, torch.promote_types(dtype, adapter_dtype), "triton")
     from csrc_triton import plans, tuning
@@ -117,6 +118,9 @@ def tune(
     for product in products(make_inputs(*shape, dtype, adapter_dtype, device=device)):
         options = plans_of(product)
         wrong = rejected(product, options)
+        if wrong.keys() == options.keys():
+            plan, why = next(iter(wrong.items()))
+            raise ValueError(f"no plan of {product.step} can be used here, so none is kept; {plan}: {why}")
         calls = {name: functools.partial(product.launch, plan) for name, plan in options.items() if name not in wrong}
         times = timing.interleaved(calls, rounds=rounds, device=device)
         result = Tuned(product.step, {name: time.median_ms for name, time in times.items()}, wrong)

@@ -48,7 +48,8 @@ def summary(store: Store, blocks: list[Block]) -> str:
     return (
         f"**{answer}** So our tests say of {_many(len(models), 'small model')} and {_many(len(tasks), 'task')}, with "
         f"{len(SEEDS)} seeds and each method (the others are PEFT's) at its own best learning rate. {' '.join(said)} A case is "
-        f"a task and a length of training; a difference counts at p < 0.05. More on [the study's page](docs/study.md) "
+        f"a task and a length of training; a difference counts at p < 0.05 after Holm's correction for the comparisons of "
+        f"its table. More on [the study's page](docs/study.md) "
         f"({state}).\n\n"
         "![ALLoRA minus PEFT's methods: points of accuracy](docs/study-differences.png)"
     )

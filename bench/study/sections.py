@@ -278,13 +278,15 @@ def scaling(numbered, records: list[dict], said: list[str]) -> str:
     for optimizer in dict.fromkeys(optimizer for _, optimizer in points):
         pair = [points.get((name, optimizer)) for name in (LORA.name, ALLORA.name)]
         if all(pair):
+            alphas, etas = ({multiplier: change for multiplier, change, _ in found} for found in pair)
+            both = alphas.keys() & etas.keys()
+            less = sum(etas[multiplier] < alphas[multiplier] for multiplier in both)
             (a_change, a_mixed), (e_change, e_mixed) = (
-                tuple(sum(p[i] for p in found) / len(found) for i in (1, 2)) for found in pair
+                tuple(f"{min(values):.2f} to {max(values):.2f}" for values in list(zip(*found))[1:]) for found in pair
             )
-            more = "more" if e_change > a_change else "less"
             said.append(
-                f"Under {OPTIMIZER_TITLES[optimizer]} multiplying ALLoRA's η changes the logits {more} than multiplying "
-                f"LoRA's α ({e_change:.2f} against {a_change:.2f} of their size, mean over the multipliers), and the layers "
-                f"interact by {e_mixed:.2f} against {a_mixed:.2f} of the change (Figure {numbered.figures})."
+                f"Under {OPTIMIZER_TITLES[optimizer]} multiplying ALLoRA's η changes the logits less than multiplying LoRA's α "
+                f"at {less} of {len(both)} multipliers (by {e_change} against {a_change} of their size), and the layers "
+                f"interact by {e_mixed} against {a_mixed} of the change (Figure {numbered.figures})."
             )
     return "\n\n".join(parts)

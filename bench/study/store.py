@@ -1,6 +1,5 @@
 """The file of results: a JSON object a line, one line a cell. A line that is there is never written again."""
 
-import fcntl
 import json
 import math
 import os
@@ -9,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..locking import locked
 from .cells import Record, identity
 
 
@@ -71,14 +71,9 @@ class Store:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other runs out of the folder; ValueError where one is in it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"another run is writing to {self.folder}: let it end, or name another --results"
-                ) from None
+        with locked(
+            self.folder / ".lock", f"another run is writing to {self.folder}: let it end, or name another --results"
+        ):
             yield
 
 

@@ -14,8 +14,8 @@ NOT_TOLD_APART = (
     "no significant difference (p ≥ 0.05 by a paired t-test over seeds, with Holm's correction within a table)"
 )
 COLUMNS = (
-    "A case is a task and a budget; not told apart: p ≥ 0.05; mean lead: points of accuracy, mean over the cases; half "
-    "interval: half the 95% interval of a case's difference, in points, median over the cases"
+    "A case is a task and a budget; not told apart: p ≥ 0.05; mean lead: points of accuracy, mean over the cases that are "
+    "measured in it; half interval: half the 95% interval of a case's difference, in points, median over the cases"
 )
 """What the headings mean, for a caption."""
 
@@ -29,6 +29,13 @@ class Tally(NamedTuple):
     def of(self, verdict: int) -> list[str]:
         """The cases that came out so, in words."""
         return [f"{TASKS[c.task].title} at {budget.short}" for budget, c in self.cases if c.verdict == verdict]
+
+    @property
+    def lead_in_words(self) -> str:
+        """The lead, and over how many cases it is a mean where that is not all of them."""
+        measured = sum(c.sign == 1 for _, c in self.cases)
+        over = "" if measured == len(self.cases) else f" over the {measured} with an accuracy"
+        return f"mean {self.lead} points{over}" if measured else ""
 
     @property
     def lead(self) -> str:
@@ -60,7 +67,7 @@ def sentence(title: str, found: Sequence[Tally], ours: Method = ALLORA) -> str:
     same, parts = [], []
     for tally in found:
         cases = f"{len(tally.cases)} case{'s' if len(tally.cases) > 1 else ''}"
-        lead = f"mean {tally.lead} points" if tally.lead else ""
+        lead = tally.lead_in_words
         better, worse = len(tally.of(1)), len(tally.of(-1))
         if not better and not worse:
             same.append(f"{tally.other} ({', '.join(part for part in (cases, lead) if part)})")
