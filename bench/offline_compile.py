@@ -26,7 +26,7 @@ from csrc_triton import configs, describable, plans
 from csrc_triton.beside import Beside
 from csrc_triton.chain import Counted, chained, counts, next_place
 from csrc_triton.down_project import down_project_beside
-from csrc_triton.fused_linear import launch_persistently
+from csrc_triton.fused_linear import launch_by_plan
 from csrc_triton.low_rank_add import low_rank_product
 from csrc_triton.outer_pair import outer_pair, pick_pair
 from csrc_triton.sweep import Rule
@@ -242,7 +242,7 @@ def launches(
     for plan in plans.options(call, arch, describable(x, w, b), untried=True):
         open_for_parts = ("open",) * plans.takes_parts(plan.way, dtype, compute)
         if plan.way in plans.PERSISTENT:
-            gemm = functools.partial(launch_persistently, x, w, bias, s, b, g, plan, beside=True)
+            gemm = functools.partial(launch_by_plan, x, w, bias, s, b, g, plan, beside=True)
             yield f"y {plan.way} beside S {label}", in_a_chain(gemm, *open_for_parts, "midway")
             if plan.way == "pipelined" and room is not None:
                 in_rounds = functools.partial(gemm, counted=counted)
@@ -255,7 +255,7 @@ def launches(
         if plan.way != "vendor":
             yield f"dx {plan.way} {label}", lambda plan=plan: csrc_triton.fused_linear(g, w.mT, None, s, a.mT, plan)
             if plan.way in plans.PERSISTENT:
-                gemm = functools.partial(launch_persistently, g, w.mT, None, s, a.mT, x, plan, beside=True)
+                gemm = functools.partial(launch_by_plan, g, w.mT, None, s, a.mT, x, plan, beside=True)
                 places = (*open_for_parts, "midway") if open_for_parts else ()
                 yield f"dx {plan.way} beside dB and dA {label}", in_a_chain(gemm, *places)
                 if plan.way == "pipelined" and room is not None:

@@ -9,7 +9,7 @@ from . import batch_invariance, configs, plans
 from .beside import counted, room
 from .chain import chained, counts
 from .down_project import down_project, down_project_beside
-from .fused_linear import fused_linear, launch_persistently, launch_tiles
+from .fused_linear import fused_linear, launch_by_plan, launch_tiles
 from .fused_linear_persistent import describable
 from .row_norms import row_coefficient_late, weight_coefficient
 
@@ -86,7 +86,7 @@ def adapted_linear_and_coefficient(
         with chained(True, *(("midway",) if eta is None else ("late", "open", "midway"))):
             (s,) = down_project_beside(x, a, None, dtype, beside)
             c = None if eta is None else weight_coefficient(a, b, eta, "row")
-            launch_persistently(x, weight, bias, s, b, y, plan, beside=True, counted=beside.awaited)
+            launch_by_plan(x, weight, bias, s, b, y, plan, beside=True, counted=beside.awaited)
         return y, s, c
     if M and eta is not None and _leaves_room_behind(plan, K, R, x.dtype, dtype, x.device):
         under_way = counts(x.device)
@@ -116,7 +116,7 @@ def _and_coefficient_behind(x, weight, bias, a, b, dtype, eta, plan, under_way):
     y = torch.empty(len(x), len(weight), device=x.device, dtype=x.dtype)
     in_parts = plans.takes_parts(plan.way, x.dtype, dtype)
     with chained(True, *("midway",) * in_parts, "late", "late"):
-        held = launch_persistently(x, weight, bias, s, b, y, plan, beside=True)
+        held = launch_by_plan(x, weight, bias, s, b, y, plan, beside=True)
         c = row_coefficient_late(a, b, eta, under_way)
         del held
     return y, s, c

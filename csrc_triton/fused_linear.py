@@ -172,7 +172,7 @@ def launch_tiles(
     return y
 
 
-def launch_persistently(
+def launch_by_plan(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -221,6 +221,6 @@ def fused_linear(
         y = torch.empty(M, N, device=x.device, dtype=x.dtype)
         overlap = plans.takes_parts(plan.way, x.dtype, s.dtype) and configs.can_overlap(x.device)
         with chained(overlap, "midway"):
-            launch_persistently(x, weight, bias, s, b, y, plan, beside=overlap)
+            launch_by_plan(x, weight, bias, s, b, y, plan, beside=overlap)
         return y
     return launch_tiles(x, weight, bias, None, s, b, plan.config)

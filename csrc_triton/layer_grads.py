@@ -16,7 +16,7 @@ from .beside import Beside, counted, room
 from .chain import chained, counts
 from .configs import cdiv
 from .down_project import down_project_beside
-from .fused_linear import fused_linear, launch_persistently
+from .fused_linear import fused_linear, launch_by_plan
 from .fused_linear_persistent import describable
 from .outer_pair import add_up_pair, outer_pair, pick_pair
 from .row_norms import WEIGHT_NORMS, weight_coefficient
@@ -99,7 +99,7 @@ def layer_grads(
             under_way, awaited = beside.counted, beside.awaited
             ds_and_u = down_project_beside(g, b.mT, c if norm == "row" else None, s.dtype, beside)
             ds, u = ds_and_u[0], ds_and_u[-1]
-        held = launch_persistently(g, weight.mT, None, ds, a.mT, dx, plan, beside=True, counted=awaited)
+        held = launch_by_plan(g, weight.mT, None, ds, a.mT, dx, plan, beside=True, counted=awaited)
         sums = outer_pair(g, s, rule_g, x, u, rule_x, pair, dtypes, under_way)
         del held
     return dx, *add_up_pair(*sums, dtypes)

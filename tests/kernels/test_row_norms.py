@@ -50,6 +50,10 @@ def test_weight_coefficient(device, shape, dtypes, norm):
     check_weight_coefficient(inputs.lora_A, inputs.lora_B, norm)
 
 
+def test_the_kernels_know_the_rules_of_the_reference():
+    assert row_norms.WEIGHT_NORMS == reference.WEIGHT_NORMS
+
+
 @layouts
 @pytest.mark.parametrize("norm", reference.WEIGHT_NORMS)
 def test_weight_coefficient_takes_any_strides(device, layout, norm):
