@@ -143,13 +143,7 @@ class ALLoRALayer(nn.Module):
     def enabled(self, on: bool) -> None:
         if not isinstance(on, bool):
             raise TypeError(f"enabled must be a bool, got {type(on).__name__}")
-        self._change(enabled=on)
-
-    def _change(self, **fields) -> None:
-        """Give the calls from here on another state."""
-        state = self._state._replace(**fields)
-        switching.note_switch(self, self._state, state)
-        self._state = state
+        switching.change(self, enabled=on)
 
     # --- several adapters ---
 
@@ -206,7 +200,7 @@ class ALLoRALayer(nn.Module):
         # Its rule may have been set anew while it was active.
         before, chosen = self.adapters[self.adapter_name], self.adapters[name]
         before.eta, before.norm = self.eta, self.norm
-        self._change(adapter=name)
+        switching.change(self, adapter=name)
         self.r, self.eta, self.norm = chosen.r, chosen.eta, chosen.norm
 
     def remove_named_adapter(self, name: str) -> None:
@@ -217,6 +211,34 @@ class ALLoRALayer(nn.Module):
             last = self.adapters[self.adapter_name]
             del self.adapters
             self.lora_A, self.lora_B = last.lora_A, last.lora_B
+
+    def _in_words(self, *more: str) -> str:
+        """For `repr`: the rule, `more`, and whether the layer is disabled."""
+        off = () if self.enabled else ("enabled=False",)
+        return ", ".join((f"r={self.r}, eta={self.eta}, norm={self.norm!r}", *more, *off))
+
+
+class AdaptedLinear(ALLoRALayer):
+    """An `ALLoRALayer` that is called on x itself.
+
+    Its subclasses have `frozen_linear(x)`, which computes without an adapter, and `_adapted(x, lora_A, lora_B, eta, norm,
+    sink=None)`, which computes with these factors and this rule; `sink` takes the step `adapter_grads` over.
+    """
+
+    def _with_zeros(self, input: Tensor) -> Tensor:
+        """The frozen layer's product by the adapted one's kernel, with factors of zero."""
+        zeros = (torch.zeros_like(t, requires_grad=False) for t in (self.lora_A, self.lora_B))
+        return self._adapted(input, *zeros, self.eta, None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        enabled, name, rows = switching.state_of_call(self, self._state)
+        if not enabled:
+            return self.frozen_linear(input)
+        if rows is not None:
+            return rows.linear(self, input)
+        sink = None if self._recording is None else self._recording.sink(self, name, input)
+        own = self if name == self._state.adapter else self.adapter(name)
+        return self._adapted(input, own.lora_A, own.lora_B, own.eta, own.norm, sink)
 
 
 def _initialise(lora_A: Tensor, lora_B: Tensor) -> None:

@@ -54,8 +54,14 @@ def _leave_task(task: int) -> None:
         _inside.clear()
 
 
-def note_switch(layer: nn.Module, before: State, after: State) -> None:
-    """`layer` is switched from `before` to `after`."""
+def change(layer: nn.Module, **fields) -> None:
+    """Set these fields of `layer`'s state, for the calls from here on."""
+    before, after = layer._state, layer._state._replace(**fields)
+    _note_switch(layer, before, after)
+    layer._state = after
+
+
+def _note_switch(layer: nn.Module, before: State, after: State) -> None:
     global _switched_in_task
     if in_backward():
         # Part of what is run again, which replays it: it counts for the calls after it there and for nothing else.
@@ -76,14 +82,14 @@ def rewrite_past(layer: nn.Module, change: Callable[[State], State]) -> None:
 def switch(layer: nn.Module, **fields) -> tuple:
     """Set these fields of `layer`'s state; what `switch_back` takes."""
     before = ({name: getattr(layer._state, name) for name in fields}, _inside.get(layer))
-    layer._change(**fields)
+    change(layer, **fields)
     return before
 
 
 def switch_back(layer: nn.Module, before: tuple) -> None:
     """Undo a `switch`."""
     fields, inside = before
-    layer._change(**fields)
+    change(layer, **fields)
     if inside is not None:
         _inside[layer] = inside
     else:

@@ -95,7 +95,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
         layer.activate_adapter(name)
     for module in root.modules():
         if isinstance(module, ModuleOfEachAdapter):
-            module._change(adapter=name)
+            switching.change(module, adapter=name)
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:

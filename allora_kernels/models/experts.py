@@ -85,11 +85,8 @@ class ExpertsAdapter(ALLoRALayer):
         return Explanation(found.backend, found.reason, found.fallback, dict.fromkeys(steps, runs))
 
     def extra_repr(self) -> str:
-        off = "" if self.enabled else ", enabled=False"
-        return (
-            f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
-            f"eta={self.eta}, norm={self.norm!r}{off}"
-        )
+        sizes = f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, {self._in_words()}"
 
 
 def goes_through_registry(module: nn.Module) -> bool:

@@ -48,8 +48,7 @@ class FusedLoraLayer:
             return f"PEFT's own forward pass: {reason}"
         lora_A = factors.lora_A
         choice = _backend.choose(lora_A.device, torch.promote_types(base.dtype, lora_A.dtype))
-        note = f" ({choice.reason})" if choice.fallback else ""
-        return f"{self._in_words(factors)}{base.note}, backend={choice.name!r}{note}"
+        return f"{self._in_words(factors)}{base.note}, backend={choice.in_words}"
 
     def _in_words(self, factors: Factors) -> str:
         eta, norm = self._rule(factors.adapter)
