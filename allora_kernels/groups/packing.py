@@ -12,6 +12,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from ..layer.host_values import on_device
 
 
+def check_indices(name: str, t: Tensor) -> None:
+    """TypeError unless `t`, called `name`, has a dtype that rows and groups are counted in."""
+    if t.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {t.dtype}")
+
+
 class Rule(NamedTuple):
     """The groups from `start` to `stop` train under `norm`, each with its own of `etas`."""
 
