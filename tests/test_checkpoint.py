@@ -23,6 +23,7 @@ from allora_kernels import (
     save_adapter,
 )
 from allora_kernels.models.adapter_config import OTHER_LAYERS
+from allora_kernels.models.adapter_files import factor_key, split_key
 
 PREFIX = "base_model.model."
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -287,6 +288,14 @@ def edit_config(path, **changes):
     config.update(changes)
     kept = {key: value for key, value in config.items() if value != "REMOVED"}
     (path / "adapter_config.json").write_text(json.dumps(kept))
+
+
+def test_a_factors_key_says_its_layer_and_which_it_is():
+    for name in ("fc", "model.layers.0.q_proj", "experts.base_layer"):
+        for factor in ("lora_A", "lora_B"):
+            assert split_key(factor_key(name, factor)) == (name, factor)
+    for key in ("fc.weight", "fc.lora_A.bias", "lora_A.weight", "fc.lora_C.weight", "fc.lora_A.weight.more"):
+        assert split_key(key) is None
 
 
 BAD_CONFIGS = {

@@ -1,4 +1,4 @@
-"""The two files of an adapter in a folder that may hold others, replaced together by one rename.
+"""The two files of an adapter in a folder that may hold others, replaced together by one rename; and what tensors are called.
 
 A save writes both into a hidden folder and flushes them, and the rename of that folder to `_COMMITTED` is the save. Moving the
 files to their places comes after. A save cut short before the rename changed nothing. One cut short after it left the new
@@ -8,6 +8,7 @@ that knows nothing of this finds an incomplete adapter, and never a new config b
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,10 +17,26 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..layer.adapter import FACTORS
+
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What the names of all tensors begin with."""
+_FACTOR = re.compile(rf"(.+)\.({'|'.join(FACTORS)})\.weight")
 _COMMITTED = ".saved-adapter"
 _UNFINISHED = ".saving-"
+
+
+def factor_key(layer: str, factor: str) -> str:
+    """What `factor`, lora_A or lora_B, of a layer is called after the `PREFIX`."""
+    return f"{layer}.{factor}.weight"
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """The layer and the factor of a `factor_key`; None of another tensor's key."""
+    match = _FACTOR.fullmatch(key)
+    return match and match.groups()
 
 
 def adapter_file(folder: Path, name: str) -> Path:
