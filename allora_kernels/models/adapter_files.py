@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..layer.adapter import FACTORS
+from .whole_folder import whole_folder
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -57,20 +57,13 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: str) -> N
         _move_into_place(folder)
         for leftover in folder.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(leftover)
-        aside = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
-        try:
+        with whole_folder(folder / _COMMITTED, _UNFINISHED) as aside:
             save_file(dict(tensors), aside / WEIGHTS_FILE, metadata={"format": "pt"})
             (aside / CONFIG_FILE).write_text(config, encoding="utf-8")
             # safetensors makes files that only their owner can read, whatever the umask.
             shutil.copymode(aside / CONFIG_FILE, aside / WEIGHTS_FILE)
             for path in (aside / WEIGHTS_FILE, aside / CONFIG_FILE, aside):
                 _flush(path)
-            # mkdtemp makes folders that only their owner can enter; this one may stay for others to read.
-            aside.chmod(0o777 & ~_umask())
-            os.replace(aside, folder / _COMMITTED)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
         _flush(folder)
         _move_into_place(folder)
 
@@ -116,9 +109,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -298,7 +298,7 @@ def obstacle(module: nn.Module, slots: Mapping[nn.Module, list[tuple[nn.Module, 
     own_forward = isinstance(module, nn.Linear) and not computes_as_linear(module)
     if own_forward or "forward" in module.__dict__:
         return f"{kind} with a forward pass of its own, which the adapted layer would not run"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if bases.intercepted(module):
         return f"{kind} with hooks, which the adapted layer would not run: register them after the adapters"
     if 0 in whole_shape(weight):
         return f"{kind} with an empty weight"

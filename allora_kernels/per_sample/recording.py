@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..layer import backend as _backend
 from ..layer.batches import Batch, batch_of, may_turn, uses_the_batch
+from ..layer.graph_tasks import in_backward
 from ..layer.routing import among_experts
-from .forward_passes import Forward, ForwardPasses, in_backward
+from .forward_passes import Forward, ForwardPasses
 from .grouped import GroupSamples
 from .kept import Block, Call, Kept, Run, Weighing, in_order
 from .samples import Rows, Samples
