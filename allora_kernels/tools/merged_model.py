@@ -11,7 +11,7 @@ from ..models.loading import load_adapter
 from ..models.merging import merge_adapter
 from ..models.whole_folder import whole_folder
 from ..training.base_model import load_base
-from ..training.run import BASE_CONFIG_FILE
+from ..training.run_folder import BASE_CONFIG_FILE
 
 _TASKS = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm"}
 
