@@ -14,8 +14,9 @@ from ..layer.adapter import DEFAULT_ADAPTER, ALLoRALayer, NamedAdapter
 from ..layer.wrapped import WrappedALLoRALinear
 from ..layer.zero import whole_shape
 from .experts import ADAPTERS
+from .names import clean_name, some
 from .saved_whole import ModuleOfEachAdapter
-from .selection import clean_name, some, stacked_weights
+from .selection import stacked_weights
 
 SAVED_WHOLE = "_allora_saved_whole"
 """Attribute of a module that `apply_allora` was told to train and save whole."""

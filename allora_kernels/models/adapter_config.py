@@ -14,7 +14,7 @@ from torch import nn
 from ..layer.adapter import ALLoRALayer
 from ..layer.functional import check_rule
 from .adapter_files import CONFIG_FILE, adapter_file
-from .selection import clean_name, matches_end, module_names, pattern_value
+from .names import clean_name, matches_end, module_names, pattern_value
 
 # PEFT's task of a transformers class, by the end of its name, and the heads PEFT then insists on finding in the file.
 _TASKS = {

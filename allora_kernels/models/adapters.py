@@ -14,8 +14,8 @@ from ..layer.graph_tasks import in_backward
 from .adapt import check_adapter_name, put, ranks_of
 from .adapted import AdaptReport, adapter_names, known_adapter, layers_or_raise, report, saved_modules
 from .batch_rows import BatchRows
+from .names import clean_name, module_slots, unwrap
 from .saved_whole import ModuleOfEachAdapter, copies_of
-from .selection import clean_name, module_slots, unwrap
 from .sharded import in_pieces
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..layer import switching
 from .adapted import layers_or_raise
-from .selection import unwrap
+from .names import unwrap
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:

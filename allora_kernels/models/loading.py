@@ -20,8 +20,9 @@ from .adapter_files import PREFIX, WEIGHTS_FILE, adapter_file, split_key
 from .adapters import add_adapter
 from .expert_files import file_names, from_file, shapes_in_file, turned_round
 from .expert_selection import Stack, adapted_stacks, beside_experts, select_stacks
+from .names import some, unwrap
 from .saving import state_of
-from .selection import check_unadapted, find_saved, select_layers, some, unwrap
+from .selection import check_unadapted, find_saved, select_layers
 from .sharded import copy_into
 
 

@@ -16,8 +16,8 @@ from .adapter_files import PREFIX, factor_key, write_adapter
 from .expert_files import file_names, stacks_to_file, taken_for_experts
 from .expert_selection import Stack, adapted_stacks
 from .experts import ADAPTERS
+from .names import clean_name, module_slots, some, unwrap
 from .saved_whole import ModuleOfEachAdapter
-from .selection import clean_name, module_slots, some, unwrap
 from .sharded import in_pieces, together, whole_on_cpu, writes_files
 
 
