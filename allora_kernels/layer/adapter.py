@@ -1,7 +1,8 @@
 """`ALLoRALayer`: what every layer with an ALLoRA adapter has, whoever computes its frozen product."""
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,44 @@ DEFAULT_ADAPTER = "default"
 FACTORS = ("lora_A", "lora_B")
 
 
+class MixedBatch(Protocol):
+    """What runs the calls of a batch in which each sample names its adapter."""
+
+    def linear(self, layer: "ALLoRALayer", x: Tensor) -> Tensor:
+        """What `layer` computes for x [..., K]."""
+
+    def each(self, module: nn.Module, copies: Mapping[str, nn.Module], args: tuple, kwargs: dict) -> Tensor:
+        """What `module` returns, of which each adapter has one of the `copies`."""
+
+    def forget(self, name: str) -> None:
+        """The adapter of this name is removed: no call may be run again with it."""
+
+
+class Recorder(Protocol):
+    """What records the gradients of samples. A sink, or one of several, takes the step `adapter_grads` of a call over."""
+
+    def sink(self, layer: "ALLoRALayer", adapter: str, x: Tensor) -> Callable:
+        """The sink of a call of `layer` on x [..., K] with this adapter."""
+
+    def sinks(
+        self, layer: "ALLoRALayer", adapters: Sequence[str], numbers: Sequence[int], length: int
+    ) -> Sequence[Callable]:
+        """The sink of each of these adapters, where sample i has `length` rows and the adapter of number ``numbers[i]``."""
+
+    def routed(
+        self, layers: "Mapping[str, ALLoRALayer]", expert_of: Tensor, experts: int
+    ) -> tuple[Tensor, Tensor, dict[str, Callable]]:
+        """How rows are sorted by expert, where each expert's end, and the sink of each of `layers`."""
+
+
 class CallState(NamedTuple):
     """What a call of a layer computes with."""
 
     enabled: bool = True
     adapter: str = DEFAULT_ADAPTER
     """The active adapter's name."""
-    rows: Any = None
-    """Of a batch in which each sample names its adapter: what runs such a call, by `rows.linear(layer, x)`."""
+    rows: MixedBatch | None = None
+    """Of a batch in which each sample names its adapter."""
 
 
 class _RemovedName(str):
@@ -118,7 +149,7 @@ class ALLoRALayer(nn.Module):
     """Whether each row of a call may have an adapter of its own."""
 
     _state = CallState()
-    _recording = None
+    _recording: Recorder | None = None
     """The `per_sample.record` this layer is in, if it is in one."""
 
     def _add_adapter(self, r: int, eta: float, norm: str | None, device: torch.device, dtype: torch.dtype) -> None:
