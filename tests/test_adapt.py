@@ -51,7 +51,6 @@ class Net(nn.Module):
 
 
 IDS = torch.arange(10).reshape(2, 5)
-BLOCK_LAYERS = [f"blocks.{i}.{name}" for i in (0, 1) for name in ("q", "k", "out")]
 
 
 # --- which layers ---------------------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ from allora_kernels import (
     merge_adapter,
     save_adapter,
 )
+from allora_kernels.models.adapter_config import OTHER_LAYERS
+from allora_kernels.models.adapter_files import factor_key, split_key
 
 PREFIX = "base_model.model."
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -288,12 +290,18 @@ def edit_config(path, **changes):
     (path / "adapter_config.json").write_text(json.dumps(kept))
 
 
+def test_a_factors_key_says_its_layer_and_which_it_is():
+    for name in ("fc", "model.layers.0.q_proj", "experts.base_layer"):
+        for factor in ("lora_A", "lora_B"):
+            assert split_key(factor_key(name, factor)) == (name, factor)
+    for key in ("fc.weight", "fc.lora_A.bias", "lora_A.weight", "fc.lora_C.weight", "fc.lora_A.weight.more"):
+        assert split_key(key) is None
+
+
 BAD_CONFIGS = {
     "peft_type": ({"peft_type": "IA3"}, "peft_type must be 'LORA', got 'IA3'"),
     "no peft_type": ({"peft_type": "REMOVED"}, "peft_type must be 'LORA', got None"),
-    "dora": ({"use_dora": True}, "use_dora=True is another layer"),
-    "qalora": ({"use_qalora": True}, "use_qalora=True is another layer"),
-    "lora_bias": ({"lora_bias": True}, "lora_bias=True is another layer"),
+    **{name: ({name: True}, f"{name}=True is another layer") for name in OTHER_LAYERS},
     "replication": ({"layer_replication": [[0, 2]]}, "layer_replication="),
     "tokens": ({"trainable_token_indices": [3]}, "trainable_token_indices="),
     "parameters": (
@@ -338,6 +346,15 @@ def test_a_config_that_does_not_fit_leaves_the_model_untouched(case, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_adapter(model, tmp_path)
     assert photograph(model) == before
+
+
+@pytest.mark.parametrize("changes", [{"velora_config": {"num_groups": 4}}, {"init_lora_weights": None}], ids=str)
+def test_a_setting_that_concerns_training_alone_is_read_past(changes, tmp_path):
+    want = small_llama_adapter(tmp_path)
+    edit_config(tmp_path, **changes)
+    model = llama()
+    load_adapter(model, tmp_path)
+    torch.testing.assert_close(logits(model), want)
 
 
 A, B = f"{PREFIX}{Q0}.lora_A.weight", f"{PREFIX}{Q0}.lora_B.weight"

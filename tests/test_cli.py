@@ -412,7 +412,7 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(folder, tmp_path,
 
 def test_an_output_folder_that_is_read_only(folder, tmp_path, monkeypatch):
     # Root may write anywhere, so the answer of the system is replaced rather than the folder's mode.
-    monkeypatch.setattr(finetune_module.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
     result = finetune(folder, tmp_path / "run")
     assert result.exit_code == 2 and "read-only" in result.stderr and not list(tmp_path.iterdir())
 

@@ -161,7 +161,7 @@ def test_a_copied_config_speaks_for_itself():
         config._register_custom_module({nn.Linear: nn.Linear})
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "orthogonal"])
 def test_inits_that_leave_the_base_alone(init):
     model = get_allora_model(llama(), lora(init_lora_weights=init))
     before = llama().state_dict()
@@ -260,17 +260,16 @@ def test_bad_settings_are_refused_and_change_nothing(settings, error, message):
     assert photograph(model) == before
 
 
-OF_THIS_PEFT = {f.name for f in fields(LoraConfig)}
+DEFAULTS = {f.name: f.default for f in fields(LoraConfig)}
 
 
-@pytest.mark.parametrize("name", [name for name in peft_config._NEUTRAL if name in OF_THIS_PEFT])
+@pytest.mark.parametrize("name", [name for name in peft_config._NO_MEANING if name in DEFAULTS])
 def test_each_setting_without_a_meaning_has_the_line_to_write(name):
     config = ALLoRAConfig(r=4, lora_alpha=4, target_modules=list(QV))
     setattr(config, name, "something")
     model = llama()
     before = photograph(model)
-    neutral = repr(peft_config._NEUTRAL[name][0])
-    message = f"{name}='something' has no meaning here, as .*: write {name}={neutral}"
+    message = f"{name}='something' has no meaning here, as .*: write {name}={DEFAULTS[name]!r}"
     with pytest.raises(ValueError, match=rf"^{message}(\. Where it is None, .*)?$"):
         peft.get_peft_model(model, config)
     assert photograph(model) == before
@@ -280,7 +279,7 @@ def test_a_variant_that_a_newer_peft_brings_is_refused(monkeypatch):
     variants = [f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")]
     if not variants:
         pytest.skip("this PEFT does not say which of its settings are variants")
-    monkeypatch.delitem(peft_config._NEUTRAL, variants[0])
+    monkeypatch.delitem(peft_config._NO_MEANING, variants[0])
     with pytest.raises(
         ValueError, match=f"{variants[0]} has no meaning here, as it makes another layer.*: leave it out"
     ):

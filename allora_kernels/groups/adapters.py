@@ -13,7 +13,7 @@ from ..layer.backend import steps as steps_of_a_layer
 from ..layer.dequantizing import PackedWeight
 from ..reference import WEIGHT_NORMS
 from .linear import steps_of
-from .packing import Layout, Rule
+from .packing import Layout, Rule, check_indices
 
 
 class Adapter(NamedTuple):
@@ -208,8 +208,8 @@ def multi_adapter_linear(
         weight: ``[N, K]``, frozen.
         bias: ``[N]`` or None, frozen.
         adapters: one `Adapter` or more; ranks, etas, rules and dtypes may differ.
-        row_adapter: ``[...]`` as x, int32: the number of each row's adapter, -1 for none; in any order. The kernels read it
-            on the device.
+        row_adapter: ``[...]`` as x, int32 or int64: the number of each row's adapter, -1 for none; in any order. The kernels
+            read it on the device.
         backend: as for `allora_linear`. ``"eager"`` reads `row_adapter` on the host.
 
     Returns:
@@ -223,8 +223,7 @@ def multi_adapter_linear(
     """
     if not isinstance(row_adapter, Tensor):
         raise TypeError(f"row_adapter must be a Tensor, got {type(row_adapter).__name__}")
-    if row_adapter.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"row_adapter must be int32, got {row_adapter.dtype}")
+    check_indices("row_adapter", row_adapter)
 
     def rows_of(layout: Layout) -> tuple[Tensor, Tensor]:
         _check_row_adapter(x, row_adapter, len(adapters))

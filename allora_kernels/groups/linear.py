@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..layer import functional
 from . import reference
+from .packing import check_indices
 
 
 class GroupedSteps:
@@ -50,8 +51,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_
             raise ValueError(f"{name} is on {t.device} but x is on {x.device}; move them to one device")
         if name != "offsets" and not t.is_floating_point():
             raise TypeError(f"{name} must have a floating-point dtype, got {t.dtype}")
-    if offsets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"offsets must be int32, got {offsets.dtype}")
+    check_indices("offsets", offsets)
     if x.dim() != 2 or weight.dim() != 3 or lora_A.dim() != 3 or lora_B.dim() != 3 or offsets.dim() != 1:
         raise ValueError(
             "x must be [M, K], weight [E, N, K], lora_A [E, R, K], lora_B [E, N, R] and offsets [E]; got x "
@@ -112,7 +112,8 @@ def grouped_linear(
         bias: ``[E, N]`` or None, frozen.
         lora_A: ``[E, R, K]``, 1 <= R <= 256, any floating dtype.
         lora_B: ``[E, N, R]``, any floating dtype.
-        offsets: ``[E]``, int32, where each group ends, as `torch._grouped_mm` has them. The kernels read them on the device.
+        offsets: ``[E]``, int32 or int64, where each group ends, as `torch._grouped_mm` has them. The kernels read them on the
+            device.
         eta: as for `allora_linear`.
         norm: as for `allora_linear`.
         backend: as for `allora_linear`. ``"eager"`` reads the offsets on the host.

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ..layer.by_group import by_group
 from ..layer.host_values import on_device
+
+
+def check_indices(name: str, t: Tensor) -> None:
+    """TypeError unless `t`, called `name`, has a dtype that rows and groups are counted in."""
+    if t.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {t.dtype}")
 
 
 class Rule(NamedTuple):
@@ -74,9 +81,8 @@ class Layout:
         if self.slots != tuple(range(len(self.slots))):
             # -1 is the last entry.
             group = _table((*self.slots, self.groups), row_adapter.device, torch.int64)[row_adapter]
-        by_group, order = torch.where(group < 0, self.groups, group).sort(stable=True)
-        every = torch.arange(self.groups, device=group.device, dtype=by_group.dtype)
-        return order.to(torch.int32), torch.searchsorted(by_group, every, right=True).to(torch.int32)
+        order, ends = by_group(torch.where(group < 0, self.groups, group), self.groups)
+        return order.to(torch.int32), ends
 
     def rows_of_samples(self, adapters: Sequence[int], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """`rows` where sample i has `length` rows in succession and goes through adapter ``adapters[i]``, or -1: without a

@@ -1,7 +1,8 @@
 """`ALLoRALayer`: what every layer with an ALLoRA adapter has, whoever computes its frozen product."""
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,44 @@ DEFAULT_ADAPTER = "default"
 FACTORS = ("lora_A", "lora_B")
 
 
+class MixedBatch(Protocol):
+    """What runs the calls of a batch in which each sample names its adapter."""
+
+    def linear(self, layer: "ALLoRALayer", x: Tensor) -> Tensor:
+        """What `layer` computes for x [..., K]."""
+
+    def each(self, module: nn.Module, copies: Mapping[str, nn.Module], args: tuple, kwargs: dict) -> Tensor:
+        """What `module` returns, of which each adapter has one of the `copies`."""
+
+    def forget(self, name: str) -> None:
+        """The adapter of this name is removed: no call may be run again with it."""
+
+
+class Recorder(Protocol):
+    """What records the gradients of samples. A sink, or one of several, takes the step `adapter_grads` of a call over."""
+
+    def sink(self, layer: "ALLoRALayer", adapter: str, x: Tensor) -> Callable:
+        """The sink of a call of `layer` on x [..., K] with this adapter."""
+
+    def sinks(
+        self, layer: "ALLoRALayer", adapters: Sequence[str], numbers: Sequence[int], length: int
+    ) -> Sequence[Callable]:
+        """The sink of each of these adapters, where sample i has `length` rows and the adapter of number ``numbers[i]``."""
+
+    def routed(
+        self, layers: "Mapping[str, ALLoRALayer]", expert_of: Tensor, experts: int
+    ) -> tuple[Tensor, Tensor, dict[str, Callable]]:
+        """How rows are sorted by expert, where each expert's end, and the sink of each of `layers`."""
+
+
 class CallState(NamedTuple):
     """What a call of a layer computes with."""
 
     enabled: bool = True
     adapter: str = DEFAULT_ADAPTER
     """The active adapter's name."""
-    rows: Any = None
-    """Of a batch in which each sample names its adapter: what runs such a call, by `rows.linear(layer, x)`."""
+    rows: MixedBatch | None = None
+    """Of a batch in which each sample names its adapter."""
 
 
 class _RemovedName(str):
@@ -118,7 +149,7 @@ class ALLoRALayer(nn.Module):
     """Whether each row of a call may have an adapter of its own."""
 
     _state = CallState()
-    _recording = None
+    _recording: Recorder | None = None
     """The `per_sample.record` this layer is in, if it is in one."""
 
     def _add_adapter(self, r: int, eta: float, norm: str | None, device: torch.device, dtype: torch.dtype) -> None:
@@ -143,13 +174,7 @@ class ALLoRALayer(nn.Module):
     def enabled(self, on: bool) -> None:
         if not isinstance(on, bool):
             raise TypeError(f"enabled must be a bool, got {type(on).__name__}")
-        self._change(enabled=on)
-
-    def _change(self, **fields) -> None:
-        """Give the calls from here on another state."""
-        state = self._state._replace(**fields)
-        switching.note_switch(self, self._state, state)
-        self._state = state
+        switching.change(self, enabled=on)
 
     # --- several adapters ---
 
@@ -206,7 +231,7 @@ class ALLoRALayer(nn.Module):
         # Its rule may have been set anew while it was active.
         before, chosen = self.adapters[self.adapter_name], self.adapters[name]
         before.eta, before.norm = self.eta, self.norm
-        self._change(adapter=name)
+        switching.change(self, adapter=name)
         self.r, self.eta, self.norm = chosen.r, chosen.eta, chosen.norm
 
     def remove_named_adapter(self, name: str) -> None:
@@ -217,6 +242,34 @@ class ALLoRALayer(nn.Module):
             last = self.adapters[self.adapter_name]
             del self.adapters
             self.lora_A, self.lora_B = last.lora_A, last.lora_B
+
+    def _in_words(self, *more: str) -> str:
+        """For `repr`: the rule, `more`, and whether the layer is disabled."""
+        off = () if self.enabled else ("enabled=False",)
+        return ", ".join((f"r={self.r}, eta={self.eta}, norm={self.norm!r}", *more, *off))
+
+
+class AdaptedLinear(ALLoRALayer):
+    """An `ALLoRALayer` that is called on x itself.
+
+    Its subclasses have `frozen_linear(x)`, which computes without an adapter, and `_adapted(x, lora_A, lora_B, eta, norm,
+    sink=None)`, which computes with these factors and this rule; `sink` takes the step `adapter_grads` over.
+    """
+
+    def _with_zeros(self, input: Tensor) -> Tensor:
+        """The frozen layer's product by the adapted one's kernel, with factors of zero."""
+        zeros = (torch.zeros_like(t, requires_grad=False) for t in (self.lora_A, self.lora_B))
+        return self._adapted(input, *zeros, self.eta, None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        enabled, name, rows = switching.state_of_call(self, self._state)
+        if not enabled:
+            return self.frozen_linear(input)
+        if rows is not None:
+            return rows.linear(self, input)
+        sink = None if self._recording is None else self._recording.sink(self, name, input)
+        own = self if name == self._state.adapter else self.adapter(name)
+        return self._adapted(input, own.lora_A, own.lora_B, own.eta, own.norm, sink)
 
 
 def _initialise(lora_A: Tensor, lora_B: Tensor) -> None:

@@ -24,6 +24,11 @@ class Choice(NamedTuple):
     reason: str
     fallback: bool = False
 
+    @property
+    def in_words(self) -> str:
+        """For `repr`: the name, and why where it is a fallback."""
+        return f"{self.name!r} ({self.reason})" if self.fallback else repr(self.name)
+
 
 def interpreted() -> bool:
     """Whether Triton runs its kernels by its interpreter (TRITON_INTERPRET=1), which also takes CPU tensors."""

@@ -148,11 +148,21 @@ def let_pack(module: nn.Module) -> None:
     module.support_avx512bf16_for_cpu = True
 
 
+def intercepted(module: nn.Module) -> bool:
+    """Whether something waits for this module's calls or stands in their place: what computes without them passes it by."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
 def gives_own_tensors(module: nn.Module) -> bool:
     """Whether nothing else holds the tensors that `module` returns, forward and backward, so that they can be written to: the
     layers above, unless a hook might keep one."""
-    hooks = module._forward_hooks or module._backward_hooks or module._forward_pre_hooks or module._backward_pre_hooks
-    hooked = hooks or "forward" in module.__dict__ or nn.modules.module._has_any_global_hook()
+    hooked = intercepted(module) or nn.modules.module._has_any_global_hook()
     return not hooked and kind_of(module) is not None and obstacle_of(module) is None
 
 

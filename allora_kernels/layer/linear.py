@@ -4,14 +4,14 @@ import torch
 from torch import Tensor, nn
 
 from . import backend as _backend
-from . import bases, batch_invariance, functional, switching
-from .adapter import ALLoRALayer, check_adapter_dtype
+from . import bases, batch_invariance, functional
+from .adapter import AdaptedLinear, check_adapter_dtype
 from .explanation import Explanation, explain, explain_disabled
 from .sharding import local_shape
 from .zero import is_cut_up, whole_shape
 
 
-class FusedALLoRALinear(ALLoRALayer, nn.Linear):
+class FusedALLoRALinear(AdaptedLinear, nn.Linear):
     """A frozen linear layer with a trainable ALLoRA adapter: ``y = x Wᵀ + bias + (x Aᵀ) Bᵀ``.
 
     No dropout and no alpha/r; instead the adapter's gradients are scaled by the inverse norm that `norm` names
@@ -132,26 +132,15 @@ class FusedALLoRALinear(ALLoRALayer, nn.Linear):
     def frozen_linear(self, input: Tensor) -> Tensor:
         """What the layer computes without an adapter."""
         if batch_invariance.enabled():
-            # The frozen layer's kernel is the adapted one's, with factors of zero.
-            zeros = (torch.zeros_like(t, requires_grad=False) for t in (self.lora_A, self.lora_B))
-            return functional.apply(input, self.frozen_weight, self.bias, *zeros, self.eta, norm=None)
+            return self._with_zeros(input)
         if not self.fan_in_fan_out:
             return nn.functional.linear(input, self.weight, self.bias)
         rows = input.reshape(-1, self.in_features)
         y = rows @ self.weight if self.bias is None else torch.addmm(self.bias, rows, self.weight)
         return y.reshape(*input.shape[:-1], self.out_features)
 
-    def forward(self, input: Tensor) -> Tensor:
-        enabled, name, rows = switching.state_of_call(self, self._state)
-        if not enabled:
-            return self.frozen_linear(input)
-        if rows is not None:
-            return rows.linear(self, input)
-        sink = None if self._recording is None else self._recording.sink(self, name, input)
-        own = self if name == self._state.adapter else self.adapter(name)
-        return functional.apply(
-            input, self.frozen_weight, self.bias, own.lora_A, own.lora_B, own.eta, own.norm, sink=sink
-        )
+    def _adapted(self, input, lora_A, lora_B, eta, norm, sink=None):
+        return functional.apply(input, self.frozen_weight, self.bias, lora_A, lora_B, eta, norm, sink=sink)
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
@@ -199,9 +188,7 @@ class FusedALLoRALinear(ALLoRALayer, nn.Linear):
 
     def extra_repr(self) -> str:
         choice = _backend.choose(self.weight.device, self.weight.dtype)
-        note = f" ({choice.reason})" if choice.fallback else ""
-        off = "" if self.enabled else ", enabled=False"
-        return f"{super().extra_repr()}, r={self.r}, eta={self.eta}, norm={self.norm!r}, backend={choice.name!r}{note}{off}"
+        return f"{super().extra_repr()}, {self._in_words(f'backend={choice.in_words}')}"
 
 
 def computes_as_linear(module: nn.Linear) -> bool:

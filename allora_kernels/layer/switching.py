@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from .graph_tasks import GraphTasks, in_backward
+
 State = TypeVar("State")
 
 _KEPT = 64
@@ -24,38 +26,26 @@ _switches: WeakKeyDictionary[nn.Module, deque[tuple[int, Any]]] = WeakKeyDiction
 _inside: WeakKeyDictionary[nn.Module, tuple[int, Any]] = WeakKeyDictionary()
 # By layer, the state found last for a call run again.
 _found: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-# The graph tasks that run now, the outermost first, as far as they called a layer, and those that ended in an error since the
-# last call outside; and whether a layer was switched in them.
-_tasks: list[int] = []
+# Those that called a layer since the last call outside; and whether a layer was switched in them.
+_tasks = GraphTasks()
 _switched_in_task = False
 
 
-def in_backward() -> bool:
-    """Whether autograd is running: what is called now is called by a backward pass."""
-    return torch._C._current_graph_task_id() != -1
-
-
 def _enter_task() -> bool:
-    """Note the running graph task; True if it runs inside another one, or one before it ended in an error."""
     global _switched_in_task
-    task = torch._C._current_graph_task_id()
-    if task not in _tasks:
-        if not _tasks:
-            _switched_in_task = False
-        _tasks.append(task)
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: _leave_task(task))
-    return _tasks[0] != task
+    if not _tasks.open:
+        _switched_in_task = False
+    return _tasks.enter(_inside.clear)
 
 
-def _leave_task(task: int) -> None:
-    if task in _tasks:
-        del _tasks[_tasks.index(task) :]
-    if not _tasks:
-        _inside.clear()
+def change(layer: nn.Module, **fields) -> None:
+    """Set these fields of `layer`'s state, for the calls from here on."""
+    before, after = layer._state, layer._state._replace(**fields)
+    _note_switch(layer, before, after)
+    layer._state = after
 
 
-def note_switch(layer: nn.Module, before: State, after: State) -> None:
-    """`layer` is switched from `before` to `after`."""
+def _note_switch(layer: nn.Module, before: State, after: State) -> None:
     global _switched_in_task
     if in_backward():
         # Part of what is run again, which replays it: it counts for the calls after it there and for nothing else.
@@ -76,14 +66,14 @@ def rewrite_past(layer: nn.Module, change: Callable[[State], State]) -> None:
 def switch(layer: nn.Module, **fields) -> tuple:
     """Set these fields of `layer`'s state; what `switch_back` takes."""
     before = ({name: getattr(layer._state, name) for name in fields}, _inside.get(layer))
-    layer._change(**fields)
+    change(layer, **fields)
     return before
 
 
 def switch_back(layer: nn.Module, before: tuple) -> None:
     """Undo a `switch`."""
     fields, inside = before
-    layer._change(**fields)
+    change(layer, **fields)
     if inside is not None:
         _inside[layer] = inside
     else:
@@ -100,8 +90,8 @@ def state_of_call(layer: nn.Module, now: State) -> State:
     if torch.compiler.is_compiling():
         return now
     if not in_backward():
-        if _tasks:
-            _tasks.clear()
+        if _tasks.open:
+            _tasks.open.clear()
             _inside.clear()
         return now
     if layer not in _switches and layer not in _inside:

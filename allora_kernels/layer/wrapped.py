@@ -4,14 +4,14 @@ import torch
 from torch import Tensor, nn
 
 from . import backend as _backend
-from . import bases, batch_invariance, quantized, switching
-from .adapter import ALLoRALayer, check_adapter_dtype
+from . import bases, batch_invariance, quantized
+from .adapter import AdaptedLinear, ALLoRALayer, check_adapter_dtype
 from .dequantizing import PackedWeight
 from .explanation import Explanation, explain_disabled
 from .functional import check_rule
 
 
-class WrappedALLoRALinear(ALLoRALayer):
+class WrappedALLoRALinear(AdaptedLinear):
     """A frozen linear layer of another library with a trainable ALLoRA adapter: ``y = base_layer(x) + (x Aᵀ) Bᵀ``.
 
     `base_layer` computes its output and the gradient of its input in its own way, say from a quantized weight, and this
@@ -71,15 +71,8 @@ class WrappedALLoRALinear(ALLoRALayer):
         """`base_layer`'s bias, if it has one."""
         return getattr(self.base_layer, "bias", None)
 
-    def forward(self, input: Tensor) -> Tensor:
-        enabled, name, rows = switching.state_of_call(self, self._state)
-        if not enabled:
-            return self.frozen_linear(input)
-        if rows is not None:
-            return rows.linear(self, input)
-        sink = None if self._recording is None else self._recording.sink(self, name, input)
-        own = self if name == self._state.adapter else self.adapter(name)
-        return quantized.linear(self.base_layer, input, own.lora_A, own.lora_B, own.eta, own.norm, sink)
+    def _adapted(self, input, lora_A, lora_B, eta, norm, sink=None):
+        return quantized.linear(self.base_layer, input, lora_A, lora_B, eta, norm, sink)
 
     @property
     def takes_mixed_batches(self) -> bool:
@@ -100,9 +93,7 @@ class WrappedALLoRALinear(ALLoRALayer):
         """What the layer computes without an adapter."""
         quantized.check_call(self.base_layer, input)
         if batch_invariance.enabled():
-            # The frozen layer's kernel is the adapted one's, with factors of zero.
-            zeros = (torch.zeros_like(t, requires_grad=False) for t in (self.lora_A, self.lora_B))
-            return quantized.linear(self.base_layer, input, *zeros, self.eta, norm=None)
+            return self._with_zeros(input)
         return self.base_layer(input)
 
     def _apply(self, fn, recurse: bool = True):
@@ -147,12 +138,8 @@ class WrappedALLoRALinear(ALLoRALayer):
 
     def extra_repr(self) -> str:
         choice = _backend.choose(self.lora_A.device, self.lora_A.dtype)
-        note = f" ({choice.reason})" if choice.fallback else ""
-        off = "" if self.enabled else ", enabled=False"
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, eta={self.eta}, "
-            f"norm={self.norm!r}, on {self.base_kind}, adapter backend={choice.name!r}{note}{off}"
-        )
+        rest = self._in_words(f"on {self.base_kind}", f"adapter backend={choice.in_words}")
+        return f"in_features={self.in_features}, out_features={self.out_features}, {rest}"
 
 
 def _check_base(base: nn.Module) -> None:

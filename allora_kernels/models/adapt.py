@@ -15,19 +15,9 @@ from .adapted import SAVED_WHOLE, AdaptReport, report
 from .expert_selection import Stack, beside_experts, select_stacks
 from .experts import put_adapters
 from .head import watch_head
+from .names import clean_name, matches_end, module_slots, pattern_value, some
 from .saving import save_adapters_alone
-from .selection import (
-    check_unadapted,
-    clean_name,
-    find_saved,
-    matches_end,
-    missing_targets,
-    module_slots,
-    nothing_matches,
-    pattern_value,
-    select_layers,
-    some,
-)
+from .selection import check_unadapted, find_saved, missing_targets, nothing_matches, select_layers
 
 # What makes torch's encoder modules read their linears' weights themselves in eval mode, past any adapter.
 _FAST_PATHS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}

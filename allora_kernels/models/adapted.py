@@ -14,8 +14,9 @@ from ..layer.adapter import DEFAULT_ADAPTER, ALLoRALayer, NamedAdapter
 from ..layer.wrapped import WrappedALLoRALinear
 from ..layer.zero import whole_shape
 from .experts import ADAPTERS
+from .names import clean_name, some
 from .saved_whole import ModuleOfEachAdapter
-from .selection import clean_name, some, stacked_weights
+from .selection import stacked_weights
 
 SAVED_WHOLE = "_allora_saved_whole"
 """Attribute of a module that `apply_allora` was told to train and save whole."""
@@ -89,6 +90,18 @@ def adapter_layers(model: nn.Module) -> dict[str, ALLoRALayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, ALLoRALayer)}
 
 
+def layers_or_raise(model: nn.Module) -> dict[str, ALLoRALayer]:
+    """`adapter_layers`, of which there is one at least.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers = adapter_layers(model)
+    if not layers:
+        raise ValueError("the model has no adapters: apply_allora(model) first")
+    return layers
+
+
 def layers_of(model: nn.Module) -> dict[str, ALLoRALayer]:
     """The adapted layers of `model` by the names of what they adapt: a layer, or of experts a parameter."""
     return {
@@ -119,9 +132,7 @@ def active_adapter(model: nn.Module) -> str:
     Raises:
         ValueError: it has none, or its layers have different ones active.
     """
-    active = {layer.adapter_name: name for name, layer in adapter_layers(model).items()}
-    if not active:
-        raise ValueError("the model has no adapters: apply_allora(model) first")
+    active = {layer.adapter_name: name for name, layer in layers_or_raise(model).items()}
     if len(active) > 1:
         (one, first), (other, second) = list(active.items())[:2]
         raise ValueError(
@@ -139,9 +150,8 @@ def known_adapter(model: nn.Module, name: str) -> str:
     """
     if not isinstance(name, str):
         raise TypeError(f"an adapter's name must be a str, got {type(name).__name__}")
+    layers_or_raise(model)
     names = adapter_names(model)
-    if not names:
-        raise ValueError("the model has no adapters: apply_allora(model) first")
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -14,7 +14,7 @@ from torch import nn
 from ..layer.adapter import ALLoRALayer
 from ..layer.functional import check_rule
 from .adapter_files import CONFIG_FILE, adapter_file
-from .selection import clean_name, matches_end, module_names, pattern_value
+from .names import clean_name, matches_end, module_names, pattern_value
 
 # PEFT's task of a transformers class, by the end of its name, and the heads PEFT then insists on finding in the file.
 _TASKS = {
@@ -24,13 +24,16 @@ _TASKS = {
     "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
     "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
 }
-# Settings of PEFT's LoraConfig under which its layer computes something else than W x + scaling * B(A x).
-_OTHER_LAYERS = (
+# Settings of PEFT's LoraConfig under which its layer computes something else than W x + scaling * B(A x). Not velora_config,
+# under which only the gradients are others.
+OTHER_LAYERS = (
     "use_dora", "use_qalora", "use_bdlora", "lora_bias", "kasa_config", "monteclora_config", "arrow_config",
-    "alora_invocation_tokens", "trainable_token_indices", "layer_replication", "megatron_config",
+    "alora_invocation_tokens",
 )  # fmt: skip
-# Initialisations that leave the base weights alone; the others (PiSSA, OLoRA, LoftQ, ...) subtract from them.
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Those under which PEFT changes the model beside its layers.
+_OTHER_MODELS = ("trainable_token_indices", "layer_replication", "megatron_config")
+# Initialisations that leave the base weights alone; the others (PiSSA, OLoRA, LoftQ, ...) subtract from them. None is as False.
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def config_for(
@@ -152,14 +155,14 @@ def read_config(folder: Path) -> AdapterConfig:
 def _parse_config(config: Mapping[str, Any]) -> AdapterConfig:
     if config.get("peft_type") != "LORA":
         raise ValueError(f"peft_type must be 'LORA', got {config.get('peft_type')!r}")
-    for setting in _OTHER_LAYERS:
+    for setting in OTHER_LAYERS + _OTHER_MODELS:
         if config.get(setting):
             raise ValueError(
                 f"{setting}={config[setting]!r} is another layer than LoRA's W + BA, which is all this loads"
             )
     if config.get("bias", "none") != "none":
         raise ValueError(f"bias must be 'none' (biases are frozen here), got {config['bias']!r}")
-    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+    if config.get("init_lora_weights", True) not in PLAIN_INITS:
         raise ValueError(
             f"init_lora_weights={config['init_lora_weights']!r} changes the base weights: save the adapter from PEFT "
             "with path_initial_model_for_weight_conversion, which makes it a plain one"

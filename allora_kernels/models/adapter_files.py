@@ -1,4 +1,4 @@
-"""The two files of an adapter in a folder that may hold others, replaced together by one rename.
+"""The two files of an adapter in a folder that may hold others, replaced together by one rename; and what tensors are called.
 
 A save writes both into a hidden folder and flushes them, and the rename of that folder to `_COMMITTED` is the save. Moving the
 files to their places comes after. A save cut short before the rename changed nothing. One cut short after it left the new
@@ -8,18 +8,35 @@ that knows nothing of this finds an incomplete adapter, and never a new config b
 
 import contextlib
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..layer.adapter import FACTORS
+from .whole_folder import whole_folder
+
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What the names of all tensors begin with."""
+_FACTOR = re.compile(rf"(.+)\.({'|'.join(FACTORS)})\.weight")
 _COMMITTED = ".saved-adapter"
 _UNFINISHED = ".saving-"
+
+
+def factor_key(layer: str, factor: str) -> str:
+    """What `factor`, lora_A or lora_B, of a layer is called after the `PREFIX`."""
+    return f"{layer}.{factor}.weight"
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """The layer and the factor of a `factor_key`; None of another tensor's key."""
+    match = _FACTOR.fullmatch(key)
+    return match and match.groups()
 
 
 def adapter_file(folder: Path, name: str) -> Path:
@@ -40,20 +57,13 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: str) -> N
         _move_into_place(folder)
         for leftover in folder.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(leftover)
-        aside = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
-        try:
+        with whole_folder(folder / _COMMITTED, _UNFINISHED) as aside:
             save_file(dict(tensors), aside / WEIGHTS_FILE, metadata={"format": "pt"})
             (aside / CONFIG_FILE).write_text(config, encoding="utf-8")
             # safetensors makes files that only their owner can read, whatever the umask.
             shutil.copymode(aside / CONFIG_FILE, aside / WEIGHTS_FILE)
             for path in (aside / WEIGHTS_FILE, aside / CONFIG_FILE, aside):
                 _flush(path)
-            # mkdtemp makes folders that only their owner can enter; this one may stay for others to read.
-            aside.chmod(0o777 & ~_umask())
-            os.replace(aside, folder / _COMMITTED)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
         _flush(folder)
         _move_into_place(folder)
 
@@ -99,9 +109,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -10,11 +10,12 @@ from ..layer import switching
 from ..layer.adapter import ALLoRALayer, computed_factor
 from ..layer.block_hook import BlockHook
 from ..layer.functional import check_rule
+from ..layer.graph_tasks import in_backward
 from .adapt import check_adapter_name, put, ranks_of
-from .adapted import AdaptReport, adapter_layers, adapter_names, known_adapter, report, saved_modules
+from .adapted import AdaptReport, adapter_names, known_adapter, layers_or_raise, report, saved_modules
 from .batch_rows import BatchRows
+from .names import clean_name, module_slots, unwrap
 from .saved_whole import ModuleOfEachAdapter, copies_of
-from .selection import clean_name, module_slots, unwrap
 from .sharded import in_pieces
 
 
@@ -95,7 +96,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
         layer.activate_adapter(name)
     for module in root.modules():
         if isinstance(module, ModuleOfEachAdapter):
-            module._change(adapter=name)
+            switching.change(module, adapter=name)
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
@@ -188,9 +189,7 @@ def _changeable(model: nn.Module, call: str, inside: bool = False) -> tuple[nn.M
     if isinstance(model, DataParallel):
         raise ValueError(f"{call} does not see the copies that nn.DataParallel makes: use DistributedDataParallel")
     root = unwrap(model)
-    layers = {clean_name(name): layer for name, layer in adapter_layers(root).items()}
-    if not layers:
-        raise ValueError("the model has no adapters: apply_allora(model) first")
+    layers = {clean_name(name): layer for name, layer in layers_or_raise(root).items()}
     adapter_names(root)
     for name, layer in layers.items():
         if layer.grouped and call != "set_adapter":
@@ -208,7 +207,7 @@ def _changeable(model: nn.Module, call: str, inside: bool = False) -> tuple[nn.M
             raise RuntimeError(f"{call} inside per_sample.record, whose gradients are by adapter: call it outside")
         if not inside and layer._state.rows is not None:
             raise RuntimeError(f"{call} inside adapter_rows, whose samples name the adapters: call it outside")
-    if not inside and switching.in_backward():
+    if not inside and in_backward():
         raise RuntimeError(
             f"{call} inside a backward pass, as of a checkpointed function that calls it: call it outside, or use adapter_rows"
         )

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .adapted import adapter_names, known_adapter
 from .adapter_files import write_adapter
+from .names import unwrap
 from .saving import prepare_save, values_in_file
-from .selection import unwrap
 from .sharded import in_pieces
 
 _lock = threading.Lock()

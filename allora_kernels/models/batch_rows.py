@@ -10,10 +10,10 @@ from torch.utils import _pytree
 
 from ..groups.adapters import Adapter, apply
 from ..groups.packing import Layout
-from ..layer import switching
 from ..layer.adapter import ALLoRALayer, removed_since
 from ..layer.batches import Batch, batch_of, may_turn
 from ..layer.dequantizing import PackedWeight
+from ..layer.graph_tasks import in_backward
 from ..layer.host_values import on_device
 from ..layer.routing import among_experts
 
@@ -182,7 +182,7 @@ def _in_inference_mode() -> bool:
 
 
 def _runs_again() -> bool:
-    return not torch.compiler.is_compiling() and switching.in_backward()
+    return not torch.compiler.is_compiling() and in_backward()
 
 
 def _spread(samples: list[int], repeat: int) -> list[int]:

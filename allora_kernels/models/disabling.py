@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..layer import switching
-from ..layer.adapter import ALLoRALayer
-from .adapted import adapter_layers
-from .selection import unwrap
+from .adapted import layers_or_raise
+from .names import unwrap
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:
@@ -23,7 +22,7 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
     """
     if not isinstance(enabled, bool):
         raise TypeError(f"enabled must be a bool, got {type(enabled).__name__}")
-    for layer in _layers(model):
+    for layer in layers_or_raise(unwrap(model)).values():
         layer.enabled = enabled
 
 
@@ -37,16 +36,10 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model has no adapters.
     """
-    before = [(layer, switching.switch(layer, enabled=False)) for layer in _layers(model)]
+    layers = layers_or_raise(unwrap(model))
+    before = [(layer, switching.switch(layer, enabled=False)) for layer in layers.values()]
     try:
         yield
     finally:
         for layer, state in before:
             switching.switch_back(layer, state)
-
-
-def _layers(model: nn.Module) -> list[ALLoRALayer]:
-    layers = list(adapter_layers(unwrap(model)).values())
-    if not layers:
-        raise ValueError("the model has no adapters: apply_allora(model) first")
-    return layers

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ..layer.adapter import ALLoRALayer
+from ..layer.adapter import FACTORS, ALLoRALayer
+from .adapter_files import PREFIX, factor_key
 from .expert_selection import Stack
 from .experts import ExpertsAdapter
 
@@ -47,12 +48,12 @@ def to_file(adapter: ExpertsAdapter, factor: str, value: Tensor) -> Tensor:
     return value.permute(1, 2, 0).reshape(adapter.out_features, -1)
 
 
-def stacks_to_file(tensors: Mapping[str, Tensor], stacks: Mapping[str, Stack], prefix: str) -> dict[str, Tensor]:
+def stacks_to_file(tensors: Mapping[str, Tensor], stacks: Mapping[str, Stack]) -> dict[str, Tensor]:
     """`tensors` by their keys in the file, with our factors of `stacks` among them as `to_file` makes them."""
     made = {}
     for name, wrapper in file_names(stacks).items():
-        for factor in ("lora_A", "lora_B"):
-            key = f"{prefix}{wrapper}.{factor}.weight"
+        for factor in FACTORS:
+            key = PREFIX + factor_key(wrapper, factor)
             if key in tensors:
                 made[key] = to_file(stacks[name].adapter, factor, tensors[key]).contiguous()
     return {**tensors, **made}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..groups.linear import apply
 from ..layer import batch_invariance, switching
 from ..layer.adapter import ALLoRALayer
+from ..layer.by_group import by_group
 from ..layer.explanation import Explanation, explain, explain_disabled
 
 IMPLEMENTATION = "allora"
@@ -85,11 +86,8 @@ class ExpertsAdapter(ALLoRALayer):
         return Explanation(found.backend, found.reason, found.fallback, dict.fromkeys(steps, runs))
 
     def extra_repr(self) -> str:
-        off = "" if self.enabled else ", enabled=False"
-        return (
-            f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
-            f"eta={self.eta}, norm={self.norm!r}{off}"
-        )
+        sizes = f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, {self._in_words()}"
 
 
 def goes_through_registry(module: nn.Module) -> bool:
@@ -154,9 +152,7 @@ def _rows_by_expert(
     records the gradients of the `adapters` that are recorded."""
     if recorded := {name: adapter for name, adapter in adapters.items() if adapter._recording is not None}:
         return next(iter(recorded.values()))._recording.routed(recorded, top_k_index, experts)
-    expert_of_row, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    ids = torch.arange(experts, device=order.device, dtype=expert_of_row.dtype)
-    return order, torch.searchsorted(expert_of_row, ids, right=True, out_int32=True), {}
+    return *by_group(top_k_index.reshape(-1), experts), {}
 
 
 def _former_forward(experts: nn.Module):

@@ -8,8 +8,9 @@ from torch import nn
 from ..layer.adapter import ALLoRALayer
 from ..layer.wrapped import WrappedALLoRALinear
 from .adapted import grouped, layers_of, saved_modules
+from .names import clean_name, module_slots, unwrap
 from .saved_whole import ModuleOfEachAdapter
-from .selection import clean_name, looks_linear, module_slots, obstacle, unwrap
+from .selection import looks_linear, obstacle
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,14 @@ from ..layer.zero import whole_shape
 from .adapt import attach, check_adapter_name
 from .adapted import AdaptReport, adapter_names, chosen_adapter, layers_of, report, saved_modules
 from .adapter_config import AdapterConfig, read_config
-from .adapter_files import WEIGHTS_FILE, adapter_file
+from .adapter_files import PREFIX, WEIGHTS_FILE, adapter_file, split_key
 from .adapters import add_adapter
 from .expert_files import file_names, from_file, shapes_in_file, turned_round
 from .expert_selection import Stack, adapted_stacks, beside_experts, select_stacks
-from .saving import PREFIX, state_of
-from .selection import check_unadapted, find_saved, select_layers, some, unwrap
+from .names import some, unwrap
+from .saving import state_of
+from .selection import check_unadapted, find_saved, select_layers
 from .sharded import copy_into
-
-_FACTOR = re.compile(r"(.+)\.(lora_A|lora_B)\.weight")
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str | None = None) -> AdaptReport:
@@ -135,8 +134,9 @@ def _read_tensors(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
         if not key.startswith(PREFIX):
             raise ValueError(f"{file}: names must begin with {PREFIX!r}, got {key!r}")
         name = key.removeprefix(PREFIX)
-        if match := _FACTOR.fullmatch(name):
-            factors.setdefault(match[1], {})[match[2]] = t
+        if found := split_key(name):
+            layer, factor = found
+            factors.setdefault(layer, {})[factor] = t
         else:
             whole[name] = t
     return factors, whole

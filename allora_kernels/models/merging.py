@@ -20,9 +20,9 @@ from .experts import (
     merged_experts,
     unmerge_experts,
 )
+from .names import module_slots, unwrap
 from .saved_whole import ModuleOfEachAdapter
 from .saving import save_adapters_alone, save_models_again
-from .selection import module_slots, unwrap
 
 _BEFORE_MERGING = "_allora_before_merging"
 """Attribute of a merged layer: the adapted one and its weight's dtype in a tuple, which keeps it out of the model's modules. Of

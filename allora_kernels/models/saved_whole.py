@@ -29,11 +29,6 @@ class ModuleOfEachAdapter(nn.Module):
         """The active adapter's copy."""
         return self.copies[self._state.adapter]
 
-    def _change(self, **fields) -> None:
-        state = self._state._replace(**fields)
-        switching.note_switch(self, self._state, state)
-        self._state = state
-
     def forward(self, *args, **kwargs):
         _, name, rows = switching.state_of_call(self, self._state)
         if rows is not None:

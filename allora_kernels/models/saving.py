@@ -12,15 +12,13 @@ from ..layer.adapter import ALLoRALayer
 from ..layer.zero import whole_shape
 from .adapted import adapter_layers, adapter_parameters, chosen_adapter, layers_of, saved_modules
 from .adapter_config import config_for
-from .adapter_files import write_adapter
+from .adapter_files import PREFIX, factor_key, write_adapter
 from .expert_files import file_names, stacks_to_file, taken_for_experts
 from .expert_selection import Stack, adapted_stacks
 from .experts import ADAPTERS
+from .names import clean_name, module_slots, some, unwrap
 from .saved_whole import ModuleOfEachAdapter
-from .selection import clean_name, module_slots, some, unwrap
 from .sharded import in_pieces, together, whole_on_cpu, writes_files
-
-PREFIX = "base_model.model."
 
 
 def save_adapter(
@@ -93,7 +91,7 @@ def prepare_save(
 def values_in_file(root: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What `prepare_save` found, on the CPU and as the file has it; `{}` where another process writes."""
     # Gathered first: the files' layout mixes the experts, over which factors are sharded.
-    return stacks_to_file(whole_on_cpu(tensors), adapted_stacks(root), PREFIX)
+    return stacks_to_file(whole_on_cpu(tensors), adapted_stacks(root))
 
 
 def state_of(saved: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -132,8 +130,7 @@ def _tensors_to_save(
             t, shape = value(f"{place}.{factor}", getattr(own, factor)), (*experts, *shape)
             if tuple(whole_shape(t)) != shape:
                 raise ValueError(f"{place}.{factor} is {list(t.shape)} and not {list(shape)}: gather its shards first")
-            key = f"{in_file.get(name, name)}.{factor}.weight"
-            tensors[key] = t
+            tensors[factor_key(in_file.get(name, name), factor)] = t
     for key, t in tensors.items():
         if t.is_meta:
             raise ValueError(f"{key} is on the meta device: gather its values first")

@@ -1,122 +1,21 @@
 """Which of a model's modules get an adapter, which are trained whole, and why the others do not."""
 
 import difflib
-import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
-from torch.optim.swa_utils import AveragedModel
 
 from ..layer import bases
 from ..layer.adapter import ALLoRALayer
 from ..layer.linear import computes_as_linear, is_conv1d
 from ..layer.zero import whole_shape
 from .experts import goes_through_registry
+from .names import clean_name, matcher, module_names, module_slots, name_list, some, unwrap
 from .weight_readers import use_of
 
 ADAPTABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-
-
-# --- names ----------------------------------------------------------------------------------------------------------
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """`model` without torch.compile's, data parallelism's, Opacus's and averaging's wrappers, whose prefixes do not belong in
-    names."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    while True:
-        if isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        elif type(model).__name__.startswith("GradSampleModule") and isinstance(model._module, nn.Module):
-            model = model._module
-        else:
-            return model
-
-
-def clean_name(name: str) -> str:
-    """A module's or parameter's name without what compiling, checkpointing or sharding a part of the model puts in."""
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.replace(prefix, "")
-    return name
-
-
-def module_names(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every module but `model` itself: all the names it can be reached by, cleaned."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if module is not model and clean_name(name) not in names.setdefault(module, []):
-            names[module].append(clean_name(name))
-    return names
-
-
-def _matcher(names: str | Collection[str], argument: str) -> Callable[[str], bool]:
-    if isinstance(names, str):
-        pattern = _compile(names, argument)
-        return lambda name: pattern.fullmatch(name) is not None
-    names = name_list(names, argument)
-    return lambda name: any(name == n or name.endswith(f".{n}") for n in names)
-
-
-def name_list(names: Collection[str], argument: str) -> tuple[str, ...]:
-    if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"{argument} must be a list of module names, got {names!r}")
-    if "" in names:
-        raise ValueError(f"{argument} must not contain an empty name, got {names!r}")
-    return tuple(names)
-
-
-def is_excluded(exclude_modules: str | Collection[str] | None, names: Collection[str]) -> bool:
-    """Whether `exclude_modules` names one of `names`."""
-    return any(map(_matcher(exclude_modules if exclude_modules is not None else (), "exclude_modules"), names))
-
-
-def _compile(pattern: str, argument: str) -> re.Pattern:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{argument}: {pattern!r} is not a regular expression: {error}") from None
-
-
-def matches_end(pattern: str, name: str, argument: str) -> bool:
-    """Whether the regular expression `pattern` matches all of `name`, or what follows one of its dots."""
-    _compile(pattern, argument)
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
-
-
-def pattern_value(patterns: Mapping[str, object] | None, name: str, default, argument: str):
-    """The value of the first of `patterns` that matches the end of a module's name, as PEFT reads rank_pattern."""
-    if patterns is not None and not isinstance(patterns, Mapping):
-        raise TypeError(f"{argument} must map regular expressions to values, got {type(patterns).__name__}")
-    for pattern, value in (patterns or {}).items():
-        if matches_end(pattern, name, argument):
-            return value
-    return default
-
-
-def some(names: Collection[str], most: int = 6, separator: str = ", ") -> str:
-    """The first `most` of `names`, for a message."""
-    names = list(names)
-    return separator.join(names[:most]) + (f"{separator}... ({len(names)} in all)" if len(names) > most else "")
-
-
-def module_slots(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
-    """Each module below `model`: every (parent, attribute) it hangs at."""
-    slots: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for attribute, child in parent._modules.items():
-            if child is not None:
-                slots.setdefault(child, []).append((parent, attribute))
-    return slots
-
-
-# --- which layers ---------------------------------------------------------------------------------------------------
 
 
 def check_unadapted(model: nn.Module) -> nn.Module:
@@ -194,8 +93,8 @@ def select_layers(
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """``(layers to adapt by name, {name of a module left alone: reason})``, see `apply_allora`."""
     everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
-    wanted = (lambda name: True) if everything else _matcher(target_modules, "target_modules")
-    excluded = _matcher(exclude_modules if exclude_modules is not None else (), "exclude_modules")
+    wanted = (lambda name: True) if everything else matcher(target_modules, "target_modules")
+    excluded = matcher(exclude_modules if exclude_modules is not None else (), "exclude_modules")
     heads = _output_heads(model) if everything else {}
     in_saved = {module for top in saved.values() for module in top.modules()}
     all_names, slots = module_names(model), module_slots(model)
@@ -224,7 +123,7 @@ def missing_targets(
         return {}
     names = {name for names in module_names(model).values() for name in names}
     dotted = [f".{name}" for name in names]
-    stacked = [n for n, p in model.named_parameters() if len(whole_shape(p)) == 3]
+    stacked = [n for n, p in model.named_parameters(remove_duplicate=False) if len(whole_shape(p)) == 3]
     missing = {}
     for target in target_modules:
         if any(name.endswith(f".{target}") for name in dotted):
@@ -298,7 +197,7 @@ def obstacle(module: nn.Module, slots: Mapping[nn.Module, list[tuple[nn.Module, 
     own_forward = isinstance(module, nn.Linear) and not computes_as_linear(module)
     if own_forward or "forward" in module.__dict__:
         return f"{kind} with a forward pass of its own, which the adapted layer would not run"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if bases.intercepted(module):
         return f"{kind} with hooks, which the adapted layer would not run: register them after the adapters"
     if 0 in whole_shape(weight):
         return f"{kind} with an empty weight"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..layer.batches import Batch
+from ..layer.graph_tasks import GraphTasks, in_backward
 from .samples import Samples
 
 _UNKNOWN = -1
@@ -56,7 +57,7 @@ class ForwardPasses:
         # Those that ran without gradients: re-entrant checkpointing may run them again, with gradients, in a backward pass.
         self._without_gradients: list[Forward] = []
         self._run_again: Forward | None = None
-        self._open_tasks: list[int] = []
+        self._tasks = GraphTasks()
         self._met: list[Forward] = []
         self._first: Forward | None = None
 
@@ -128,30 +129,16 @@ class ForwardPasses:
         return self._met
 
     def _start(self, forward: Forward, differentiated: bool) -> None:
-        self._open_tasks.clear()
+        self._tasks.open.clear()
         self._current = forward
         self._first = self._first or forward
         self._count += 1
         (self._pending if differentiated else self._without_gradients).append(forward)
 
     def _note_task(self) -> None:
-        task = torch._C._current_graph_task_id()
-        if task in self._open_tasks:
-            return
-        if not self._open_tasks:
+        if not self._tasks.open:
             self._met = []
-        self._open_tasks.append(task)
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._close(task))
+        self._tasks.enter(self._drop_met)
 
-    def _close(self, task: int) -> None:
-        if task not in self._open_tasks:
-            return
-        # Tasks inside it are over, too.
-        del self._open_tasks[self._open_tasks.index(task) :]
-        if not self._open_tasks:
-            self._pending = [forward for forward in self._pending if forward not in self._met]
-
-
-def in_backward() -> bool:
-    """Whether autograd is running: what is called now is called by a backward pass."""
-    return torch._C._current_graph_task_id() != -1
+    def _drop_met(self) -> None:
+        self._pending = [forward for forward in self._pending if forward not in self._met]

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..layer.by_group import by_group
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,8 @@ class GroupSamples:
     def of(cls, group: Tensor, sample: Tensor, groups: int, count: int) -> tuple[Tensor, "GroupSamples"]:
         """(the order [M] that sorts rows by group and sample, the samples of the sorted rows), for each row's `group` and
         `sample` [M]."""
-        found, order = torch.sort(group * count + sample, stable=True)
-        every = torch.arange(groups * count, device=found.device, dtype=found.dtype)
-        return order, cls(
-            count, F.pad(torch.searchsorted(found, every, right=True, out_int32=True), (1, 0)), sample[order]
-        )
+        order, ends = by_group(group * count + sample, groups * count)
+        return order, cls(count, F.pad(ends, (1, 0)), sample[order])
 
     def ends(self, groups: int) -> Tensor:
         """Where each group ends, int32 [groups]."""

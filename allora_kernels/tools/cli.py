@@ -51,6 +51,7 @@ def finetune(*, dry_run: bool = False, runs: "dict[str, FinetuneConfig] | None" 
         console.print(str(look(config)), highlight=False, soft_wrap=True)
         return 0
     from ..training.run import finetune as run
+    from ..training.run_folder import ADAPTER_FOLDER
 
     metrics = run(config, console=console)
     _leave_processes()
@@ -64,7 +65,7 @@ def finetune(*, dry_run: bool = False, runs: "dict[str, FinetuneConfig] | None" 
         say(f"{measure}: {before:.4f} before, {metrics['after'][measure]:.4f} after {metrics['steps']} steps")
     memory = metrics["peak_memory_bytes"] / 2**30
     say(f"{metrics['seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s, {memory:.1f} GiB at most")
-    say(f"adapter: {Path(config.output, 'adapter')}")
+    say(f"adapter: {Path(config.output, ADAPTER_FOLDER)}")
     return 0
 
 
@@ -78,6 +79,7 @@ def _finetune_together(configs: dict[str, FinetuneConfig], dry_run: bool) -> int
         say(str(dry_run_together(configs)))
         return 0
     from ..training import finetune_together
+    from ..training.run_folder import ADAPTER_FOLDER
 
     found = finetune_together(configs, console=console)
     for name, metrics in found.items():
@@ -88,7 +90,7 @@ def _finetune_together(configs: dict[str, FinetuneConfig], dry_run: bool) -> int
     tokens, seconds = sum(m["tokens"] for m in found.values()), max(m["seconds"] for m in found.values())
     memory = last["peak_memory_bytes"] / 2**30
     say(f"{seconds:.0f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s in all, {memory:.1f} GiB at most")
-    say(f"adapters: {', '.join(str(Path(config.output, 'adapter')) for config in configs.values())}")
+    say(f"adapters: {', '.join(str(Path(config.output, ADAPTER_FOLDER)) for config in configs.values())}")
     if diverged := [name for name, metrics in found.items() if metrics["status"] == "diverged"]:
         steps = ", ".join(f"{name} at step {found[name]['steps']}" for name in diverged)
         raise FloatingPointError(

@@ -1,9 +1,6 @@
 """`allora merge`: base model and adapter as one ordinary model folder."""
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +9,9 @@ from ..models.adapter_config import read_config
 from ..models.adapter_files import CONFIG_FILE, adapter_file
 from ..models.loading import load_adapter
 from ..models.merging import merge_adapter
+from ..models.whole_folder import whole_folder
 from ..training.base_model import load_base
-from ..training.run import BASE_CONFIG_FILE
+from ..training.run_folder import BASE_CONFIG_FILE
 
 _TASKS = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal-lm"}
 
@@ -60,16 +58,9 @@ def write_merged_model(adapter: str, output: str, model: str | None = None) -> A
     merge_adapter(base.model)
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with whole_folder(target, f".{target.name}-") as aside:
         base.model.save_pretrained(aside)
         base.tokenizer.save_pretrained(aside)
-        # mkdtemp makes folders that only their owner can enter, whatever the umask.
-        aside.chmod(0o777 & ~_umask())
-        os.replace(aside, target)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     return report
 
 
@@ -88,9 +79,3 @@ def _task_of(base_config: dict[str, Any]) -> str | None:
 def _classes(base_config: dict[str, Any]) -> list[str] | None:
     names = base_config.get("id2label")
     return names and [names[key] for key in sorted(names, key=int)]
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -10,8 +10,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from ..layer.adapter import ALLoRALayer
 from ..models.adapted import adapter_layers, adapter_names, adapter_parameters
 from ..models.loading import load_adapter
+from ..models.names import unwrap
 from ..models.saving import save_adapter
-from ..models.selection import unwrap
 from ..models.sharded import in_pieces
 from .parallel import RequireParallel, prepare_anew
 

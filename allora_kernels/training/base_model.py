@@ -65,7 +65,7 @@ def load_base(
         if task == "classification":
             kind = transformers.AutoModelForSequenceClassification
             classes = _describe_classes(config, classes)
-            config.pad_token_id = _pad_token_id(name, tokenizer)
+            config.pad_token_id = _pad_token_id(tokenizer)
         else:
             kind = transformers.AutoModelForCausalLM
             if _sees_ahead(config):
@@ -133,7 +133,7 @@ def _describe_classes(config: transformers.PretrainedConfig, classes: Sequence[s
     return list(classes)
 
 
-def _pad_token_id(name: str, tokenizer: PreTrainedTokenizerBase) -> int:
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:

@@ -4,15 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-import torch
-
 from ..layer.bases import nbytes
 from ..models.adapted import AdaptReport
 from ..models.explained import ModelExplanation, explain
 from .config import FinetuneConfig
+from .machine import device, processes
 from .preparing import prepare
-from .run import check_output
-from .steps import processes, steps
+from .run_folder import check_output
+from .steps import steps
 from .together_preparing import check_together, prepare_together
 
 
@@ -65,7 +64,6 @@ def dry_run(config: FinetuneConfig) -> DryRun:
     """
     check_output(config)
     prepared = prepare(config)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     lengths = [len(ids) for ids in prepared.train["input_ids"]]
     parameters = list(prepared.model.parameters())
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
@@ -73,7 +71,7 @@ def dry_run(config: FinetuneConfig) -> DryRun:
     moments = {"adamw": 2, "sgd": 1 if config.momentum else 0}[config.optimizer]
     return DryRun(
         report=prepared.report,
-        explanation=explain(prepared.model, config.batch_size * max(lengths), device),
+        explanation=explain(prepared.model, config.batch_size * max(lengths), device()),
         train_rows=len(prepared.train),
         eval_rows=len(prepared.evaluation),
         tokens=sum(lengths),
@@ -124,7 +122,6 @@ def dry_run_together(configs: Mapping[str, FinetuneConfig]) -> DryRunTogether:
         check_output(config, together=True)
     prepared = prepare_together(configs)
     model = next(iter(prepared.values())).model
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     lines, rows = {}, 0
     for name, config in configs.items():
         lengths = [len(ids) for ids in prepared[name].train["input_ids"]]
@@ -140,7 +137,7 @@ def dry_run_together(configs: Mapping[str, FinetuneConfig]) -> DryRunTogether:
     parameters = list(model.parameters())
     return DryRunTogether(
         report=next(iter(prepared.values())).report,
-        explanation=explain(model, rows, device),
+        explanation=explain(model, rows, device()),
         runs=lines,
         shared=sum(map(nbytes, (t for t in chain(parameters, model.buffers()) if not t.requires_grad))),
         trained=sum(p.nbytes for p in parameters if p.requires_grad),

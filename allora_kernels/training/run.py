@@ -1,10 +1,7 @@
 """`finetune`: one training run with ALLoRA adapters, on transformers' own Trainer."""
 
-import copy
 import json
 import math
-import os
-import platform
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +12,6 @@ import transformers
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..layer import backend as _backend
 from ..models.adapted import adapter_parameter_groups, saved_modules
 from ..models.loading import load_adapter
 from ..models.saving import save_adapter
@@ -23,19 +19,27 @@ from .adapter_trainer import AdapterTrainer
 from .base_model import computes_in_bf16
 from .config import FinetuneConfig
 from .loss_plot import plot_loss
+from .machine import rank
 from .preparing import Prepared, collator, prepare
-from .progress import ProgressBar, StopOnInterrupt, StopOnNonFinite, peak_memory
-from .versions import versions
+from .progress import ProgressBar, StopOnInterrupt, StopOnNonFinite
+from .run_folder import (
+    ADAPTER_FOLDER,
+    METRICS_FILE,
+    PLOT_FILE,
+    check_output,
+    check_resumed,
+    checkpoints,
+    first_metrics,
+    last_metrics,
+    make_folder,
+    save_beside_adapter,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-METRICS_FILE, PLOT_FILE, ADAPTER_FOLDER = "metrics.json", "loss.png", "adapter"
-BASE_CONFIG_FILE = "base_config.json"
-"""The base model's config beside its adapter: as config.json it would make transformers take the folder for a whole model."""
 _STATE_FILE = "trainer_state.json"
-_SAME_RUN = ("data", "parameters", "processes")
-"""What of metrics.json tells one run from another."""
 
 
 def finetune(
@@ -69,12 +73,11 @@ def finetune(
         FloatingPointError: the loss became nan or infinite; no such adapter is saved.
     """
     former = check_output(config)
-    processes, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
-    console = console if rank == 0 else None
+    console = console if rank() == 0 else None
     if former and former["status"] == "finished":
         return former
     prepared = prepare(config)
-    metrics = first_metrics(config, prepared, processes)
+    metrics = first_metrics(config, prepared)
     if former:
         check_resumed(former, metrics, config)
     if console is not None:
@@ -120,21 +123,6 @@ def trainer_for(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
-
-
-def first_metrics(config: FinetuneConfig, prepared: Prepared, processes: int = 1) -> dict[str, Any]:
-    """What metrics.json holds when training begins."""
-    return {
-        "status": "running",
-        "config": config.as_json(),
-        "versions": versions(),
-        "device": _device(prepared.dtype),
-        "processes": processes,
-        "data": prepared.described(),
-        "parameters": {"trainable": prepared.report.trainable, "total": prepared.report.total},
-        "before": None,
-        "after": None,
-    }
 
 
 def training_arguments(config: FinetuneConfig, **overrides) -> TrainingArguments:
@@ -243,58 +231,6 @@ class FinetuneTrainer(AdapterTrainer):
         self.save_adapters(output_dir, state_dict)
 
 
-# --- before training ------------------------------------------------------------------------------------------------
-
-
-def check_output(config: FinetuneConfig, together: bool = False) -> dict[str, Any] | None:
-    """The metrics of the run to resume, one that is trained `together` with others or by itself; None for a new run. ValueError
-    where neither can be."""
-    output = Path(config.output).expanduser()
-    standing = next(p for p in (output, *output.absolute().parents) if p.exists())
-    if not standing.is_dir():
-        raise ValueError(f"output must be a folder that can be written, but {standing} is a file")
-    if not os.access(standing, os.W_OK | os.X_OK):
-        raise ValueError(f"output must be a folder that can be written, but {standing} is read-only")
-    if (adapter := output / ADAPTER_FOLDER).exists() and not adapter.is_dir():
-        raise ValueError(
-            f"output must be a folder for a run, but {adapter} is a file: remove it, or name another --output"
-        )
-    file = output / METRICS_FILE
-    if not config.resume:
-        if file.exists() or any(output.glob("checkpoint-*")):
-            raise ValueError(f"{output} has an earlier run: continue it with --resume, or name another --output")
-        return None
-    if not file.exists():
-        raise ValueError(f"there is nothing to resume in {output}: it has no {METRICS_FILE}")
-    try:
-        former = json.loads(file.read_text(encoding="utf-8"))
-        if lacking := {"status", "before", *_SAME_RUN} - former.keys():
-            raise KeyError(*lacking)
-        changed = config.changed_since(former["config"])
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
-        raise ValueError(f"{file} is not the {METRICS_FILE} of a run, so it cannot be resumed") from None
-    if changed:
-        settings = "; ".join(f"{name} was {former['config'].get(name)!r}" for name in changed)
-        raise ValueError(f"cannot resume {output} with other settings: {settings}")
-    if ("beside" in former) != together:
-        how = "together with others, by --adapters" if not together else "by itself, without --adapters"
-        raise ValueError(f"the run in {output} was trained {how}: resume it in that way")
-    return former
-
-
-def check_resumed(former: dict[str, Any], metrics: dict[str, Any], config: FinetuneConfig) -> None:
-    """ValueError unless the run that begins with `metrics` is the `former` one."""
-    if changed := [key for key in _SAME_RUN if former[key] != metrics[key]]:
-        raise ValueError(f"cannot resume: {changed} in {config.output}/{METRICS_FILE} are not those of this run")
-
-
-def _device(dtype: torch.dtype) -> dict[str, str | bool]:
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    choice = _backend.choose(device, dtype)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"type": device.type, "name": name, "dtype": str(dtype), "backend": choice.name, "reason": choice.reason}
-
-
 # --- during and after -----------------------------------------------------------------------------------------------
 
 
@@ -341,21 +277,19 @@ def _train(trainer: Trainer, checkpoint: Path | None, console: "Console | None",
             result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         seconds = result.metrics["train_runtime"]
     state = trainer.state
-    metrics |= {
-        "status": "finished" if state.global_step >= state.max_steps else "interrupted",
-        "steps": state.global_step,
-        "tokens": state.num_input_tokens_seen,
-        "seconds": seconds,
-        "tokens_per_second": (state.num_input_tokens_seen - before["num_input_tokens_seen"]) / max(seconds, 1e-9),
-        "peak_memory_bytes": peak_memory(),
-        "loss_history": [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry],
-    }
+    metrics |= last_metrics(
+        status="finished" if state.global_step >= state.max_steps else "interrupted",
+        steps=state.global_step,
+        tokens=state.num_input_tokens_seen,
+        tokens_before=before["num_input_tokens_seen"],
+        seconds=seconds,
+        loss_history=[[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry],
+    )
 
 
 def _last_checkpoint(output: Path) -> Path | None:
     """The last whole checkpoint: one whose state, which is written last, can be read."""
-    found = [p for p in output.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
-    for folder in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
+    for folder in reversed(checkpoints(output).values()):
         try:
             _state(folder)
         except (OSError, json.JSONDecodeError):
@@ -366,29 +300,3 @@ def _last_checkpoint(output: Path) -> Path | None:
 
 def _state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8"))
-
-
-def save_beside_adapter(folder: Path, prepared: Prepared) -> None:
-    """Write into the adapter's folder what else its use needs: the tokenizer, and the model's config, as PEFT's format has no
-    place for the names of the classes."""
-    config = copy.deepcopy(prepared.model.config)
-    config.architectures = [type(prepared.model).__name__]
-    config.to_json_file(folder / BASE_CONFIG_FILE)
-    prepared.tokenizer.save_pretrained(folder)
-
-
-def make_folder(path: str) -> Path:
-    """The folder `path`; ValueError where it cannot be made."""
-    folder = Path(path).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output must be a folder that can be written: {folder}: {error.strerror}") from None
-    return folder
-
-
-def write_json(values: dict[str, Any], file: Path) -> None:
-    """Write a whole file in one rename."""
-    aside = file.with_name(f".{file.name}")
-    aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, file)

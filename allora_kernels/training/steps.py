@@ -1,9 +1,9 @@
 """How many optimizer steps a run takes."""
 
 import math
-import os
 
 from .config import FinetuneConfig
+from .machine import processes
 
 
 def steps(config: FinetuneConfig, rows: int) -> int:
@@ -12,8 +12,3 @@ def steps(config: FinetuneConfig, rows: int) -> int:
         return config.max_steps
     batches = math.ceil(rows / (config.batch_size * processes()))
     return math.ceil(config.epochs * math.ceil(batches / config.grad_accumulation))
-
-
-def processes() -> int:
-    """Those that train together, as torchrun says."""
-    return int(os.environ.get("WORLD_SIZE", 1))

@@ -21,18 +21,18 @@ from .base_model import computes_in_bf16
 from .config import FinetuneConfig
 from .loss_plot import plot_loss
 from .preparing import Prepared
-from .progress import RunBars, StopOnInterrupt, peak_memory
-from .run import (
+from .progress import RunBars, StopOnInterrupt
+from .run import evaluate, trainer_for
+from .run_folder import (
     ADAPTER_FOLDER,
     METRICS_FILE,
     PLOT_FILE,
     check_output,
     check_resumed,
-    evaluate,
     first_metrics,
+    last_metrics,
     make_folder,
     save_beside_adapter,
-    trainer_for,
     write_json,
 )
 from .steps import steps
@@ -239,15 +239,8 @@ def _train(model: nn.Module, runs: list[_Run], console: "Console | None") -> Non
         if pending is not None:
             pending.wait()
     for run in runs:
-        seconds = run.metrics.setdefault("seconds", 0.0)
-        run.metrics |= {
-            "status": run.status,
-            "steps": run.done,
-            "tokens": run.tokens,
-            "tokens_per_second": (run.tokens - run.tokens_before) / max(seconds, 1e-9),
-            "peak_memory_bytes": peak_memory(),
-            "loss_history": run.history,
-        }
+        seconds = run.metrics.get("seconds", 0.0)
+        run.metrics |= last_metrics(run.status, run.done, run.tokens, run.tokens_before, seconds, run.history)
 
 
 def _mixed_step(model: nn.Module, active: list[_Run]) -> list[float]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..models.adapter_files import CONFIG_FILE, WEIGHTS_FILE, adapter_file
+from .run_folder import checkpoint_folder, checkpoints
 
 STATE_FILE = "run_state.pt"
 KEPT = 2
@@ -15,7 +16,7 @@ KEPT = 2
 
 def write_state(output: Path, step: int, state: dict[str, Any]) -> Path:
     """Write all of a checkpoint but the adapter, whose files make it whole; the checkpoint's folder."""
-    folder = output / f"checkpoint-{step}"
+    folder = checkpoint_folder(output, step)
     folder.mkdir(exist_ok=True)
     aside = folder / f".{STATE_FILE}"
     torch.save(state, aside)
@@ -25,7 +26,7 @@ def write_state(output: Path, step: int, state: dict[str, Any]) -> Path:
 
 def whole_checkpoints(output: Path) -> dict[int, Path]:
     """The folders of the whole checkpoints, by step."""
-    return {step: folder for step, folder in _checkpoints(output).items() if _is_whole(folder)}
+    return {step: folder for step, folder in checkpoints(output).items() if _is_whole(folder)}
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -36,14 +37,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def drop_old_ones(output: Path) -> None:
     """Remove what is older than the last two whole checkpoints."""
     kept = [*whole_checkpoints(output)][-KEPT:]
-    for step, folder in _checkpoints(output).items():
+    for step, folder in checkpoints(output).items():
         if kept and step < kept[0]:
             shutil.rmtree(folder)
 
 
 def drop_later_ones(output: Path, step: int) -> None:
     """Remove the checkpoints after this step."""
-    for later, folder in _checkpoints(output).items():
+    for later, folder in checkpoints(output).items():
         if later > step:
             shutil.rmtree(folder)
 
@@ -64,9 +65,3 @@ def set_random_state(states: dict[str, torch.Tensor]) -> None:
 def _is_whole(folder: Path) -> bool:
     files = (folder / STATE_FILE, adapter_file(folder, CONFIG_FILE), adapter_file(folder, WEIGHTS_FILE))
     return all(file.exists() for file in files)
-
-
-def _checkpoints(output: Path) -> dict[int, Path]:
-    """Their folders by step, in order."""
-    names = {p.name.removeprefix("checkpoint-"): p for p in output.glob("checkpoint-*")}
-    return dict(sorted((int(step), folder) for step, folder in names.items() if step.isdecimal()))

@@ -11,6 +11,7 @@ from ..models.adapt import check_adapter_name
 from ..models.adapted import report, saved_modules
 from ..models.adapters import add_adapter
 from .config import FinetuneConfig
+from .machine import processes
 from .preparing import Prepared, class_names, load, on_base, put_adapter, read
 
 SHARED = ("model", "task", "max_length", "target_modules", "experts", "bf16", "quantize", "gradient_checkpointing")
@@ -21,8 +22,8 @@ def check_together(configs: Mapping[str, FinetuneConfig]) -> None:
     """ValueError or TypeError unless these runs, by name, can share a base model."""
     if not configs:
         raise ValueError("there are no runs: give at least one")
-    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-        raise ValueError(f"several runs over one base model take one process, and here are {processes}")
+    if processes() > 1:
+        raise ValueError(f"several runs over one base model take one process, and here are {processes()}")
     if next(iter(configs.values())).quantize == "8bit":
         raise ValueError(
             "several runs over one base model cannot have quantize '8bit', whose layers take one adapter: use '4bit'"

@@ -174,7 +174,7 @@ BAD = {
     "another rank": (B, lambda t: t[..., 1:], ValueError, r"lora_B must be \[3, 9, 3\]"),
     "too wide": (A, lambda t: t.repeat(1, 90, 1), ValueError, r"lora_B must be \[3, 9, 270\]"),
     "too few offsets": (OFFSETS, lambda t: t[1:], ValueError, r"offsets must be \[3\]"),
-    "offsets of floats": (OFFSETS, lambda t: t.float(), TypeError, "offsets must be int32"),
+    "offsets of floats": (OFFSETS, lambda t: t.float(), TypeError, "offsets must be int32 or int64, got"),
     "offsets that fall": (OFFSETS, lambda t: t.flip(0), ValueError, r"none less than the one before; got \[7, 3, 3\]"),
     "offsets past x": (OFFSETS, lambda t: t + 2, ValueError, "from 0 to the 8 rows of x"),
     "a negative offset": (OFFSETS, lambda t: t - 4, ValueError, "from 0 to the 8 rows of x"),

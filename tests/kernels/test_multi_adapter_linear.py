@@ -396,7 +396,7 @@ BAD = {
     "a rank": ({"adapters": [Adapter(A.repeat(90, 1), B.repeat(1, 90))]}, ValueError, "between 1 and 256, got 270"),
     "a number too large": ({"row_adapter": torch.full((20,), 4)}, ValueError, "from 0 to 3 for 4 adapters.* from 4 to 4"),
     "a number too small": ({"row_adapter": torch.full((20,), -2)}, ValueError, "or -1 for none; got values from -2"),
-    "floats": ({"row_adapter": torch.zeros(20)}, TypeError, "row_adapter must be int32, got torch.float32"),
+    "floats": ({"row_adapter": torch.zeros(20)}, TypeError, "row_adapter must be int32 or int64, got torch.float32"),
     "a list": ({"row_adapter": [0] * 20}, TypeError, "row_adapter must be a Tensor, got list"),
     "too few": ({"row_adapter": torch.zeros(19, dtype=torch.int32)}, ValueError, r"row_adapter must be \[20\]"),
     "a trained weight": ({"weight": torch.randn(33, 41, requires_grad=True)}, ValueError, "weight is frozen"),

@@ -13,17 +13,6 @@ from ...layer.linear import computes_as_linear
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 
 
-def intercepted(module: nn.Module) -> bool:
-    """Whether something waits for this module's calls, which the kernels do not make."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 def _obstacle_of_tensor(t: Tensor) -> str | None:
     if type(t) not in _PLAIN_TENSORS or not t.is_floating_point():
         return f"a {type(t).__name__} of {t.dtype} (quantized or sharded)"
@@ -71,7 +60,7 @@ class DenseBase(NamedTuple):
     @classmethod
     def of(cls, base: nn.Module) -> "DenseBase":
         weight = base.weight
-        return cls(weight.mT if type(base) is Conv1D else weight, base.bias, intercepted(base))
+        return cls(weight.mT if type(base) is Conv1D else weight, base.bias, bases.intercepted(base))
 
     @property
     def dtype(self) -> torch.dtype:

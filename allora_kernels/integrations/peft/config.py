@@ -9,31 +9,23 @@ from peft import LoraConfig
 from torch import nn
 
 from ...layer.functional import check_rule
+from ...models.adapter_config import OTHER_LAYERS, PLAIN_INITS
 from .dispatch import make_layer
 
-_FROZEN = "the layer under the adapter is frozen"
 _OTHER_LAYER = "it makes another layer than W + BA"
-# Settings of LoraConfig, the value that leaves ALLoRA as it is, and why no other can be had. Not every version has each.
-_NEUTRAL = {
-    "lora_dropout": (0.0, "ALLoRA has no dropout"),
-    "use_rslora": (False, "ALLoRA has no scaling"),
-    "bias": ("none", _FROZEN),
-    "lora_bias": (False, _OTHER_LAYER),
-    "use_dora": (False, _OTHER_LAYER),
-    "use_qalora": (False, _OTHER_LAYER),
-    "use_bdlora": (None, _OTHER_LAYER),
-    "arrow_config": (None, _OTHER_LAYER),
-    "alora_invocation_tokens": (None, _OTHER_LAYER),
-    "kasa_config": (None, _OTHER_LAYER),
-    "monteclora_config": (None, _OTHER_LAYER),
-    "velora_config": (None, "it has a gradient of its own"),
-    "target_parameters": (None, "PEFT trains them as plain LoRA"),
+# Settings of LoraConfig that leave ALLoRA as it is only by their default, and why. Not every version has each.
+_NO_MEANING = {
+    "lora_dropout": "ALLoRA has no dropout",
+    "use_rslora": "ALLoRA has no scaling",
+    "bias": "the layer under the adapter is frozen",
+    **dict.fromkeys(OTHER_LAYERS, _OTHER_LAYER),
+    "velora_config": "it has a gradient of its own",
+    "target_parameters": "PEFT trains them as plain LoRA",
 }
 _OF_EXPERTS = (
     ". Where it is None, PEFT took some of target_modules for a mixture's experts, which are no linear layers: name others, as "
     "['q_proj', 'v_proj'], or use apply_allora(model, experts=True) and, for its files, load_adapter"
 )
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass
@@ -89,18 +81,19 @@ class ALLoRAConfig(LoraConfig):
 
     def check(self) -> None:
         """Raise as the class does unless these settings make an ALLoRA adapter."""
-        for name, (neutral, reason) in _NEUTRAL.items():
-            value = getattr(self, name, neutral)
-            if value and value != neutral:
-                hint = _OF_EXPERTS if name == "target_parameters" else ""
-                raise ValueError(f"{name}={value!r} has no meaning here, as {reason}: write {name}={neutral!r}{hint}")
         for f in fields(self):
-            if f.metadata.get("is_lora_variant") and f.name not in _NEUTRAL and getattr(self, f.name):
+            value, reason = getattr(self, f.name), _NO_MEANING.get(f.name)
+            if reason and value and value != f.default:
+                hint = _OF_EXPERTS if f.name == "target_parameters" else ""
+                raise ValueError(
+                    f"{f.name}={value!r} has no meaning here, as {reason}: write {f.name}={f.default!r}{hint}"
+                )
+            if value and not reason and f.metadata.get("is_lora_variant"):
                 raise ValueError(f"{f.name} has no meaning here, as {_OTHER_LAYER}: leave it out")
-        if self.init_lora_weights not in _PLAIN_INITS:
+        if self.init_lora_weights not in PLAIN_INITS:
             raise ValueError(
                 f"init_lora_weights={self.init_lora_weights!r} changes the base weights, which ALLoRA leaves as they are: "
-                f"write init_lora_weights=True, or one of {_PLAIN_INITS[1:]}"
+                f"write init_lora_weights=True, or one of {PLAIN_INITS[1:]}"
             )
         ranks, alphas = self.rank_pattern or {}, self.alpha_pattern or {}
         for name, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ...layer import backend as _backend
 from ...layer import bases
 from ...layer.explanation import Explanation
-from .calls import DenseBase, Factors, QuantizedBase, intercepted
+from .calls import DenseBase, Factors, QuantizedBase
 
 
 class FusedLoraLayer:
@@ -48,8 +48,7 @@ class FusedLoraLayer:
             return f"PEFT's own forward pass: {reason}"
         lora_A = factors.lora_A
         choice = _backend.choose(lora_A.device, torch.promote_types(base.dtype, lora_A.dtype))
-        note = f" ({choice.reason})" if choice.fallback else ""
-        return f"{self._in_words(factors)}{base.note}, backend={choice.name!r}{note}"
+        return f"{self._in_words(factors)}{base.note}, backend={choice.in_words}"
 
     def _in_words(self, factors: Factors) -> str:
         eta, norm = self._rule(factors.adapter)
@@ -98,6 +97,6 @@ class FusedLoraLayer:
             return f"lora_A is a {type(lora_A).__name__} and lora_B a {type(lora_B).__name__}, not an nn.Linear each"
         if lora_B.bias is not None:
             return "lora_B has a bias"
-        if intercepted(lora_A) or intercepted(lora_B) or intercepted(dropout):
+        if any(map(bases.intercepted, (lora_A, lora_B, dropout))):
             return "hooks on a module inside, or a forward pass of its own, which the kernels would pass by"
         return None if self.cast_input_dtype_enabled else "PEFT's casting of inputs is disabled"

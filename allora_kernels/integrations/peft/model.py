@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ...layer import bases
 from ...models.adapt import check_gradients_pass, leave_fast_paths
-from ...models.selection import check_unadapted, module_slots, obstacle, some
+from ...models.names import module_slots, some
+from ...models.selection import check_unadapted, obstacle
 from .config import ALLoRAConfig
 from .dispatch import cannot_be_ruled, take_over
 from .ruled import RuledLoraLayer
