@@ -1,4 +1,4 @@
-"""`pick_config` is pure, answers for any architecture, and cuts work so that it fills the chip."""
+"""`pick_config` answers for any architecture, and cuts work so that it fills the chip."""
 
 import itertools
 
@@ -17,7 +17,6 @@ DTYPES = [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch
 def test_every_case_has_a_configuration(op, arch):
     for (dtype, low_rank), r, n in itertools.product(DTYPES, [1, 7, 16, 64, 200, 256], [1, 4096, 50257]):
         config = configs.pick_config(op, 513, n, 4096, r, dtype, arch, low_rank)
-        assert config == configs.pick_config(op, 513, n, 4096, r, dtype, arch, low_rank)
         sizes = [size for size in (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R) if size]
         assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
         assert min(r, 16) <= config.BLOCK_R and config.num_warps >= 1 and config.num_stages >= 1

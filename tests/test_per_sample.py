@@ -785,9 +785,9 @@ def test_layers_that_missed_as_many_samples_as_others():
 
 def test_an_error_inside_leaves_no_record():
     model = Net()
-    with pytest.raises(KeyError), per_sample.record(model):
+    with pytest.raises(KeyError, match="stop"), per_sample.record(model):
         model(torch.randn(4, 11)).sum().backward()
-        raise KeyError
+        raise KeyError("stop")
     assert not hasattr(model.first.lora_A, "grad_sample") and "_recording" not in vars(model.first)
 
 

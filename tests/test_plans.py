@@ -48,11 +48,16 @@ def test_every_case_has_a_plan_that_can_run(op, arch):
                 assert plan.way != "inside" or (op == "adapted_linear" and r <= plan.config.BLOCK_R)
 
 
-def test_the_least_estimate_is_picked():
-    for arch, m in itertools.product(["sm_80", "sm_90", "unheard_of"], [64, 512, 8192]):
-        chosen = plans._pick(call(m=m), arch, plans.EVERYTHING, None)
-        costs = {plan: plans.estimate(call(m=m), plan, arch) for plan in plans.options(call(m=m), arch)}
-        assert costs[chosen] == min(costs.values())
+def test_whichever_plan_has_the_least_estimate_is_picked(monkeypatch):
+    found = plans.options(call(), "sm_90")
+    assert len(found) > 5
+    for best in found:
+        monkeypatch.setattr(plans, "estimate", lambda call, plan, arch, best=best: float(plan != best))
+        forget()
+        assert plans._pick(call(), "sm_90", plans.EVERYTHING, None) == best
+
+
+def test_the_interpreter_has_a_program_a_tile():
     assert plans.pick(call(), torch.device("cpu"), plans.EVERYTHING).way == "tiles"
 
 

@@ -2,7 +2,6 @@
 
 from unittest import mock
 
-import numpy
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -194,11 +193,7 @@ def test_an_adapter_gets_what_its_rows_alone_would_give_it(device, norm):
 
 
 @pytest.fixture
-def invariant(monkeypatch):
-    # As in test_batch_invariance.py.
-    monkeypatch.setattr(
-        numpy, "matmul", lambda a, b, dtype=None: numpy.einsum("mk,kn->mn", a, b).astype(dtype or a.dtype)
-    )
+def invariant(dots_in_one_order):
     with use_batch_invariant():
         yield
 
