@@ -13,14 +13,6 @@ FLOAT, HALF = torch.float32, torch.bfloat16
 kinds = pytest.mark.parametrize("kind", ["4bit nf4", "4bit stored as bf16", "float8", "int4"])
 
 
-@pytest.fixture(params=["eager", "triton"])
-def backend(request, monkeypatch):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return request.param
-
-
 def several(kind, dtype=FLOAT):
     model = nn.Sequential(quantized(kind, K, K, dtype), nn.Tanh(), quantized(kind, K, K, dtype))
     apply_allora(model, r=3)

@@ -40,14 +40,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=["eager", "triton"])
-def backend(request, monkeypatch):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return request.param
-
-
 class Body(nn.Module):
     """Two quantized layers; the flags are those by which PEFT tells a model of bitsandbytes' layers."""
 

@@ -16,14 +16,6 @@ from allora_kernels import FusedALLoRALinear, per_sample, reference
 norms_of_rules = pytest.mark.parametrize("norm", reference.NORMS)
 
 
-@pytest.fixture(params=["eager", "triton"])
-def backend(request, monkeypatch):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return request.param
-
-
 class Net(nn.Module):
     """Two adapted layers with something between them; the second sees what the first made."""
 

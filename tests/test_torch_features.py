@@ -13,21 +13,9 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from allora_kernels import FusedALLoRALinear, allora_linear, apply_allora, merge_adapter, reference
-from allora_kernels.layer.backend import TRITON_INSTALLED
 
 K, HIDDEN, N, R = 12, 20, 9, 3
 X = torch.randn(6, K, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(params=["eager", "triton"])
-def backend(request, monkeypatch):
-    """The backend that calls on CPU tensors take."""
-    if request.param == "triton" and not TRITON_INSTALLED:
-        pytest.skip("Triton is not installed")
-    if request.param == "triton" and torch.cuda.is_available():
-        pytest.skip("the kernels are built for the GPU in this process")
-    monkeypatch.setenv("TRITON_INTERPRET", str(int(request.param == "triton")))
-    return request.param
 
 
 def make_model(norm="row", dtype=torch.float32, device="cpu"):

@@ -25,14 +25,6 @@ from allora_kernels.testing import assert_close
 norms = pytest.mark.parametrize("norm", reference.NORMS)
 
 
-@pytest.fixture(params=["eager", "triton"])
-def backend(request, monkeypatch):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return request.param
-
-
 @pytest.fixture(params=[True, False], ids=["in place", "copied"])
 def own(request, monkeypatch):
     """Whether a layer's tensors are taken for its own and written to, as those of a known one are."""
