@@ -162,7 +162,6 @@ def test_a_refused_call_settles_nothing():
 
 
 def test_torch_compile_without_a_graph_break(monkeypatch):
-    pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     model, x = several("4bit nf4"), torch.randn(len(NAMES), TOKENS, K)
     expected = mixed(model, x)

@@ -8,8 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("triton")
-
 from bench import compile_report, offline_compile
 from bench.machine_code import AccessWidths, access_widths
 from bench.occupancy import resident_blocks, resident_share

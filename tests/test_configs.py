@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-configs = pytest.importorskip("csrc_triton.configs")
+from csrc_triton import configs, plans
 
 ARCHS = ["sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx90a", "unheard_of", "interpreter"]
 OPS = ["fused_linear", "down_project", "low_rank_add", "sweep", "sweep_wide", "sweep_entry", "sweep_entry_wide"]
@@ -63,7 +63,6 @@ def test_a_part_with_fewer_multiprocessors_is_planned_as_it_is(capability, count
 
 
 def test_an_estimate_counts_the_multiprocessors_of_the_part():
-    plans = pytest.importorskip("csrc_triton.plans")
     # 128 tiles of 128 x 256: one wave of 132, two of 114.
     call = plans.Call("fused_linear", 2048, 2048, 4096, 16, torch.bfloat16, torch.bfloat16)
     plan = plans.options(call, "sm_90")[0]

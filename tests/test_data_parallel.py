@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from allora_kernels import apply_allora, load_adapter, reference, save_adapter
-from allora_kernels.layer.backend import TRITON_INSTALLED
 
 dist = pytest.importorskip("torch.distributed")
 if not dist.is_available():
@@ -269,7 +268,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-KERNELS = ("row", "entry") if TRITON_INSTALLED else ()
+KERNELS = ("row", "entry")
 EXACT = MixedPrecisionPolicy()
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 CHECKS = {
@@ -290,7 +289,7 @@ CHECKS = {
 
 def test_four_processes_train_what_one_does(tmp_path):
     checks = {name: check for name, check in CHECKS.items() if name.endswith(", row")}
-    assert len(checks) == (4 if TRITON_INSTALLED else 2)
+    assert len(checks) == 4
     run_checks(4, checks, tmp_path)
 
 

@@ -119,7 +119,6 @@ def test_runs_over_one_base_are_the_single_runs(settings, task, tmp_path):
 
 
 def test_by_the_kernels(settings, monkeypatch, tmp_path):
-    pytest.importorskip("triton")
     # On a CPU bitsandbytes' own product takes blocks of 64 weights for parts of rows.
     config = settings(max_steps=3, model=str(tmp_path / "wider"))
     shutil.copytree(settings().model, config.model)

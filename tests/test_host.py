@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton")
-
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="Triton's launcher needs a C compiler")
 def test_a_replayed_step_is_cheaper(tmp_path):

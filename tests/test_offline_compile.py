@@ -8,8 +8,6 @@ import pytest
 
 from bench.occupancy import fit_together
 
-pytest.importorskip("triton")
-
 KERNELS = {
     "combine",
     "down_project",

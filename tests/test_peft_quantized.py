@@ -172,7 +172,6 @@ def test_in_place_unless_a_hook_may_keep_it(kind):
 
 @one_of_each
 def test_no_tensor_of_the_size_of_x_or_y_is_made_beside_the_bases_own(kind, monkeypatch):
-    pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     model = stock(kind, alpha=3 * R)
     layer, (x, g) = layers(model)[0], batch()

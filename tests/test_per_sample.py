@@ -11,6 +11,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+import csrc_triton
 from allora_kernels import FusedALLoRALinear, per_sample, reference
 
 norms_of_rules = pytest.mark.parametrize("norm", reference.NORMS)
@@ -471,7 +472,6 @@ def test_vmap_of_grad_gives_the_same_numbers(backend, norm):
 
 
 def test_vmap_takes_one_sweep_for_all_samples(monkeypatch):
-    csrc_triton = pytest.importorskip("csrc_triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     from allora_kernels.layer import vmap_rules
 

@@ -8,9 +8,9 @@ from unittest import mock
 import pytest
 import torch
 
-plans = pytest.importorskip("csrc_triton.plans")
-configs = pytest.importorskip("csrc_triton.configs")
-tuning = pytest.importorskip("csrc_triton.tuning")
+import csrc_triton
+from csrc_triton import batch_invariance, configs, hides_c, plans, tuning
+from csrc_triton.layer_grads import room_for_ds
 
 ARCHS = ["sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "unheard_of", "interpreter"]
 MIXED = (torch.bfloat16, torch.float32)
@@ -69,8 +69,6 @@ def test_rows_in_groups_of_one_weight_go_the_cheaper_way():
 
 
 def test_the_vendor_takes_no_rows_in_groups_under_batch_invariance_nor_in_the_interpreter(monkeypatch):
-    from csrc_triton import batch_invariance
-
     large = call("fused_linear", m=8192)
     assert not plans.by_vendor_for_groups(large, torch.device("cpu"))
     monkeypatch.setattr(configs, "arch_of", lambda device: "sm_90")
@@ -134,8 +132,6 @@ def test_without_the_gluon_it_was_written_for_the_other_ways_are_taken(monkeypat
 
 
 def test_where_c_is_hidden(monkeypatch):
-    from csrc_triton import batch_invariance, hides_c
-
     def hidden(M=2048, R=16, factors=torch.bfloat16, arch="sm_90"):
         monkeypatch.setattr(configs, "arch_of", lambda device: arch)
         monkeypatch.setattr(configs, "can_overlap", lambda device: arch != "sm_80")
@@ -156,8 +152,6 @@ def test_where_c_is_hidden(monkeypatch):
 
 def test_the_pass_for_ds_runs_beside_the_gemm_where_that_costs_less(monkeypatch):
     """As measured on an H100; docs/steps.md."""
-    from csrc_triton.layer_grads import room_for_ds
-
     monkeypatch.setattr(configs, "arch_of", lambda device: "sm_90")
     monkeypatch.setattr(configs, "can_overlap", lambda device: True)
 
@@ -176,7 +170,6 @@ def test_the_pass_for_ds_runs_beside_the_gemm_where_that_costs_less(monkeypatch)
 
 
 def test_the_plan_of_a_layer_says_that_its_factors_go_in_parts(monkeypatch):
-    csrc_triton = pytest.importorskip("csrc_triton")
     monkeypatch.setattr(configs, "arch_of", lambda device: "sm_90")
     for dtypes, in_parts in ((MIXED, True), ((torch.bfloat16,) * 2, False)):
         steps = csrc_triton.plan_steps(2048, 4096, 4096, 16, "row", *dtypes, torch.device("cpu"))
@@ -187,9 +180,8 @@ def test_the_plan_of_a_layer_says_that_its_factors_go_in_parts(monkeypatch):
 @pytest.mark.parametrize("invariant", [False, True])
 @pytest.mark.parametrize("arch", ["sm_90", "interpreter"])
 def test_a_call_of_no_rows_has_a_plan(arch, invariant, monkeypatch):
-    csrc_triton = pytest.importorskip("csrc_triton")
     monkeypatch.setattr(configs, "arch_of", lambda device: arch)
-    monkeypatch.setattr(csrc_triton.batch_invariance, "_enabled", invariant)
+    monkeypatch.setattr(batch_invariance, "_enabled", invariant)
     for steps in (csrc_triton.plan_steps, csrc_triton.plan_added_steps):
         none, one = (steps(rows, 64, 64, 8, "row", *MIXED, torch.device("cpu")) for rows in (0, 1))
         assert none == one

@@ -8,7 +8,6 @@ from torch import nn
 
 from allora_kernels import FusedALLoRALinear, per_sample, reference
 from allora_kernels.layer import functional
-from allora_kernels.layer.backend import TRITON_INSTALLED
 
 dist = pytest.importorskip("torch.distributed")
 if not dist.is_available():
@@ -26,8 +25,7 @@ from allora_kernels.integrations.tensor_parallel import RowwiseALLoRA  # noqa: E
 # Four processes have 3, 3, 3 and 1 of N's ten rows. No two numbers of the same tensor are alike.
 ROWS, K, HIDDEN, N, R = 6, 12, 20, 10, 3
 FACTORS = ("0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B")
-BACKENDS = ("eager", "triton") if TRITON_INSTALLED else ("eager",)
-ON_KERNELS = reference.NORMS if TRITON_INSTALLED else ()
+BACKENDS = ("eager", "triton")
 
 PLANS = {
     "torch's": lambda: {"0": ColwiseParallel(), "2": RowwiseParallel()},
@@ -257,11 +255,11 @@ TWO = {
     **{f"crosses columnwise, {n}": partial(check_what_crosses, n, False, [R * K, *c]) for n, c in COLUMNS.items()},
     "crosses torch's columnwise": partial(check_torchs_columns_send_no_more, "token"),
     **{f"eager, {n}, {p} plan": partial(check_plan, "eager", n, p) for n in reference.NORMS for p in PLANS},
-    **{f"triton, {n}, our plan": partial(check_plan, "triton", n, "ours") for n in ON_KERNELS},
+    **{f"triton, {n}, our plan": partial(check_plan, "triton", n, "ours") for n in reference.NORMS},
 }
 FOUR = {
     **{f"eager, {n}, {p} plan": partial(check_plan, "eager", n, p) for n in ("row", "token") for p in PLANS},
-    **{f"triton, {n}, torch's plan": partial(check_plan, "triton", n, "torch's") for n in ON_KERNELS[::2]},
+    **{f"triton, {n}, torch's plan": partial(check_plan, "triton", n, "torch's") for n in reference.NORMS[::2]},
     **{f"{b}, rows of x": partial(check_rows, b, "token") for b in BACKENDS},
     **{f"{b}, 2 x 2": partial(check_a_mesh_of_two_dimensions, b, "factor") for b in BACKENDS},
     "eager, 2 x 2, matrix": partial(check_a_mesh_of_two_dimensions, "eager", "matrix"),

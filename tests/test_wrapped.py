@@ -129,7 +129,6 @@ class BigTensors(TorchDispatchMode):
 
 @norms
 def test_no_tensor_of_the_size_of_x_or_y_is_made_beside_the_layers_own(monkeypatch, norm):
-    pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(bases, "gives_own_tensors", lambda module: True)
     layer, inputs = wrapped(norm=norm, size=(64, 48, 40, R))

@@ -6,10 +6,9 @@ from test_groups import CUTS, ETA, cuts, make
 from torch.utils.checkpoint import checkpoint
 
 from allora_kernels import grouped_linear, reference
+from allora_kernels.groups import ops
 from allora_kernels.groups import reference as grouped
 from allora_kernels.testing import assert_close
-
-ops = pytest.importorskip("allora_kernels.groups.ops")
 
 norms = pytest.mark.parametrize("norm", reference.NORMS)
 PAIRS = [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.bfloat16, torch.float32)]

@@ -12,8 +12,6 @@ from allora_kernels.groups import reference as grouped
 from allora_kernels.groups.packing import Layout
 from allora_kernels.testing import assert_close, make_inputs
 
-pytest.importorskip("allora_kernels.groups.ops")
-
 norms = pytest.mark.parametrize("norm", reference.NORMS)
 RANKS = (3, 1, 8, 17)
 ETAS = (1.3, 0.7, 2.0, 1.3)

@@ -11,9 +11,7 @@ from red_zones import in_red_zone, poisoned_outputs
 import csrc_triton
 from allora_kernels import allora_linear, reference
 from allora_kernels.testing import assert_close, make_inputs
-
-plans = pytest.importorskip("csrc_triton.plans")
-configs = pytest.importorskip("csrc_triton.configs")
+from csrc_triton import configs, plans
 
 ways = pytest.mark.parametrize("way", plans.WAYS)
 # Rows of whole 16 bytes, as descriptors need; nothing else is a multiple of a tile.
