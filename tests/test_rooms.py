@@ -99,30 +99,21 @@ def run(code):
     return done.stdout
 
 
-def test_importing_the_package_loads_nothing_heavy():
+def test_importing_the_package_costs_little():
+    """It loads nothing but itself and what reads its files, and asks neither the environment nor a device."""
     run(
         """
-        import sys, torch
-        before = set(sys.modules)
+        import os, sys, torch
+        before, reads = set(sys.modules), []
+        get = os._Environ.__getitem__
+        os._Environ.__getitem__ = lambda self, key: reads.append(key) or get(self, key)
+        torch.cuda.is_available = torch.cuda.get_device_properties = lambda *a: reads.append("cuda")
         import allora_kernels
-        new = {name.split(".")[0] for name in set(sys.modules) - before}
-        heavy = {"triton", "transformers", "csrc_triton", "peft", "typer", "rich", "matplotlib", "datasets", "opacus"}
-        heavy |= {"bitsandbytes", "torchao"}
-        assert not new & heavy, new & heavy
+        assert not reads, reads
+        loaded = {name.split(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names
+        assert loaded == {"allora_kernels", "safetensors"}, loaded
         """
     )
-
-
-def test_importing_the_package_is_quick():
-    seconds = run(
-        """
-        import time, torch
-        start = time.perf_counter()
-        import allora_kernels
-        print(time.perf_counter() - start)
-        """
-    )
-    assert float(seconds) < 0.5
 
 
 def test_the_package_works_where_only_its_needs_but_triton_are_installed(tmp_path):
@@ -171,19 +162,5 @@ def test_the_package_works_where_only_its_needs_but_triton_are_installed(tmp_pat
         ours.grouped_linear(x, weight.detach(), None, a, b, torch.tensor([1, 4], dtype=torch.int32)).sum().backward()
         assert a.grad.any() and b.grad.any()
         assert not {{"triton", "csrc_triton"}} & set(sys.modules)
-        """
-    )
-
-
-def test_importing_the_package_reads_no_environment_and_no_device():
-    run(
-        """
-        import os, torch
-        reads = []
-        get = os._Environ.__getitem__
-        os._Environ.__getitem__ = lambda self, key: reads.append(key) or get(self, key)
-        torch.cuda.is_available = torch.cuda.get_device_properties = lambda *a: reads.append("cuda")
-        import allora_kernels
-        assert not reads, reads
         """
     )
