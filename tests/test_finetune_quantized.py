@@ -13,8 +13,8 @@ pytest.importorskip("datasets")
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install '.[quantized]'")
 
 from safetensors.torch import load_file  # noqa: E402
-from test_finetune import At, ctrl_c, outcome  # noqa: E402
-from tiny_training import make_model, sentences, switch_dropout_off, write_csv  # noqa: E402
+from test_finetune import ctrl_c, outcome  # noqa: E402
+from tiny_training import At, make_model, sentences, switch_dropout_off, write_csv  # noqa: E402
 
 from allora_kernels import FusedALLoRALinear, load_adapter  # noqa: E402
 from allora_kernels.layer import quantized  # noqa: E402

@@ -13,17 +13,20 @@ dist = pytest.importorskip("torch.distributed")
 if not dist.is_available():
     pytest.skip("this torch has no distributed package", allow_module_level=True)
 
+import two_layers  # noqa: E402
 from processes import SINCE_TORCH_2_13, run_checks  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor  # noqa: E402
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from two_layers import whole  # noqa: E402
 
 from allora_kernels.integrations.tensor_parallel import RowwiseALLoRA  # noqa: E402
 
 # Four processes have 3, 3, 3 and 1 of N's ten rows. No two numbers of the same tensor are alike.
 ROWS, K, HIDDEN, N, R = 6, 12, 20, 10, 3
+assert_same = partial(two_layers.assert_same, rtol=1e-4, atol=1e-5)
 FACTORS = ("0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B")
 BACKENDS = ("eager", "triton")
 
@@ -50,10 +53,6 @@ def make_x(dtype=torch.float32):
     return torch.randn(ROWS // 2, 2, K, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def whole(t):
-    return (t.full_tensor() if isinstance(t, DTensor) else t).detach()
-
-
 def step(model, x):
     """y, and after one optimizer step every gradient and the factors, whole."""
     x = x.detach().requires_grad_()
@@ -65,11 +64,6 @@ def step(model, x):
     for name in FACTORS:
         found |= {f"d{name}": parameters[name].grad, name: parameters[name]}
     return {name: whole(t) for name, t in found.items()}
-
-
-def assert_same(found, expected, rtol=1e-4, atol=1e-5):
-    for name, t in expected.items():
-        torch.testing.assert_close(found[name], t, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def use(backend, patch):
