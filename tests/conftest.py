@@ -1,4 +1,7 @@
-"""Where the kernels run: on a GPU if there is one, else by Triton's interpreter on CPU tensors."""
+"""Where the kernels run: on a GPU if there is one, else by Triton's interpreter on CPU tensors.
+
+The tests need Triton; that the package does not is in `test_rooms.py`.
+"""
 
 import gc
 import os

@@ -12,8 +12,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from packaging.version import Version
 
-from allora_kernels.layer.backend import TRITON_INSTALLED
-
 SINCE_TORCH_2_13 = Version(torch.__version__).release >= (2, 13)
 """Whether torch is newer than 2.11, whose FSDP2 takes no integer parameters and whose compiler no DTensors of any length;
 what lies between was not tried."""
@@ -37,13 +35,12 @@ def _call(rank: int, work, *args) -> None:
 
 def _work(rank: int, world: int, checks: dict, folder: Path) -> None:
     torch.set_num_threads(1)
-    if TRITON_INSTALLED:
-        # Built for the interpreter now, as Triton was by whatever came first; checks of the kernels set the variable again.
-        import quick_interpreter
+    # Built for the interpreter now, as Triton was by whatever came first; checks of the kernels set the variable again.
+    import quick_interpreter
 
-        import csrc_triton  # noqa: F401
+    import csrc_triton  # noqa: F401
 
-        quick_interpreter.install()
+    quick_interpreter.install()
     del os.environ["TRITON_INTERPRET"]
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)

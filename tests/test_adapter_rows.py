@@ -238,9 +238,9 @@ def test_blocks_nest_and_survive_exceptions():
     with torch.no_grad():
         want = {name: alone(model, name) for name in RULES}
         with adapter_rows(model, ["wide"] * 6):
-            with pytest.raises(KeyError), adapter_rows(model, ["plain"] * 6):
+            with pytest.raises(KeyError, match="stop"), adapter_rows(model, ["plain"] * 6):
                 torch.testing.assert_close(model(input_ids=IDS).logits, want["plain"])
-                raise KeyError
+                raise KeyError("stop")
             torch.testing.assert_close(model(input_ids=IDS).logits, want["wide"])
             with disable_adapters(model):
                 assert torch.equal(model(input_ids=IDS).logits, llama()(input_ids=IDS).logits)

@@ -13,14 +13,6 @@ FLOAT, HALF = torch.float32, torch.bfloat16
 kinds = pytest.mark.parametrize("kind", ["4bit nf4", "4bit stored as bf16", "float8", "int4"])
 
 
-@pytest.fixture(params=["eager", "triton"])
-def backend(request, monkeypatch):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return request.param
-
-
 def several(kind, dtype=FLOAT):
     model = nn.Sequential(quantized(kind, K, K, dtype), nn.Tanh(), quantized(kind, K, K, dtype))
     apply_allora(model, r=3)
@@ -170,7 +162,6 @@ def test_a_refused_call_settles_nothing():
 
 
 def test_torch_compile_without_a_graph_break(monkeypatch):
-    pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     model, x = several("4bit nf4"), torch.randn(len(NAMES), TOKENS, K)
     expected = mixed(model, x)

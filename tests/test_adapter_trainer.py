@@ -9,7 +9,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from tiny_models import pretend_to_train  # noqa: E402
-from tiny_training import make_model  # noqa: E402
+from tiny_training import make_model, same, trained  # noqa: E402
 from torch import nn  # noqa: E402
 
 from allora_kernels import (  # noqa: E402
@@ -62,14 +62,6 @@ def trainer(base, output, cls=AdapterTrainer, tokenizer=False, **changes):
         model=model, args=arguments(output, **changes), train_dataset=rows(), eval_dataset=rows(),
         processing_class=processing, data_collator=transformers.default_data_collator, **own,
     )  # fmt: skip
-
-
-def trained(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def names(folder):

@@ -1,11 +1,11 @@
-"""`pick_config` is pure, answers for any architecture, and cuts work so that it fills the chip."""
+"""`pick_config` answers for any architecture, and cuts work so that it fills the chip."""
 
 import itertools
 
 import pytest
 import torch
 
-configs = pytest.importorskip("csrc_triton.configs")
+from csrc_triton import configs, plans
 
 ARCHS = ["sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx90a", "unheard_of", "interpreter"]
 OPS = ["fused_linear", "down_project", "low_rank_add", "sweep", "sweep_wide", "sweep_entry", "sweep_entry_wide"]
@@ -17,7 +17,6 @@ DTYPES = [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch
 def test_every_case_has_a_configuration(op, arch):
     for (dtype, low_rank), r, n in itertools.product(DTYPES, [1, 7, 16, 64, 200, 256], [1, 4096, 50257]):
         config = configs.pick_config(op, 513, n, 4096, r, dtype, arch, low_rank)
-        assert config == configs.pick_config(op, 513, n, 4096, r, dtype, arch, low_rank)
         sizes = [size for size in (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, config.BLOCK_R) if size]
         assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
         assert min(r, 16) <= config.BLOCK_R and config.num_warps >= 1 and config.num_stages >= 1
@@ -64,7 +63,6 @@ def test_a_part_with_fewer_multiprocessors_is_planned_as_it_is(capability, count
 
 
 def test_an_estimate_counts_the_multiprocessors_of_the_part():
-    plans = pytest.importorskip("csrc_triton.plans")
     # 128 tiles of 128 x 256: one wave of 132, two of 114.
     call = plans.Call("fused_linear", 2048, 2048, 4096, 16, torch.bfloat16, torch.bfloat16)
     plan = plans.options(call, "sm_90")[0]

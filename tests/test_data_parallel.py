@@ -11,56 +11,22 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from allora_kernels import apply_allora, load_adapter, reference, save_adapter
-from allora_kernels.layer.backend import TRITON_INSTALLED
 
 dist = pytest.importorskip("torch.distributed")
 if not dist.is_available():
     pytest.skip("this torch has no distributed package", allow_module_level=True)
 
+import two_layers  # noqa: E402
 from processes import run_checks  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from two_layers import HIDDEN, ROWS, K, N, R, batch, make_model, train  # noqa: E402
 
-WORLD, ROWS, K, HIDDEN, N, R = 2, 8, 12, 20, 9, 3
-
-
-def make_model(norm="row", dtype=torch.float32):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(K, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, N)).to(dtype)
-    apply_allora(model, r=R, norm=norm)
-    for layer in (model[0], model[2]):
-        nn.init.normal_(layer.lora_B)
-    return model
-
-
-def batch(rank=None):
-    """The whole batch, or the part of one process."""
-    x = torch.randn(ROWS, K, generator=torch.Generator().manual_seed(1))
-    return x if rank is None else x.chunk(dist.get_world_size())[rank]
-
-
-def train(model, x, steps=2, backward=lambda loss: loss.backward(), prepare=lambda optimizer: optimizer):
-    """The trained parameters' gradients and values after some steps, whole."""
-    optimizer = prepare(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1))
-    for _ in range(steps):
-        optimizer.zero_grad()
-        backward(model(x).float().square().mean())
-        optimizer.step()
-    trained = {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
-    found = {name: p for name, p in trained.items()} | {f"d{name}": p.grad for name, p in trained.items()}
-    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for name, t in found.items()}
-
-
-def assert_same(found, expected, rtol=1e-4, atol=1e-5):
-    assert found.keys() == expected.keys()
-    for name, t in expected.items():
-        torch.testing.assert_close(
-            found[name], t, rtol=rtol, atol=atol, check_dtype=False, msg=lambda m, name=name: f"{name}: {m}"
-        )
+WORLD = 2
+assert_same = partial(two_layers.assert_same, rtol=1e-4, atol=1e-5, check_dtype=False)
 
 
 # --- what the processes check; each takes a folder they share --------------------------------------------------------
@@ -236,7 +202,7 @@ def check_a_trainer_without_ddp_does_not_train(folder):
     trainer = adapter_trainer(folder, [{"x": row} for row in batch()], Forgets)
     with pytest.raises(RuntimeError, match="2 processes would each train a model of their own: it is a Squares"):
         trainer.train()
-    assert_same(dict(trainer.model.model.named_parameters()), dict(make_model().named_parameters()), 0, 0)
+    assert_same(dict(trainer.model.model.named_parameters()), dict(make_model().named_parameters()), rtol=0, atol=0)
 
 
 def check_what_counts_as_one_model(_):
@@ -269,7 +235,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-KERNELS = ("row", "entry") if TRITON_INSTALLED else ()
+KERNELS = ("row", "entry")
 EXACT = MixedPrecisionPolicy()
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 CHECKS = {
@@ -290,7 +256,7 @@ CHECKS = {
 
 def test_four_processes_train_what_one_does(tmp_path):
     checks = {name: check for name, check in CHECKS.items() if name.endswith(", row")}
-    assert len(checks) == (4 if TRITON_INSTALLED else 2)
+    assert len(checks) == 4
     run_checks(4, checks, tmp_path)
 
 

@@ -25,8 +25,6 @@ from allora_kernels.layer import dequantizing
 from allora_kernels.layer import quantized as calls
 from allora_kernels.testing import assert_close
 
-pytest.importorskip("triton")
-
 FLOAT, HALF = torch.float32, torch.bfloat16
 # Those that were told the dtype that they compute in take the kernels for an x of that dtype alone.
 COMPUTES_IN = {"4bit in bf16": [HALF], "4bit stored as bf16": [FLOAT]}

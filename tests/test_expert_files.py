@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import MIXTURES, VOCAB, logits, mixture, photograph, pretend_to_train, randomised
+from tiny_models import MIXTURES, VOCAB, adapted_mixture, logits, mixture, photograph, pretend_to_train, randomised
 from torch import nn
 
 from allora_kernels import apply_allora, load_adapter, save_adapter
@@ -27,9 +27,7 @@ pytestmark = [
 
 
 def adapted(family, **arguments):
-    model = mixture(family)
-    apply_allora(model, **{"r": 3, "experts": True, "target_modules": ["q_proj", "kv_b_proj"], **arguments})
-    return pretend_to_train(model)
+    return adapted_mixture(family, **{"target_modules": ["q_proj", "kv_b_proj"], **arguments})
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from tiny_models import MIXTURES, VOCAB, logits, mixture, photograph, pretend_to_train
+from tiny_models import MIXTURES, VOCAB, adapted_mixture, logits, mixture, photograph, pretend_to_train
 from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
@@ -26,12 +26,6 @@ from allora_kernels.reference import allora_linear
 
 IDS = torch.arange(14).reshape(2, 7) * 3 % VOCAB
 FAMILIES = list(MIXTURES)
-
-
-def adapted(family="Qwen3Moe", **arguments):
-    model = mixture(family)
-    apply_allora(model, **{"r": 3, "experts": True, **arguments})
-    return pretend_to_train(model)
 
 
 def experts_of(model):
@@ -215,7 +209,7 @@ def test_values_and_gradients_token_by_token(backend, chosen):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_is_what_adapted_computes_and_merging_can_be_taken_back(family):
-    model = adapted(family)
+    model = adapted_mixture(family)
     before, want, base = photograph(model), logits(model), mixture(family)
     merge_adapter(model, keep=True)
     assert not adapter_layers(model) and model.state_dict().keys() == base.state_dict().keys()
@@ -230,7 +224,7 @@ def test_merged_is_what_adapted_computes_and_merging_can_be_taken_back(family):
 
 
 def test_unmerging_after_a_cast_is_refused():
-    model = adapted()
+    model = adapted_mixture()
     merge_adapter(model, keep=True)
     model.double()
     with pytest.raises(ValueError, match=r"was torch\.float32 when it was merged and is torch\.float64 now"):
@@ -262,7 +256,7 @@ def test_it_trains(family, norm, backend):
 
 
 def test_every_step_has_the_same_bits_and_both_backends_agree(monkeypatch):
-    model = adapted(norm="factor")
+    model = adapted_mixture(norm="factor")
     first = gradients(model)
     assert_same(gradients(model), first, rtol=0, atol=0)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -297,7 +291,7 @@ def test_batch_invariance_reaches_experts_that_are_switched_off(monkeypatch):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_are_whole_and_their_own(copied):
-    model = adapted()
+    model = adapted_mixture()
     twin = copied(model)
     assert torch.equal(logits(twin), logits(model))
     assert all(m.config.former is twin.config for m in experts_of(twin))
@@ -312,7 +306,7 @@ def test_a_pickle_is_read_by_a_process_that_has_adapted_nothing(tmp_path):
     import subprocess
     import sys
 
-    model = adapted()
+    model = adapted_mixture()
     torch.save((model, logits(model)), tmp_path / "model.pt")
     code = (
         "import sys, torch; model, want = torch.load(sys.argv[1], weights_only=False); "
@@ -323,7 +317,7 @@ def test_a_pickle_is_read_by_a_process_that_has_adapted_nothing(tmp_path):
 
 
 def test_the_model_s_config_says_nothing_of_it(tmp_path):
-    model = adapted()
+    model = adapted_mixture()
     assert model.config._experts_implementation == "grouped_mm" and model.get_experts_implementation() == {
         "": "grouped_mm"
     }
@@ -335,7 +329,7 @@ def test_the_model_s_config_says_nothing_of_it(tmp_path):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_and_a_switch_in_between(reentrant):
-    model = adapted().train()
+    model = adapted_mixture().train()
     want = gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
@@ -363,7 +357,7 @@ def test_torch_compile(backend):
 
 
 def test_autocast_and_generation():
-    model = adapted()
+    model = adapted_mixture()
     with torch.autocast("cpu", torch.bfloat16):
         loss = loss_of(model)
     loss.backward()
@@ -374,7 +368,7 @@ def test_autocast_and_generation():
 
 
 def test_it_explains_and_describes_itself():
-    model = adapted()
+    model = adapted_mixture()
     found = explain(model).layers["model.layers.0.mlp.experts.down_proj"]
     assert found.shape == (4, 16, 12) and found.r == 3
     assert "[4, 16, 12], r=3" in str(explain(model))

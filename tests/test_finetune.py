@@ -11,7 +11,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
-from tiny_training import make_model, sentences, write_csv  # noqa: E402
+from tiny_training import At, make_model, sentences, write_csv  # noqa: E402
 
 from allora_kernels import load_adapter, reference  # noqa: E402
 from allora_kernels.training import preparing  # noqa: E402
@@ -41,17 +41,6 @@ def settings(inputs, tmp_path):
         return FinetuneConfig(**(short | dict(batch_size=8, max_length=16, max_steps=12, save_steps=5) | changes))
 
     return make
-
-
-class At(transformers.TrainerCallback):
-    """Calls `action` at the end of optimizer step `step`."""
-
-    def __init__(self, step, action):
-        self.step, self.action = step, action
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.action()
 
 
 def ctrl_c():

@@ -19,7 +19,7 @@ if not torch.distributed.is_available():
 
 from processes import spawn  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from tiny_training import make_model, sentences, write_csv  # noqa: E402
+from tiny_training import At, make_model, sentences, write_csv  # noqa: E402
 
 from allora_kernels.training import progress  # noqa: E402
 from allora_kernels.training.config import FinetuneConfig  # noqa: E402
@@ -28,17 +28,6 @@ from allora_kernels.training.run import finetune  # noqa: E402
 ROOT = Path(__file__).parents[1]
 TASKS = {"classification": "Bert", "causal-lm": "Llama"}
 STOPPED = 4
-
-
-class At(transformers.TrainerCallback):
-    """Calls `action` at the end of optimizer step `step`."""
-
-    def __init__(self, step, action):
-        self.step, self.action = step, action
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.action()
 
 
 class Quiet:

@@ -13,8 +13,8 @@ pytest.importorskip("datasets")
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install '.[quantized]'")
 
 from safetensors.torch import load_file  # noqa: E402
-from test_finetune import At, ctrl_c, outcome  # noqa: E402
-from tiny_training import make_model, sentences, switch_dropout_off, write_csv  # noqa: E402
+from test_finetune import ctrl_c, outcome  # noqa: E402
+from tiny_training import At, make_model, sentences, switch_dropout_off, write_csv  # noqa: E402
 
 from allora_kernels import FusedALLoRALinear, load_adapter  # noqa: E402
 from allora_kernels.layer import quantized  # noqa: E402
@@ -119,7 +119,6 @@ def test_runs_over_one_base_are_the_single_runs(settings, task, tmp_path):
 
 
 def test_by_the_kernels(settings, monkeypatch, tmp_path):
-    pytest.importorskip("triton")
     # On a CPU bitsandbytes' own product takes blocks of 64 weights for parts of rows.
     config = settings(max_steps=3, model=str(tmp_path / "wider"))
     shutil.copytree(settings().model, config.model)

@@ -38,14 +38,6 @@ def on_a_cpu(monkeypatch):
     monkeypatch.setattr(fp8, "fp8_linear", product)
 
 
-@pytest.fixture(params=["eager", "triton"])
-def backend(request, monkeypatch):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return request.param
-
-
 def linear(dtype=torch.float32, block_size=BLOCK):
     torch.manual_seed(1)
     layer = fp8.FP8Linear(K, N, block_size=block_size, has_bias=True)

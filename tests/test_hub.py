@@ -95,14 +95,11 @@ def test_modules_import_each_other_relatively_and_nothing_but_torch_and_triton(f
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_it_works_where_the_library_is_not_installed(folder, backend):
     variant = folder / "build" / "torch-cpu"
-    if backend == "triton":
-        pytest.importorskip("triton")
     code = f"sys.meta_path.insert(0, Missing())\ncheck(load({str(variant)!r}), {backend!r})"
     run(textwrap.dedent(ALONE) + textwrap.dedent(CHECK) + code, TRITON_INTERPRET=str(int(backend == "triton")))
 
 
 def test_two_builds_and_the_installed_library_live_in_one_process(folder):
-    pytest.importorskip("triton")
     code = f"""
 import allora_kernels
 packages = [allora_kernels, *(load({str(folder)!r} + f"/build/torch-{{name}}") for name in ("cpu", "cuda"))]

@@ -12,18 +12,17 @@ from unittest import mock
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.knobs import HookChain
+from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-triton = pytest.importorskip("triton")
-import triton.language as tl  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import CompiledKernel  # noqa: E402
-from triton.knobs import HookChain  # noqa: E402
-from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
-from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
-
-from csrc_triton import launching, recording, replay  # noqa: E402
+from csrc_triton import launching, recording, replay
 
 # Specialising a descriptor imports this, which fails where `conftest` had Triton itself loaded for the interpreter.
 with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):

@@ -117,7 +117,6 @@ def test_a_run_goes_on_accelerated(base, setting, tmp_path):
 
 def test_the_kernels_take_over_the_usual_4bit_script(base, monkeypatch):
     """Under Trainer's bf16, after prepare_model_for_kbit_training, whose norms give the layers an x in float32."""
-    pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(quantized, "DEQUANTIZED_FROM_ROWS", 1)
     model = randomised(peft.get_peft_model(prepared(base, "4bit"), lora(alpha=10)))

@@ -40,14 +40,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=["eager", "triton"])
-def backend(request, monkeypatch):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return request.param
-
-
 class Body(nn.Module):
     """Two quantized layers; the flags are those by which PEFT tells a model of bitsandbytes' layers."""
 
@@ -180,7 +172,6 @@ def test_in_place_unless_a_hook_may_keep_it(kind):
 
 @one_of_each
 def test_no_tensor_of_the_size_of_x_or_y_is_made_beside_the_bases_own(kind, monkeypatch):
-    pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     model = stock(kind, alpha=3 * R)
     layer, (x, g) = layers(model)[0], batch()
@@ -454,7 +445,7 @@ def test_results_are_pefts(kind, made, act, tmp_path):
     if kind == "int8" and "merged" in act.__name__:
         # PEFT was not told how to quantize the sum again.
         for model in (theirs, ours):
-            with pytest.raises(ValueError):
+            with pytest.raises(ValueError, match=r"get_apply_tensor_subclass|nothing says how it was quantized"):
                 act(model, tmp_path)
         assert not layers(ours)[0].merged
         return torch.testing.assert_close(of(ours), of(theirs), rtol=1e-4, atol=1e-4)

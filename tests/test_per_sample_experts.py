@@ -5,19 +5,13 @@ import itertools
 
 import pytest
 import torch
-from tiny_models import VOCAB, mixture, pretend_to_train, transformer
+from tiny_models import VOCAB, adapted_mixture, pretend_to_train, transformer
 from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
 from allora_kernels import apply_allora, per_sample, reference
 
 IDS = torch.arange(4 * 6).reshape(4, 6) * 7 % VOCAB
-
-
-def adapted(family="Qwen3Moe", **arguments):
-    model = mixture(family)
-    apply_allora(model, **{"r": 3, "experts": True, **arguments})
-    return pretend_to_train(model)
 
 
 def loss_of(model, ids=IDS):
@@ -64,7 +58,7 @@ def norms_of(grads):
 def test_each_sample_has_its_own_gradient(backend, family, norm):
     if backend == "triton" and family in ("Mixtral", "DeepseekV3"):
         pytest.skip("two layouts are enough for the interpreter")
-    model = adapted(family, norm=norm)
+    model = adapted_mixture(family, norm=norm)
     with per_sample.record(model):
         loss_of(model).backward()
     assert_recorded(model, one_by_one(model, IDS[:, None], loss_of))
@@ -75,7 +69,7 @@ def test_each_sample_has_its_own_gradient(backend, family, norm):
 @pytest.mark.parametrize("norm", reference.NORMS)
 @pytest.mark.parametrize("norms_only", [False, True])
 def test_clipping_takes_one_backward_pass(backend, norm, norms_only):
-    model = adapted(norm=norm, target_modules=[])
+    model = adapted_mixture(norm=norm, target_modules=[])
     want = one_by_one(model, IDS[:, None], loss_of)
     norms = norms_of(want)
     max_norm = norms.median().item()
@@ -92,7 +86,7 @@ def test_clipping_takes_one_backward_pass(backend, norm, norms_only):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("norms_only", [False, True])
 def test_checkpointing_does_not_count_twice(use_reentrant, norms_only):
-    model = adapted()
+    model = adapted_mixture()
     want = one_by_one(model, IDS[:, None], loss_of)
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -105,7 +99,7 @@ def test_checkpointing_does_not_count_twice(use_reentrant, norms_only):
 
 
 def test_several_checkpointed_forward_passes_of_one_backward_pass():
-    model = adapted()
+    model = adapted_mixture()
     want = one_by_one(model, IDS[:, None], loss_of)
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -115,7 +109,7 @@ def test_several_checkpointed_forward_passes_of_one_backward_pass():
 
 
 def test_micro_batches_follow_each_other_and_forward_passes_add_up():
-    model = adapted()
+    model = adapted_mixture()
     want = one_by_one(model, IDS[:, None], loss_of)
     with per_sample.record(model):
         for part in IDS.split([1, 3]):
@@ -138,7 +132,7 @@ def test_a_shared_expert_that_sees_flattened_tokens_needs_their_ranges():
 
 
 def test_noise_scale_is_that_of_the_samples():
-    model = adapted()
+    model = adapted_mixture()
     want = torch.cat([t.flatten(1) for t in one_by_one(model, IDS[:, None], loss_of).values()], 1)
     for norms_only in (False, True):
         with per_sample.record(model, norms_only=norms_only):

@@ -8,9 +8,9 @@ from unittest import mock
 import pytest
 import torch
 
-plans = pytest.importorskip("csrc_triton.plans")
-configs = pytest.importorskip("csrc_triton.configs")
-tuning = pytest.importorskip("csrc_triton.tuning")
+import csrc_triton
+from csrc_triton import batch_invariance, configs, hides_c, plans, tuning
+from csrc_triton.layer_grads import room_for_ds
 
 ARCHS = ["sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "unheard_of", "interpreter"]
 MIXED = (torch.bfloat16, torch.float32)
@@ -48,11 +48,16 @@ def test_every_case_has_a_plan_that_can_run(op, arch):
                 assert plan.way != "inside" or (op == "adapted_linear" and r <= plan.config.BLOCK_R)
 
 
-def test_the_least_estimate_is_picked():
-    for arch, m in itertools.product(["sm_80", "sm_90", "unheard_of"], [64, 512, 8192]):
-        chosen = plans._pick(call(m=m), arch, plans.EVERYTHING, None)
-        costs = {plan: plans.estimate(call(m=m), plan, arch) for plan in plans.options(call(m=m), arch)}
-        assert costs[chosen] == min(costs.values())
+def test_whichever_plan_has_the_least_estimate_is_picked(monkeypatch):
+    found = plans.options(call(), "sm_90")
+    assert len(found) > 5
+    for best in found:
+        monkeypatch.setattr(plans, "estimate", lambda call, plan, arch, best=best: float(plan != best))
+        forget()
+        assert plans._pick(call(), "sm_90", plans.EVERYTHING, None) == best
+
+
+def test_the_interpreter_has_a_program_a_tile():
     assert plans.pick(call(), torch.device("cpu"), plans.EVERYTHING).way == "tiles"
 
 
@@ -64,8 +69,6 @@ def test_rows_in_groups_of_one_weight_go_the_cheaper_way():
 
 
 def test_the_vendor_takes_no_rows_in_groups_under_batch_invariance_nor_in_the_interpreter(monkeypatch):
-    from csrc_triton import batch_invariance
-
     large = call("fused_linear", m=8192)
     assert not plans.by_vendor_for_groups(large, torch.device("cpu"))
     monkeypatch.setattr(configs, "arch_of", lambda device: "sm_90")
@@ -129,8 +132,6 @@ def test_without_the_gluon_it_was_written_for_the_other_ways_are_taken(monkeypat
 
 
 def test_where_c_is_hidden(monkeypatch):
-    from csrc_triton import batch_invariance, hides_c
-
     def hidden(M=2048, R=16, factors=torch.bfloat16, arch="sm_90"):
         monkeypatch.setattr(configs, "arch_of", lambda device: arch)
         monkeypatch.setattr(configs, "can_overlap", lambda device: arch != "sm_80")
@@ -151,8 +152,6 @@ def test_where_c_is_hidden(monkeypatch):
 
 def test_the_pass_for_ds_runs_beside_the_gemm_where_that_costs_less(monkeypatch):
     """As measured on an H100; docs/steps.md."""
-    from csrc_triton.layer_grads import room_for_ds
-
     monkeypatch.setattr(configs, "arch_of", lambda device: "sm_90")
     monkeypatch.setattr(configs, "can_overlap", lambda device: True)
 
@@ -171,7 +170,6 @@ def test_the_pass_for_ds_runs_beside_the_gemm_where_that_costs_less(monkeypatch)
 
 
 def test_the_plan_of_a_layer_says_that_its_factors_go_in_parts(monkeypatch):
-    csrc_triton = pytest.importorskip("csrc_triton")
     monkeypatch.setattr(configs, "arch_of", lambda device: "sm_90")
     for dtypes, in_parts in ((MIXED, True), ((torch.bfloat16,) * 2, False)):
         steps = csrc_triton.plan_steps(plans.LayerCall(2048, 4096, 4096, 16, "row", *dtypes), torch.device("cpu"))
@@ -182,9 +180,8 @@ def test_the_plan_of_a_layer_says_that_its_factors_go_in_parts(monkeypatch):
 @pytest.mark.parametrize("invariant", [False, True])
 @pytest.mark.parametrize("arch", ["sm_90", "interpreter"])
 def test_a_call_of_no_rows_has_a_plan(arch, invariant, monkeypatch):
-    csrc_triton = pytest.importorskip("csrc_triton")
     monkeypatch.setattr(configs, "arch_of", lambda device: arch)
-    monkeypatch.setattr(csrc_triton.batch_invariance, "_enabled", invariant)
+    monkeypatch.setattr(batch_invariance, "_enabled", invariant)
     for steps in (csrc_triton.plan_steps, csrc_triton.plan_added_steps):
         calls = (plans.LayerCall(rows, 64, 64, 8, "row", *MIXED) for rows in (0, 1))
         none, one = (steps(of_layer, torch.device("cpu")) for of_layer in calls)

@@ -16,14 +16,6 @@ from allora_kernels.layer import bases
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-@pytest.fixture(params=["eager", "triton"])
-def backend(request, monkeypatch):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return request.param
-
-
 # --- values and gradients -------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from allora_kernels import WrappedALLoRALinear, apply_allora, load_adapter, save_adapter
+from allora_kernels import WrappedALLoRALinear, load_adapter, save_adapter
 
 dist = pytest.importorskip("torch.distributed")
 if not dist.is_available():
@@ -14,6 +14,7 @@ if not dist.is_available():
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install '.[quantized]'")
 pytest.importorskip("torchao", reason="torchao is not installed: pip install '.[quantized]'")
 
+import two_layers  # noqa: E402
 from processes import SINCE_TORCH_2_13, run_checks  # noqa: E402
 from quantized import quantized  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -22,11 +23,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E4
 from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+from two_layers import train  # noqa: E402
 
 from allora_kernels.integrations.tensor_parallel import RowwiseALLoRA  # noqa: E402
 from allora_kernels.layer import quantized as calls  # noqa: E402
 
-WORLD, ROWS, K, HIDDEN, R = 2, 8, 64, 96, 3
+WORLD, K, HIDDEN = 2, 64, 96
+assert_same = partial(two_layers.assert_same, rtol=1e-3, atol=1e-4)
+batch = partial(two_layers.batch, features=K)
 
 
 def make_bare(kind):
@@ -34,36 +38,9 @@ def make_bare(kind):
 
 
 def make_model(kind, norm="row"):
-    model = make_bare(kind)
-    apply_allora(model, r=R, norm=norm)
+    model = two_layers.adapted(make_bare(kind), norm)
     assert all(type(model[i]) is WrappedALLoRALinear for i in (0, 2))
-    for layer in (model[0], model[2]):
-        nn.init.normal_(layer.lora_B)
     return model
-
-
-def batch(rank=None):
-    """The whole batch, or the part of one process."""
-    x = torch.randn(ROWS, K, generator=torch.Generator().manual_seed(1))
-    return x if rank is None else x.chunk(WORLD)[rank]
-
-
-def train(model, x, steps=2):
-    """The trained parameters' gradients and values after some steps, whole."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(x).float().square().mean().backward()
-        optimizer.step()
-    trained = {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
-    found = trained | {f"d{name}": p.grad for name, p in trained.items()}
-    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for name, t in found.items()}
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys() and len(found) in (4, 8)
-    for name, t in expected.items():
-        torch.testing.assert_close(found[name], t, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def assert_saved_alike(together, alone, kind, folder):

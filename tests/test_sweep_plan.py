@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-sweep_plan = pytest.importorskip("csrc_triton.sweep_plan")
-from allora_kernels import reference  # noqa: E402
+from allora_kernels import reference
+from csrc_triton import sweep_plan
 
 BF16 = (torch.bfloat16, torch.bfloat16)
 M, N = 8192, 4096

@@ -8,26 +8,27 @@ from torch import nn
 
 from allora_kernels import FusedALLoRALinear, per_sample, reference
 from allora_kernels.layer import functional
-from allora_kernels.layer.backend import TRITON_INSTALLED
 
 dist = pytest.importorskip("torch.distributed")
 if not dist.is_available():
     pytest.skip("this torch has no distributed package", allow_module_level=True)
 
+import two_layers  # noqa: E402
 from processes import SINCE_TORCH_2_13, run_checks  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor  # noqa: E402
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from two_layers import whole  # noqa: E402
 
 from allora_kernels.integrations.tensor_parallel import RowwiseALLoRA  # noqa: E402
 
 # Four processes have 3, 3, 3 and 1 of N's ten rows. No two numbers of the same tensor are alike.
 ROWS, K, HIDDEN, N, R = 6, 12, 20, 10, 3
+assert_same = partial(two_layers.assert_same, rtol=1e-4, atol=1e-5)
 FACTORS = ("0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B")
-BACKENDS = ("eager", "triton") if TRITON_INSTALLED else ("eager",)
-ON_KERNELS = reference.NORMS if TRITON_INSTALLED else ()
+BACKENDS = ("eager", "triton")
 
 PLANS = {
     "torch's": lambda: {"0": ColwiseParallel(), "2": RowwiseParallel()},
@@ -52,10 +53,6 @@ def make_x(dtype=torch.float32):
     return torch.randn(ROWS // 2, 2, K, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def whole(t):
-    return (t.full_tensor() if isinstance(t, DTensor) else t).detach()
-
-
 def step(model, x):
     """y, and after one optimizer step every gradient and the factors, whole."""
     x = x.detach().requires_grad_()
@@ -67,11 +64,6 @@ def step(model, x):
     for name in FACTORS:
         found |= {f"d{name}": parameters[name].grad, name: parameters[name]}
     return {name: whole(t) for name, t in found.items()}
-
-
-def assert_same(found, expected, rtol=1e-4, atol=1e-5):
-    for name, t in expected.items():
-        torch.testing.assert_close(found[name], t, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def use(backend, patch):
@@ -257,11 +249,11 @@ TWO = {
     **{f"crosses columnwise, {n}": partial(check_what_crosses, n, False, [R * K, *c]) for n, c in COLUMNS.items()},
     "crosses torch's columnwise": partial(check_torchs_columns_send_no_more, "token"),
     **{f"eager, {n}, {p} plan": partial(check_plan, "eager", n, p) for n in reference.NORMS for p in PLANS},
-    **{f"triton, {n}, our plan": partial(check_plan, "triton", n, "ours") for n in ON_KERNELS},
+    **{f"triton, {n}, our plan": partial(check_plan, "triton", n, "ours") for n in reference.NORMS},
 }
 FOUR = {
     **{f"eager, {n}, {p} plan": partial(check_plan, "eager", n, p) for n in ("row", "token") for p in PLANS},
-    **{f"triton, {n}, torch's plan": partial(check_plan, "triton", n, "torch's") for n in ON_KERNELS[::2]},
+    **{f"triton, {n}, torch's plan": partial(check_plan, "triton", n, "torch's") for n in reference.NORMS[::2]},
     **{f"{b}, rows of x": partial(check_rows, b, "token") for b in BACKENDS},
     **{f"{b}, 2 x 2": partial(check_a_mesh_of_two_dimensions, b, "factor") for b in BACKENDS},
     "eager, 2 x 2, matrix": partial(check_a_mesh_of_two_dimensions, "eager", "matrix"),

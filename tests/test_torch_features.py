@@ -11,36 +11,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+from two_layers import HIDDEN, K, N, R, assert_same, make_model, trained
 
-from allora_kernels import FusedALLoRALinear, allora_linear, apply_allora, merge_adapter, reference
-from allora_kernels.layer.backend import TRITON_INSTALLED
+from allora_kernels import FusedALLoRALinear, allora_linear, merge_adapter, reference
 
-K, HIDDEN, N, R = 12, 20, 9, 3
 X = torch.randn(6, K, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(params=["eager", "triton"])
-def backend(request, monkeypatch):
-    """The backend that calls on CPU tensors take."""
-    if request.param == "triton" and not TRITON_INSTALLED:
-        pytest.skip("Triton is not installed")
-    if request.param == "triton" and torch.cuda.is_available():
-        pytest.skip("the kernels are built for the GPU in this process")
-    monkeypatch.setenv("TRITON_INTERPRET", str(int(request.param == "triton")))
-    return request.param
-
-
-def make_model(norm="row", dtype=torch.float32, device="cpu"):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(K, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, N)).to(device, dtype)
-    apply_allora(model, r=R, norm=norm)
-    for layer in (model[0], model[2]):
-        nn.init.normal_(layer.lora_B)
-    return model
-
-
-def trained(model):
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def loss_of(model, x=X):
@@ -51,12 +26,6 @@ def gradients(model, x=X):
     model.zero_grad()
     loss_of(model, x).backward()
     return {name: p.grad.clone() for name, p in trained(model).items()}
-
-
-def assert_same(found, expected, **tolerances):
-    assert found.keys() == expected.keys()
-    for name, t in expected.items():
-        torch.testing.assert_close(found[name], t, **tolerances, msg=lambda m, name=name: f"{name}: {m}")
 
 
 # --- torch.compile ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import transformers
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import pretend_to_train
-from tiny_training import LETTERS, make_model
+from tiny_training import LETTERS, make_model, same, trained
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from allora_kernels import adapter_layers, apply_allora, load_adapter
@@ -91,14 +91,6 @@ def make(trainer, model, base, output, callbacks=(), **changes):
 
 def logged(trainer, key="loss"):
     return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-def trained(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @torch.no_grad()

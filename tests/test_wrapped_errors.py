@@ -24,8 +24,7 @@ def test_a_backward_pass_that_gives_nothing_is_an_error():
         layer(inputs.x.requires_grad_()).sum().backward()
 
 
-def test_batch_invariance_is_refused(monkeypatch):
-    pytest.importorskip("triton")
+def test_batch_invariance_is_refused():
     layer, inputs = wrapped()
     with use_batch_invariant(), pytest.raises(RuntimeError, match="Foreign computes its own product"):
         layer(inputs.x)

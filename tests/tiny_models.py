@@ -5,7 +5,7 @@ import transformers
 from torch import nn
 from transformers import logging
 
-from allora_kernels import adapter_parameters
+from allora_kernels import adapter_parameters, apply_allora
 
 logging.set_verbosity_error()
 
@@ -138,3 +138,10 @@ def photograph(model: nn.Module):
     lazy = torch.nn.parameter.UninitializedParameter
     values = {name: t.tolist() for name, t in model.state_dict().items() if not (isinstance(t, lazy) or t.is_meta)}
     return modules, flags, values
+
+
+def adapted_mixture(family: str = "Qwen3Moe", **arguments) -> nn.Module:
+    """A `mixture` with adapters, also of its experts, that are not zero."""
+    model = mixture(family)
+    apply_allora(model, **{"r": 3, "experts": True, **arguments})
+    return pretend_to_train(model)

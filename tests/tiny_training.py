@@ -69,3 +69,24 @@ def sentences(count: int = 96) -> list[tuple[str, str]]:
 def write_csv(file: Path, rows: list[tuple[str, str]]) -> str:
     file.write_text("".join(f"{text},{label}\n" for text, label in [("text", "label"), *rows]))
     return str(file)
+
+
+class At(transformers.TrainerCallback):
+    """Calls `action` at the end of optimizer step `step`."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+def trained(model) -> dict[str, torch.Tensor]:
+    """A copy of what is trained."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether all bits are."""
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)

@@ -6,9 +6,14 @@ and one of them writes, and where memory that nothing has written shows in a res
 
 import dataclasses
 import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+# As pytest does for the other tests, whose conftest is left out here.
+sys.path.append(str(Path(__file__).parents[1]))
 
 if importlib.util.find_spec("ttsem") is None:
     collect_ignore_glob = ["test_*.py"]

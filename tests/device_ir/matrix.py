@@ -62,6 +62,9 @@ def laid_out(t: torch.Tensor, layout: str) -> torch.Tensor:
     return t
 
 
-def doubles(*tensors):
-    """The tensors in float64, whole numbers and None as they are."""
-    return tuple(t.double() if t is not None and t.is_floating_point() else t for t in tensors)
+def down_project_in_order(x, a, dtype):
+    """S as one multiply-add after another, which is how ttsem takes a dot: torch's order is kinder to a long fp32 sum."""
+    s = torch.zeros(x.shape[0], a.shape[0])
+    for column_x, column_a in zip(x.float().mT, a.float().mT):
+        s = s.addcmul(column_x[:, None], column_a)
+    return s.to(dtype)

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from asynchrony import ByRounds, as_late_as_allowed
-from matrix import BF16, doubles
+from comparing import assert_all_close, doubles
+from matrix import BF16
 from planting import module, plant
 from ttsem.sanitize import Unjudged
 
 import csrc_triton
 from allora_kernels import reference
-from allora_kernels.testing import assert_close, make_inputs
+from allora_kernels.testing import make_inputs
 from csrc_triton import chain, configs, plans
 
 ETA = 2.0
@@ -52,8 +53,7 @@ def y_in_rounds(M, rank):
     x, weight, bias, a, b, _ = tensors = make_inputs(M, 520, 144, rank, BF16)
     y, s = csrc_triton.adapted_linear(x, weight, bias, a, b, BF16, pipelined("adapted_linear", M, 520, 144, rank))
     eager, exact = (reference.adapted_linear(*t[:5], t[0].dtype) for t in (tensors, doubles(*tensors)))
-    for name, *values in zip(("y", "s"), (y, s), eager, exact):
-        assert_close(*values, name)
+    assert_all_close("y s", (y, s), eager, exact)
 
 
 def gradients_in_rounds(M, norm, monkeypatch):
@@ -62,8 +62,7 @@ def gradients_in_rounds(M, norm, monkeypatch):
     monkeypatch.setattr(plans, "pick", lambda *args: pipelined("fused_linear", M, 1040, 272, 16))
     ours = csrc_triton.layer_grads(*tensors, ETA, norm, BF16, BF16)
     eager, exact = (reference.layer_grads(*t, ETA, norm) for t in (tensors, doubles(*tensors)))
-    for name, *values in zip(("dx", "da", "db"), ours, eager, exact):
-        assert_close(*values, name)
+    assert_all_close("dx da db", ours, eager, exact)
 
 
 def pipelined(op, M, N, K, R):

@@ -1,10 +1,12 @@
 """The launchers for groups of rows, with the configurations of every architecture: the values against fp64."""
 
+import itertools
 import sys
 
 import pytest
 import torch
-from matrix import doubles, laid_out, over
+from comparing import ETA, assert_all_close, doubles, group_by_group
+from matrix import down_project_in_order, laid_out, over
 
 import csrc_triton
 from allora_kernels import reference
@@ -12,7 +14,6 @@ from allora_kernels.groups import reference as grouped
 from allora_kernels.testing import assert_close, make_inputs
 from csrc_triton import configs
 
-ETA = 1.3
 # Rows of each group, and those that belong to none.
 CUTS = [((37, 0, 70, 1), 5), ((0, 0, 130, 0), 0), ((1,) * 9, 2), ((0, 0), 7), ((150,), 0)]
 
@@ -30,14 +31,11 @@ def make(cut, shape, dtypes, layout):
     return laid_out(x, layout), weight, bias, a, b, laid_out(g, layout), torch.tensor(lengths).cumsum(0).int()
 
 
-def down_project_in_order(x, a, offsets, dtype):
-    """S as one multiply-add after another, which is how ttsem takes a dot."""
-    s, start = torch.zeros(x.shape[0], a.shape[1]), 0
-    for e, stop in enumerate(offsets.tolist()):
-        for column_x, column_a in zip(x[start:stop].float().mT, a[e].float().mT):
-            s[start:stop] = s[start:stop].addcmul(column_x[:, None], column_a)
-        start = stop
-    return s.to(dtype)
+def grouped_down_project_in_order(x, a, offsets, dtype):
+    s = torch.zeros(x.shape[0], a.shape[1], dtype=dtype)
+    for e, (start, stop) in enumerate(itertools.pairwise([0, *offsets.tolist()])):
+        s[start:stop] = down_project_in_order(x[start:stop], a[e], dtype)
+    return s
 
 
 def some_order(x):
@@ -61,7 +59,7 @@ def test_products(arch, few_sms, dtypes, shape, layout, cut, rows):
         weight, bias = weight[0], bias[0]
     s = csrc_triton.grouped_down_project(x, a, offsets, compute, order)
     exact = grouped.grouped_down_project(*doubles(x, a), offsets, torch.float64, order)
-    eager = down_project_in_order(x if order is None else x[order], a, offsets, compute)
+    eager = grouped_down_project_in_order(x if order is None else x[order], a, offsets, compute)
     assert_close(s, eager, exact, "s")
     if rows == "of one weight":
         order = None
@@ -88,24 +86,11 @@ def test_gradients(arch, few_sms, dtypes, norm, shape, layout, cut, form, ordere
     ours = csrc_triton.grouped_adapter_grads(*args, ETA, norm, True, a.dtype, b.dtype, order, etas)
     eager = grouped.grouped_adapter_grads(*args, ETA, norm, True, a.dtype, b.dtype, order, etas)
     exact = grouped.grouped_adapter_grads(*doubles(*args), ETA, norm, True, torch.float64, torch.float64, order, etas)
-    for name, *results in zip(("ds", "da", "db"), ours, eager, exact):
-        assert_close(*results, name)
+    assert_all_close("ds da db", ours, eager, exact)
 
 
 # Of each group, the rows of each sample.
 SAMPLES = [((5, 0, 33), (0, 0, 0), (1, 70, 2)), ((37,), (0,), (3,)), ((1,) * 5,) * 4, ((0, 150), (0, 0))]
-
-
-def samples_of(lengths, g, x, s, b, c, norm, dtype):
-    """(dA [b, E, R, K], dB [b, E, N, R])"""
-    da = torch.zeros(len(lengths[0]), *b.shape[:1], b.shape[2], x.shape[1], dtype=dtype)
-    db, start = torch.zeros(len(lengths[0]), *b.shape, dtype=dtype), 0
-    for e, of_group in enumerate(lengths):
-        for i, length in enumerate(of_group):
-            rows, start = slice(start, start + length), start + length
-            own = (g[rows], x[rows], s[rows], b[e], None if c is None else c[e])
-            _, da[i, e], db[i, e] = reference.adapter_grads(*own, ETA, norm, False, dtype, dtype)
-    return da, db
 
 
 @over("arch", "few_sms", "dtypes", "norm", "shape", "layout", lengths=SAMPLES, many=[False, True])
@@ -119,10 +104,9 @@ def test_samples(arch, few_sms, dtypes, norm, shape, layout, lengths, many, monk
     tensors, samples = (g, x, s, b, c), len(lengths[0])
     pieces = torch.tensor([0, *(length for group in lengths for length in group)]).cumsum(0).int()
     _, *ours = csrc_triton.grouped_sample_grads(*tensors, pieces, samples, ETA, norm, True, True, True)
-    eager = samples_of(lengths, *tensors, norm, torch.float32)
-    exact = samples_of(lengths, *doubles(*tensors), norm, torch.float64)
-    for name, *results in zip(("da", "db"), ours, eager, exact):
-        assert_close(*results, name)
+    eager = group_by_group(tensors, pieces, samples, norm, torch.float32)
+    exact = group_by_group(doubles(*tensors), pieces, samples, norm, torch.float64)
+    assert_all_close("da db", ours, eager, exact)
     _, *sums, squares = csrc_triton.grouped_sample_squared_norms(
         *tensors, pieces, samples, ETA, norm, True, torch.float32, torch.float32
     )

@@ -5,7 +5,8 @@ import itertools
 
 import pytest
 import torch
-from matrix import AXES, BF16, F16, F32, doubles, laid_out, over
+from comparing import ETA, assert_all_close, backward_arguments, doubles, sample_by_sample
+from matrix import AXES, BF16, F16, F32, down_project_in_order, laid_out, over
 
 import csrc_triton
 from allora_kernels import reference, use_batch_invariant
@@ -15,25 +16,6 @@ from allora_kernels.testing import assert_close, make_inputs
 from csrc_triton import adapter_grad, configs, describable, plans, sample_grad, sweep_plan
 from csrc_triton.combine import combine_pair
 from csrc_triton.parts import in_parts
-
-ETA = 1.3
-
-
-def down_project_in_order(x, a, dtype):
-    """S as one multiply-add after another, which is how ttsem takes a dot: torch's order is kinder to a long fp32 sum."""
-    s = torch.zeros(x.shape[0], a.shape[0])
-    for column_x, column_a in zip(x.float().mT, a.float().mT):
-        s = s.addcmul(column_x[:, None], column_a)
-    return s.to(dtype)
-
-
-def backward_arguments(shape, dtypes, norm):
-    inputs = make_inputs(*shape, *dtypes)
-    s = reference.down_project(inputs.x, inputs.lora_A, torch.promote_types(*dtypes))
-    c = None
-    if norm in reference.WEIGHT_NORMS:
-        c = reference.weight_coefficient(inputs.lora_A, inputs.lora_B, ETA, norm)
-    return inputs.g, inputs.x, s, inputs.lora_B, c
 
 
 @over("arch", "few_sms", "dtypes", "layout", shape=[*AXES["shape"], (5, 1, 2500, 7), (0, 3, 4, 2), (1, 1, 1, 1)])
@@ -168,13 +150,12 @@ def test_adapter_grads(arch, few_sms, dtypes, norm, layout, shape, form, monkeyp
     if form == "separate" and norm == "entry":
         form = "together"  # the tile of S Bᵀ has to be beside G's
     sweep_as(form, monkeypatch)
-    g, x, s, b, c = backward_arguments(shape, dtypes, norm)
+    g, x, s, b, c = backward_arguments(make_inputs(*shape, *dtypes), norm)
     needs = (True, b.dtype, b.dtype)
     ours = csrc_triton.adapter_grads(*(laid_out(t, layout) for t in (g, x, s, b)), c, ETA, norm, *needs)
     eager = reference.adapter_grads(g, x, s, b, c, ETA, norm, *needs)
     exact = reference.adapter_grads(*doubles(g, x, s, b, c), ETA, norm, True, torch.float64, torch.float64)
-    for name, *results in zip(("ds", "da", "db"), ours, eager, exact):
-        assert_close(*results, name)
+    assert_all_close("ds da db", ours, eager, exact)
 
 
 @over(
@@ -185,14 +166,13 @@ def test_adapter_grads(arch, few_sms, dtypes, norm, layout, shape, form, monkeyp
     shape=[*AXES["shape"], (300, 144, 272, 16)],
 )
 def test_layer_grads(few_sms, dtypes, norm, layout, shape):
-    g, x, s, b, _ = backward_arguments(shape, dtypes, norm)
+    g, x, s, b, _ = backward_arguments(make_inputs(*shape, *dtypes), norm)
     inputs = make_inputs(*shape, *dtypes)
     weight, a = inputs.weight, inputs.lora_A
     ours = csrc_triton.layer_grads(*(laid_out(t, layout) for t in (g, x, s, weight, a, b)), ETA, norm, b.dtype, b.dtype)
     tensors = (g, x, s, weight, a, b)
     eager, exact = (reference.layer_grads(*t, ETA, norm) for t in (tensors, doubles(*tensors)))
-    for name, *values in zip(("dx", "da", "db"), ours, eager, exact):
-        assert_close(*values, name)
+    assert_all_close("dx da db", ours, eager, exact)
 
 
 def segments_of(lengths):
@@ -204,38 +184,31 @@ def segments_of(lengths):
     return csrc_triton.Segments(samples.count, samples.longest, samples.pieces, samples.first)
 
 
-def sample_by_sample(tensors, lengths, norm, dtype):
-    g, x, s, b, c = tensors
-    starts = itertools.pairwise([0, *itertools.accumulate(lengths)])
-    rows = [slice(*pair) for pair in starts]
-    grads = [reference.adapter_grads(g[r], x[r], s[r], b, c, ETA, norm, False, dtype, dtype)[1:] for r in rows]
-    return [torch.stack(part) for part in zip(*grads)]
-
-
 @over("arch", "few_sms", "dtypes", "shape", "norm", "lengths", form=["planned", "separate", "together", "chunked"])
 def test_sample_grads(arch, few_sms, dtypes, shape, norm, lengths, form, monkeypatch, launches):
     if form == "separate" and norm == "entry":
         form = "together"
     sweep_as(form, monkeypatch)
-    tensors = backward_arguments((sum(lengths), *shape[1:]), dtypes, norm)
+    tensors = backward_arguments(make_inputs(sum(lengths), *shape[1:], *dtypes), norm)
     g, _, s, b, _ = tensors
     segments = segments_of(lengths)
     ds, *ours = csrc_triton.sample_grads(*tensors, ETA, norm, True, True, True, segments)
-    eager = sample_by_sample(tensors, lengths, norm, torch.float32)
-    exact = sample_by_sample(doubles(*tensors), lengths, norm, torch.float64)
-    for name, *results in zip(("da", "db"), ours, eager, exact):
-        assert_close(*results, name)
+    cuts = [0, *itertools.accumulate(lengths)]
+    eager = sample_by_sample(tensors, cuts, norm, torch.float32)
+    exact = sample_by_sample(doubles(*tensors), cuts, norm, torch.float64)
+    assert_all_close("da db", ours, eager, exact)
     assert_close(ds, g.to(s.dtype) @ b.to(s.dtype), g.double() @ b.double(), "ds")
     launches.launches += sum(lengths) == 0
 
 
 @over("arch", "few_sms", "dtypes", "shape", "norm", "lengths")
 def test_sample_squared_norms(arch, few_sms, dtypes, shape, norm, lengths, launches):
-    tensors = backward_arguments((sum(lengths), *shape[1:]), dtypes, norm)
+    tensors = backward_arguments(make_inputs(sum(lengths), *shape[1:], *dtypes), norm)
     b, segments = tensors[3], segments_of(lengths)
     _, da, db, squares = csrc_triton.sample_squared_norms(*tensors, ETA, norm, True, b.dtype, b.dtype, segments)
-    eager = sample_by_sample(tensors, lengths, norm, torch.float32)
-    exact = sample_by_sample(doubles(*tensors), lengths, norm, torch.float64)
+    cuts = [0, *itertools.accumulate(lengths)]
+    eager = sample_by_sample(tensors, cuts, norm, torch.float32)
+    exact = sample_by_sample(doubles(*tensors), cuts, norm, torch.float64)
     wide = sum(t.flatten(1).square().sum(1) for t in exact)
     if tensors[2].dtype == F32:
         assert_close(squares, sum(t.flatten(1).square().sum(1) for t in eager), wide, "squared norms")
@@ -248,13 +221,13 @@ def test_sample_squared_norms(arch, few_sms, dtypes, shape, norm, lengths, launc
 
 @over("arch", "norm", dtypes=[(F32, F32), (BF16, F32)], lengths=[(40, 0, 3, 27), (1,) * 9])
 def test_the_weighted_sum_of_samples(arch, norm, dtypes, lengths):
-    tensors = backward_arguments((sum(lengths), 41, 53, 3), dtypes, norm)
+    tensors = backward_arguments(make_inputs(sum(lengths), 41, 53, 3, *dtypes), norm)
     weights = torch.rand(len(lengths))
     rows = weights.repeat_interleave(torch.tensor(lengths))
     ours = csrc_triton.adapter_grads(*tensors, ETA, norm, False, F32, F32, row_weights=rows)[1:]
     samples = Samples.ragged(torch.tensor([0, *lengths]).cumsum(0).int())
     eager = sample_reference.weighted_grads(*tensors, ETA, norm, weights, F32, F32, samples)
-    exact = sample_by_sample(doubles(*tensors), lengths, norm, torch.float64)
+    exact = sample_by_sample(doubles(*tensors), [0, *itertools.accumulate(lengths)], norm, torch.float64)
     for name, got, by_torch, grads in zip(("da", "db"), ours, eager, exact):
         assert_close(got, by_torch, (weights.double().view(-1, 1, 1) * grads).sum(0), f"weighted {name}")
 

@@ -3,13 +3,14 @@ it."""
 
 import pytest
 import torch
+from comparing import assert_all_close, doubles
 from first_column import gradients, y_and_s
-from matrix import BF16, F16, doubles
+from matrix import BF16, F16
 from planting import plant
 from ttsem.sanitize import Unjudged
 
 from allora_kernels import reference
-from allora_kernels.testing import assert_close, make_inputs
+from allora_kernels.testing import make_inputs
 from csrc_triton import configs, plans
 
 ETA = 2.0
@@ -17,8 +18,7 @@ ETA = 2.0
 
 def check(tensors, config, overlap):
     eager, exact = (reference.adapted_linear(*t, t[0].dtype) for t in (tensors, doubles(*tensors)))
-    for name, *values in zip(("y", "s"), y_and_s(tensors, config, overlap), eager, exact):
-        assert_close(*values, name)
+    assert_all_close("y s", y_and_s(tensors, config, overlap), eager, exact)
 
 
 @pytest.mark.parametrize("few_sms", [False, True])
@@ -50,8 +50,7 @@ def check_gradients(shape, norm, overlap, lay_out=lambda *tensors: tensors, plac
     plan = [plan for plan in plans.options(call, "sm_90", untried=True) if plan.way == "column"][place]
     ours = gradients(tensors, ETA, norm, plan.config, overlap)
     eager, exact = (reference.layer_grads(*t, ETA, norm) for t in (tensors, doubles(*tensors)))
-    for name, *values in zip(("dx", "da", "db"), ours, eager, exact):
-        assert_close(*values, name)
+    assert_all_close("dx da db", ours, eager, exact)
 
 
 @pytest.fixture

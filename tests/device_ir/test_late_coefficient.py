@@ -3,13 +3,14 @@
 import pytest
 import torch
 from asynchrony import ByRounds, as_late_as_allowed
-from matrix import BF16, doubles
+from comparing import assert_all_close, doubles
+from matrix import BF16
 from planting import module, plant
 from ttsem.sanitize import Unjudged
 
 import csrc_triton
 from allora_kernels import reference
-from allora_kernels.testing import assert_close, make_inputs
+from allora_kernels.testing import make_inputs
 from csrc_triton import chain, configs, plans
 
 F32 = torch.float32
@@ -46,8 +47,7 @@ def check(M, N, K, R, factors, under_way, monkeypatch):
         products = reference.adapted_linear(x, weight, bias, a, b, torch.promote_types(x.dtype, a.dtype))
         return *products, reference.weight_coefficient(a, b, ETA, "row")
 
-    for name, *values in zip(("y", "s", "c"), ours, by_steps(*tensors[:5]), by_steps(*doubles(*tensors[:5]))):
-        assert_close(*values, name)
+    assert_all_close("y s c", ours, by_steps(*tensors[:5]), by_steps(*doubles(*tensors[:5])))
     assert parts and not under_way.any()
 
 

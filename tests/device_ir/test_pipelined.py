@@ -5,7 +5,8 @@ import contextlib
 import pytest
 import torch
 from asynchrony import as_late_as_allowed
-from matrix import BF16, F16, F32, doubles
+from comparing import doubles
+from matrix import BF16, F16, F32
 from planting import module, plant
 from ttsem.sanitize import Unjudged
 

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from comparing import assert_all_close, doubles
 
 import csrc_triton
 from allora_kernels import (
@@ -56,10 +57,6 @@ def run(f, tensors, norm, **settings):
     return y.detach(), *torch.autograd.grad(y, leaves, g.to(y.dtype))
 
 
-def doubles(tensors):
-    return [t.double() if t.is_floating_point() else t for t in tensors]
-
-
 @norms
 @pytest.mark.parametrize("sizes", [MIXTURE, SMALL], ids=["mixture", "small"])
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
@@ -68,9 +65,8 @@ def test_experts_of_a_real_size(sizes, adapter_dtype, norm):
     ours, again = (run(grouped_linear, tensors, norm, backend="triton") for _ in range(2))
     assert all(map(torch.equal, ours, again))
     eager = run(grouped_linear, tensors, norm, backend="eager")
-    exact = run(grouped.grouped_linear, doubles(tensors), norm)
-    for name, *values in zip(("y", "dx", "da", "db"), ours, eager, exact):
-        assert_close(*values, name)
+    exact = run(grouped.grouped_linear, doubles(*tensors), norm)
+    assert_all_close("y dx da db", ours, eager, exact)
 
 
 def several(dtype=torch.bfloat16, M=8192, N=4096, K=4096):
@@ -125,8 +121,7 @@ def test_samples_of_experts_of_a_real_size(norm):
     eager, exact = (
         grouped_reference.sample_grads(*inputs, 2.0, norm, True, True, True, samples) for inputs in (tensors, wide)
     )
-    for name, *values in zip(("ds", "da", "db"), ours, eager, exact):
-        assert_close(*values, name)
+    assert_all_close("ds da db", ours, eager, exact)
     *_, squares = csrc_triton.grouped_sample_squared_norms(*tensors, *args, True, b.dtype, b.dtype)
     found = sum(t.flatten(1).square().sum(1) for t in ours[1:])
     torch.testing.assert_close(squares, found, rtol=1e-3, atol=0)

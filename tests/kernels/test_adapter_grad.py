@@ -4,50 +4,39 @@ from unittest import mock
 import pytest
 import torch
 from cases import SHAPES, WIDE_RANK, dtypes, layouts, shape_id
+from comparing import ETA, assert_all_close, backward_arguments, doubles
 from red_zones import in_red_zone, poisoned_outputs
 
 import csrc_triton
 from allora_kernels import reference
-from allora_kernels.testing import assert_close, make_inputs
+from allora_kernels.testing import make_inputs
 from csrc_triton import adapter_grad, configs, sweep_plan
 
 norms = pytest.mark.parametrize("norm", reference.NORMS)
-ETA = 1.3
-
-
-def arguments(inputs, norm):
-    compute = torch.promote_types(inputs.x.dtype, inputs.lora_A.dtype)
-    s = reference.down_project(inputs.x, inputs.lora_A, compute)
-    c = None
-    if norm in reference.WEIGHT_NORMS:
-        c = reference.weight_coefficient(inputs.lora_A, inputs.lora_B, ETA, norm)
-    return inputs.g, inputs.x, s, inputs.lora_B, c
 
 
 def check(g, x, s, b, c, norm, need_ds=True, need_a=True, need_b=True):
     needs = (need_ds, b.dtype if need_a else None, b.dtype if need_b else None)
     exact_needs = (need_ds, torch.float64 if need_a else None, torch.float64 if need_b else None)
     tensors = (g, x, s, b, c)
-    doubles = [None if t is None else t.double() for t in tensors]
     with poisoned_outputs():
         ours = csrc_triton.adapter_grads(*map(in_red_zone, tensors), ETA, norm, *needs)
     eager = reference.adapter_grads(*tensors, ETA, norm, *needs)
-    exact = reference.adapter_grads(*doubles, ETA, norm, *exact_needs)
-    for name, *results in zip(("ds", "da", "db"), ours, eager, exact):
-        assert_close(*results, name)
+    exact = reference.adapter_grads(*doubles(*tensors), ETA, norm, *exact_needs)
+    assert_all_close("ds da db", ours, eager, exact)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, WIDE_RANK], ids=shape_id)
 @dtypes
 @norms
 def test_matches_the_reference(device, shape, dtypes, norm):
-    check(*arguments(make_inputs(*shape, *dtypes, device=device), norm), norm)
+    check(*backward_arguments(make_inputs(*shape, *dtypes, device=device), norm), norm)
 
 
 @layouts
 @norms
 def test_takes_any_strides(device, layout, norm):
-    g, x, s, b, c = arguments(make_inputs(37, 53, 41, 16, device=device), norm)
+    g, x, s, b, c = backward_arguments(make_inputs(37, 53, 41, 16, device=device), norm)
     check(layout(g), layout(x), layout(s), layout(b), c, norm)
 
 
@@ -57,7 +46,7 @@ def test_takes_any_strides(device, layout, norm):
 )
 def test_only_what_is_needed(device, norm, needs):
     _, need_a, _ = needs
-    g, x, s, b, c = arguments(make_inputs(37, 53, 41, 3, device=device), norm)
+    g, x, s, b, c = backward_arguments(make_inputs(37, 53, 41, 3, device=device), norm)
     check(g, x if need_a else None, s, b, c, norm, *needs)
 
 
@@ -65,7 +54,7 @@ def test_only_what_is_needed(device, norm, needs):
 @pytest.mark.parametrize("segments", [1, 2, 5])
 def test_segments_add_up(device, norm, segments, monkeypatch):
     monkeypatch.setattr(configs, "num_splits", lambda *args, **kwargs: segments)
-    check(*arguments(make_inputs(130, 53, 70, 3, device=device), norm), norm)
+    check(*backward_arguments(make_inputs(130, 53, 70, 3, device=device), norm), norm)
 
 
 @norms
@@ -73,8 +62,8 @@ def test_segments_add_up(device, norm, segments, monkeypatch):
 def test_chunks_of_rows_add_up(device, norm, rows, R, monkeypatch):
     N = 70
     monkeypatch.setattr(configs, "SCRATCH_BYTES", rows * 4 * R * 2)
-    check(*arguments(make_inputs(130, N, 53, R, device=device), norm), norm)
-    check(*arguments(make_inputs(130, N, 53, R, device=device), norm), norm, need_ds=False)
+    check(*backward_arguments(make_inputs(130, N, 53, R, device=device), norm), norm)
+    check(*backward_arguments(make_inputs(130, N, 53, R, device=device), norm), norm, need_ds=False)
 
 
 def test_scratch_does_not_grow_with_the_number_of_rows(device, monkeypatch):
@@ -89,7 +78,7 @@ def test_scratch_does_not_grow_with_the_number_of_rows(device, monkeypatch):
 
     monkeypatch.setattr(torch, "empty", recorded)
     for M in (256, 1024):
-        args = arguments(make_inputs(M, 257, 1, 3, device=device), "row")
+        args = backward_arguments(make_inputs(M, 257, 1, 3, device=device), "row")
         sizes.clear()
         csrc_triton.adapter_grads(*args, ETA, "row", True, None, None)
         assert max(sizes) <= max(2**15, M * 3 * 4)
@@ -98,7 +87,7 @@ def test_scratch_does_not_grow_with_the_number_of_rows(device, monkeypatch):
 @norms
 def test_partial_sums_over_rows_are_no_more_than_g(device, norm, monkeypatch):
     monkeypatch.setattr(configs, "SCRATCH_BYTES", 2**10)
-    g, x, s, b, c = arguments(make_inputs(512, 257, 1, 40, device=device), norm)
+    g, x, s, b, c = backward_arguments(make_inputs(512, 257, 1, 40, device=device), norm)
     with mock.patch.object(adapter_grad, "empty_outer", wraps=adapter_grad.empty_outer) as made:
         csrc_triton.adapter_grads(g, x, s, b, c, ETA, norm, True, None, torch.float32)
     (((count, *_), _),) = made.call_args_list
@@ -107,7 +96,7 @@ def test_partial_sums_over_rows_are_no_more_than_g(device, norm, monkeypatch):
 
 @norms
 def test_the_same_bits_every_run(device, norm):
-    args = arguments(make_inputs(130, 257, 53, 40, device=device), norm)
+    args = backward_arguments(make_inputs(130, 257, 53, 40, device=device), norm)
     first = csrc_triton.adapter_grads(*args, ETA, norm, True, torch.float32, torch.float32)
     for _ in range(9 if device == "cuda" else 1):
         again = csrc_triton.adapter_grads(*args, ETA, norm, True, torch.float32, torch.float32)
@@ -122,8 +111,8 @@ def test_both_orders_of_the_sums_over_columns(device, norm, separate, monkeypatc
         return dataclasses.replace(found, separate=separate)
 
     monkeypatch.setattr(adapter_grad, "plan_sweep", forced)
-    check(*arguments(make_inputs(130, 70, 53, 40, device=device), norm), norm)
-    check(*arguments(make_inputs(130, 70, 53, 3, device=device), norm), norm, need_ds=False)
+    check(*backward_arguments(make_inputs(130, 70, 53, 40, device=device), norm), norm)
+    check(*backward_arguments(make_inputs(130, 70, 53, 3, device=device), norm), norm, need_ds=False)
 
 
 def test_c_is_not_rounded_before_it_is_multiplied(device):
@@ -141,7 +130,7 @@ def test_c_is_not_rounded_before_it_is_multiplied(device):
 @pytest.mark.parametrize("norm", ["row", "matrix"])
 def test_the_plan_counts_what_is_allocated(device, norm, monkeypatch):
     M, N, R = 130, 300, 3
-    args = arguments(make_inputs(M, N, 1, R, device=device), norm)
+    args = backward_arguments(make_inputs(M, N, 1, R, device=device), norm)
     plan = sweep_plan.plan_sweep(
         M, N, R, norm, 1 + (norm == "row"), True, torch.float32, torch.float32, configs.arch_of(args[0].device)
     )

@@ -1,25 +1,21 @@
 import pytest
 import torch
 from cases import dtypes, layouts, shapes
+from comparing import doubles
 from red_zones import in_red_zone, poisoned_outputs
 
 import csrc_triton
 from allora_kernels import reference
 from allora_kernels.testing import assert_close, make_inputs
-
-plans = pytest.importorskip("csrc_triton.plans")
-configs = pytest.importorskip("csrc_triton.configs")
+from csrc_triton import configs, plans
 
 
 def check(x, weight, bias, s, b):
-    def double(t):
-        return None if t is None else t.double()
-
     call = plans.Call("fused_linear", *x.shape[:1], *weight.shape, s.shape[1], x.dtype, s.dtype)
     tiles = plans.options(call, configs.arch_of(x.device))[0]
     with poisoned_outputs():
         y = csrc_triton.fused_linear(*map(in_red_zone, (x, weight, bias, s, b)), tiles)
-    exact = reference.fused_linear(*map(double, (x, weight, bias, s, b)))
+    exact = reference.fused_linear(*doubles(x, weight, bias, s, b))
     assert_close(y, reference.fused_linear(x, weight, bias, s, b), exact, "y")
 
 

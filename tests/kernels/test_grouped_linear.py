@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from test_groups import CUTS, ETA, cuts, make
+from comparing import ETA, assert_all_close, doubles
+from test_groups import CUTS, cuts, make
 from torch.utils.checkpoint import checkpoint
 
 from allora_kernels import grouped_linear, reference
+from allora_kernels.groups import ops
 from allora_kernels.groups import reference as grouped
-from allora_kernels.testing import assert_close
-
-ops = pytest.importorskip("allora_kernels.groups.ops")
 
 norms = pytest.mark.parametrize("norm", reference.NORMS)
 PAIRS = [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.bfloat16, torch.float32)]
@@ -24,19 +23,14 @@ def run(f, tensors, norm, call=lambda f, *args, **settings: f(*args, **settings)
     return y, *(leaf.grad for leaf in leaves)
 
 
-def wide(tensors):
-    return [t.double() if t.is_floating_point() else t for t in tensors]
-
-
 @cuts
 @norms
 def test_values_and_gradients(device, cut, norm):
     tensors = make(cut, 33, 41, 3, device=device)
-    exact = run(grouped.grouped_linear, wide(tensors), norm)
+    exact = run(grouped.grouped_linear, doubles(*tensors), norm)
     eager = run(grouped_linear, tensors, norm, backend="eager")
     ours = run(grouped_linear, tensors, norm, backend="triton")
-    for name, *results in zip(("y", "dx", "da", "db"), ours, eager, exact):
-        assert_close(*results, name)
+    assert_all_close("y dx da db", ours, eager, exact)
     for name, result, e in zip(("y", "dx", "da", "db"), eager, exact):
         torch.testing.assert_close(result.double(), e, rtol=1e-4, atol=1e-4, msg=name)
 
@@ -45,12 +39,9 @@ def test_values_and_gradients(device, cut, norm):
 @pytest.mark.parametrize("pair", PAIRS[1:])
 def test_dtypes(device, norm, pair):
     tensors = make(CUTS["ragged"], 33, 41, 3, *pair, device=device)
-    exact = run(grouped.grouped_linear, wide(tensors), norm)
+    exact = run(grouped.grouped_linear, doubles(*tensors), norm)
     eager = run(grouped_linear, tensors, norm, backend="eager")
-    for name, *results in zip(
-        ("y", "dx", "da", "db"), run(grouped_linear, tensors, norm, backend="triton"), eager, exact
-    ):
-        assert_close(*results, name)
+    assert_all_close("y dx da db", run(grouped_linear, tensors, norm, backend="triton"), eager, exact)
 
 
 def test_a_transposed_weight_and_no_bias(device):

@@ -3,8 +3,9 @@ rows, of a weight for each, of one eta."""
 
 import pytest
 import torch
+from comparing import assert_all_close, doubles
 from red_zones import in_red_zone, poisoned_outputs
-from test_groups import cuts, doubles, make, norms
+from test_groups import cuts, make, norms
 
 import csrc_triton
 from allora_kernels import reference, use_batch_invariant
@@ -79,8 +80,7 @@ def check_gradients(x, a, b, g, ends, order, norm, need_ds=True):
     eager = grouped.grouped_adapter_grads(*args, *settings, order, inverse)
     wide = (1e9, norm, need_ds, torch.float64, torch.float64)
     exact = grouped.grouped_adapter_grads(*doubles(*args), *wide, order, inverse.double())
-    for name, *results in zip(("ds", "da", "db"), ours, eager, exact):
-        assert_close(*results, name)
+    assert_all_close("ds da db", ours, eager, exact)
 
 
 @norms

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS
+from comparing import ETA, assert_all_close, doubles, group_by_group
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from red_zones import in_red_zone, poisoned_outputs
@@ -17,7 +18,6 @@ from csrc_triton import configs, grouped_sample_grad
 from csrc_triton.sweep_plan import plan_sweep
 
 norms = pytest.mark.parametrize("norm", reference.NORMS)
-ETA = 1.3
 
 # Of each group, the rows of each sample; rows after the last that belong to none.
 CUTS = {
@@ -53,25 +53,6 @@ def rows_of_groups(pieces, samples):
     return [(e, slice(*pair)) for e, pair in enumerate(itertools.pairwise(ends))]
 
 
-def doubles(tensors):
-    return tuple(None if t is None else t.double() for t in tensors)
-
-
-def sample_by_sample(tensors, pieces, samples, norm, dtype):
-    """(dA [b, E, R, K], dB [b, E, N, R]): `reference.adapter_grads` of each sample's rows in each group."""
-    g, x, s, b, c = tensors
-    (E, N, R), K = b.shape, x.shape[1]
-    da, db = torch.zeros(samples, E, R, K, dtype=dtype), torch.zeros(samples, E, N, R, dtype=dtype)
-    da, db = da.to(g.device), db.to(g.device)
-    for p, pair in enumerate(itertools.pairwise(pieces.tolist())):
-        rows, (e, i) = slice(*pair), divmod(p, samples)
-        c_e = None if c is None else c[e]
-        _, da[i, e], db[i, e] = reference.adapter_grads(
-            g[rows], x[rows], s[rows], b[e], c_e, ETA, norm, False, dtype, dtype
-        )
-    return da, db
-
-
 def projected(tensors, pieces, samples):
     """dS by group."""
     g, _, s, b, _ = tensors
@@ -82,17 +63,16 @@ def projected(tensors, pieces, samples):
 
 
 def check(tensors, pieces, samples, norm, need_ds=True):
-    exact = sample_by_sample(doubles(tensors), pieces, samples, norm, torch.float64)
-    eager = sample_by_sample(tensors, pieces, samples, norm, torch.float32)
+    exact = group_by_group(doubles(*tensors), pieces, samples, norm, torch.float64)
+    eager = group_by_group(tensors, pieces, samples, norm, torch.float32)
     with poisoned_outputs():
         ds, *ours = csrc_triton.grouped_sample_grads(
             *map(in_red_zone, tensors), in_red_zone(pieces), samples, ETA, norm, need_ds, True, True
         )
-    for name, *results in zip(("da", "db"), ours, eager, exact):
-        assert_close(*results, name)
+    assert_all_close("da db", ours, eager, exact)
     assert (ds is None) == (not need_ds)
     if need_ds:
-        assert_close(ds, projected(tensors, pieces, samples), projected(doubles(tensors), pieces, samples), "ds")
+        assert_close(ds, projected(tensors, pieces, samples), projected(doubles(*tensors), pieces, samples), "ds")
 
 
 @cuts
@@ -205,8 +185,8 @@ def test_a_sample_s_bits_are_its_own_rows_under_batch_invariance(device, norm, m
 @norms
 def test_squared_norms_and_sums(device, cut, norm):
     tensors, pieces, samples = make(cut, 41, 53, 3, norm, device=device)
-    exact = sample_by_sample(doubles(tensors), pieces, samples, norm, torch.float64)
-    eager = sample_by_sample(tensors, pieces, samples, norm, torch.float32)
+    exact = group_by_group(doubles(*tensors), pieces, samples, norm, torch.float64)
+    eager = group_by_group(tensors, pieces, samples, norm, torch.float32)
     with poisoned_outputs():
         ds, da, db, squares = csrc_triton.grouped_sample_squared_norms(
             *map(in_red_zone, tensors), in_red_zone(pieces), samples, ETA, norm, True, torch.float32, torch.float32
@@ -216,7 +196,7 @@ def test_squared_norms_and_sums(device, cut, norm):
     assert_close(squares, by_torch, want, "squared norms")
     for name, found, e, x in zip(("da", "db"), (da, db), eager, exact):
         assert_close(found, e.sum(0), x.sum(0), name)
-    assert_close(ds, projected(tensors, pieces, samples), projected(doubles(tensors), pieces, samples), "ds")
+    assert_close(ds, projected(tensors, pieces, samples), projected(doubles(*tensors), pieces, samples), "ds")
 
 
 @pytest.mark.parametrize("factor", ["a", "b"])
@@ -252,8 +232,8 @@ def test_no_norm_is_negative_where_rows_cancel(device):
 def test_a_weighted_sweep_is_the_weighted_sum(device, cut, norm):
     tensors, pieces, samples = make(cut, 41, 53, 3, norm, device=device)
     weights = torch.rand(samples, device=device)
-    exact = sample_by_sample(doubles(tensors), pieces, samples, norm, torch.float64)
-    eager = sample_by_sample(tensors, pieces, samples, norm, torch.float32)
+    exact = group_by_group(doubles(*tensors), pieces, samples, norm, torch.float64)
+    eager = group_by_group(tensors, pieces, samples, norm, torch.float32)
     lengths = pieces.diff().tolist()
     of_row = [p % samples for p, length in enumerate(lengths) for _ in range(length)]
     rows = torch.zeros(len(tensors[0]), device=device)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import LAYOUTS, dtypes
+from comparing import ETA, assert_all_close, doubles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from red_zones import in_red_zone, poisoned_outputs
@@ -14,7 +15,6 @@ from allora_kernels.testing import assert_close, make_inputs
 from csrc_triton import configs
 
 norms = pytest.mark.parametrize("norm", reference.NORMS)
-ETA = 1.3
 
 # Rows of each group; rows after the last that belong to none. Empty groups, one row each, all in one, none at all.
 CUTS = {
@@ -38,10 +38,6 @@ def make(cut, N, K, R, dtype=torch.float32, adapter_dtype=None, device="cpu"):
         torch.stack([getattr(layer, name) for layer in layers]) for name in ("weight", "bias", "lora_A", "lora_B")
     )
     return x, *factors, g, torch.tensor(lengths, device=device).cumsum(0).int()
-
-
-def doubles(*tensors):
-    return tuple(t.double() if t is not None and t.is_floating_point() else t for t in tensors)
 
 
 def check_products(x, weight, bias, a, b, g, offsets):
@@ -74,8 +70,7 @@ def check_gradients(x, weight, bias, a, b, g, offsets, norm, need_ds=True, need_
         ours = csrc_triton.grouped_adapter_grads(*map(in_red_zone, tensors), ETA, norm, *needs)
     eager = grouped.grouped_adapter_grads(*tensors, ETA, norm, *needs)
     exact = grouped.grouped_adapter_grads(*doubles(*tensors), ETA, norm, need_ds, *wide)
-    for name, *results in zip(("ds", "da", "db"), ours, eager, exact):
-        assert_close(*results, name)
+    assert_all_close("ds da db", ours, eager, exact)
 
 
 @cuts

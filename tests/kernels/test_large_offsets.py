@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comparing import assert_all_close, doubles
 
 import csrc_triton
 from allora_kernels import reference
@@ -24,10 +25,6 @@ def far_apart(t, dim):
 @pytest.fixture
 def inputs(device):
     return make_inputs(2, 41, 53, 3, torch.float16, device=device)
-
-
-def doubles(*tensors):
-    return [None if t is None else t.double() for t in tensors]
 
 
 def test_rows_of_x_and_w(inputs):
@@ -69,8 +66,7 @@ def test_rows_of_g_and_x(inputs):
     ours = csrc_triton.adapter_grads(*far, 2.0, None, True, torch.float16, torch.float16)
     eager = reference.adapter_grads(*near, 2.0, None, True, torch.float16, torch.float16)
     exact = reference.adapter_grads(*doubles(*near), 2.0, None, True, torch.float64, torch.float64)
-    for name, *results in zip(("ds", "da", "db"), ours, eager, exact):
-        assert_close(*results, name)
+    assert_all_close("ds da db", ours, eager, exact)
 
 
 def test_rows_of_y_in_place(inputs):

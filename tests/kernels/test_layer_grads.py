@@ -3,11 +3,12 @@
 import pytest
 import torch
 from cases import LAYOUTS, dtypes, layouts, shape_id, shapes
+from comparing import assert_all_close
 from red_zones import in_red_zone, poisoned_outputs
 
 import csrc_triton
 from allora_kernels import reference
-from allora_kernels.testing import assert_close, make_inputs
+from allora_kernels.testing import make_inputs
 
 norms = pytest.mark.parametrize("norm", reference.NORMS)
 ETA = 2.0
@@ -21,8 +22,7 @@ def check(inputs, norm, layout=LAYOUTS["rows"]):
         ours = csrc_triton.layer_grads(*(in_red_zone(layout(t)) for t in tensors), ETA, norm, a.dtype, b.dtype)
     eager = reference.layer_grads(*tensors, ETA, norm)
     exact = reference.layer_grads(*(t.double() for t in tensors), ETA, norm)
-    for name, *values in zip(("dx", "da", "db"), ours, eager, exact):
-        assert_close(*values, name)
+    assert_all_close("dx da db", ours, eager, exact)
 
 
 @norms

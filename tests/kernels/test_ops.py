@@ -13,9 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from allora_kernels import FusedALLoRALinear, allora_linear, reference
+from allora_kernels.layer import ops
 from allora_kernels.testing import make_inputs
-
-ops = pytest.importorskip("allora_kernels.layer.ops")
 
 norms = pytest.mark.parametrize("norm", reference.NORMS)
 

@@ -1,10 +1,9 @@
 """Per-sample gradients and their norms, against `reference.adapter_grads` of each sample's rows."""
 
-import itertools
-
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS
+from comparing import ETA, assert_all_close, backward_arguments, doubles, sample_by_sample
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from red_zones import in_red_zone, poisoned_outputs
@@ -19,53 +18,29 @@ from allora_kernels.testing import assert_close, make_inputs
 from csrc_triton import configs
 
 norms = pytest.mark.parametrize("norm", reference.NORMS)
-ETA = 1.3
 
 
 def segments_of(samples):
     return csrc_triton.Segments(samples.count, samples.longest, in_red_zone(samples.pieces), in_red_zone(samples.first))
 
 
+def cuts_of(samples):
+    """The rows at which one begins, and the last ends."""
+    return samples.starts or [i * samples.longest for i in range(samples.count + 1)]
+
+
 def ragged(*lengths, device="cpu"):
     return Samples.ragged(torch.tensor([0, *lengths], device=device).cumsum(0).int())
 
 
-def arguments(inputs, norm):
-    compute = torch.promote_types(inputs.x.dtype, inputs.lora_A.dtype)
-    s = reference.down_project(inputs.x, inputs.lora_A, compute)
-    c = None
-    if norm in reference.WEIGHT_NORMS:
-        c = reference.weight_coefficient(inputs.lora_A, inputs.lora_B, ETA, norm)
-    return inputs.g, inputs.x, s, inputs.lora_B, c
-
-
-def sample_by_sample(samples, tensors, norm, dtype):
-    """(dA [b, R, K], dB [b, N, R]): `reference.adapter_grads` of each sample's rows."""
-    g, x, s, b, c = tensors
-    starts = samples.starts or [i * samples.longest for i in range(samples.count + 1)]
-    grads = []
-    for start, stop in itertools.pairwise(starts):
-        rows = slice(start, stop)
-        grads.append(reference.adapter_grads(g[rows], x[rows], s[rows], b, c, ETA, norm, False, dtype, dtype)[1:])
-    if not grads:
-        R, K, N = s.shape[1], x.shape[1], g.shape[1]
-        return g.new_zeros(0, R, K, dtype=dtype), g.new_zeros(0, N, R, dtype=dtype)
-    return tuple(torch.stack(part) for part in zip(*grads))
-
-
-def doubles(tensors):
-    return tuple(None if t is None else t.double() for t in tensors)
-
-
 def check(samples, tensors, norm, need_ds=True, close=assert_close):
-    exact = sample_by_sample(samples, doubles(tensors), norm, torch.float64)
-    eager = sample_by_sample(samples, tensors, norm, torch.float32)
+    exact = sample_by_sample(doubles(*tensors), cuts_of(samples), norm, torch.float64)
+    eager = sample_by_sample(tensors, cuts_of(samples), norm, torch.float32)
     with poisoned_outputs():
         ds, *ours = csrc_triton.sample_grads(
             *map(in_red_zone, tensors), ETA, norm, need_ds, True, True, segments_of(samples)
         )
-    for name, *results in zip(("da", "db"), ours, eager, exact):
-        close(*results, name)
+    assert_all_close("da db", ours, eager, exact, close=close)
     if need_ds:
         g, _, s, b, _ = tensors
         close(ds, g.to(s.dtype) @ b.to(s.dtype), g.double() @ b.double(), "ds")
@@ -92,32 +67,32 @@ cuts = pytest.mark.parametrize(
 @norms
 def test_each_sample_has_the_gradient_of_its_rows(device, samples, norm):
     samples = samples if samples.starts is None else Samples.ragged(samples.cu_seqlens.to(device))
-    check(samples, arguments(make_inputs(samples.rows, 41, 53, 3, device=device), norm), norm)
+    check(samples, backward_arguments(make_inputs(samples.rows, 41, 53, 3, device=device), norm), norm)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES[1:])
 @norms
 def test_dtypes(device, dtypes, norm):
-    check(Samples.equal(3, 23), arguments(make_inputs(69, 41, 53, 5, *dtypes, device=device), norm), norm)
+    check(Samples.equal(3, 23), backward_arguments(make_inputs(69, 41, 53, 5, *dtypes, device=device), norm), norm)
 
 
 @norms
 @pytest.mark.parametrize("rank", [40, 70])
 def test_ranks_wider_than_a_tile_and_the_separate_pass(device, norm, rank):
-    check(Samples.equal(4, 11), arguments(make_inputs(44, 70, 33, rank, device=device), norm), norm)
+    check(Samples.equal(4, 11), backward_arguments(make_inputs(44, 70, 33, rank, device=device), norm), norm)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("norm", ["row", "entry"])
 def test_any_strides(device, layout, norm):
-    g, x, s, b, c = arguments(make_inputs(39, 53, 41, 4, device=device), norm)
+    g, x, s, b, c = backward_arguments(make_inputs(39, 53, 41, 4, device=device), norm)
     check(ragged(30, 0, 9, device=device), (layout(g), layout(x), layout(s), layout(b), c), norm)
 
 
 @norms
 def test_a_g_longer_than_the_scratch(device, norm, monkeypatch):
     monkeypatch.setattr(configs, "SCRATCH_BYTES", 40 * 4 * 3 * 2)
-    tensors = arguments(make_inputs(130, 300, 53, 3, device=device), norm)
+    tensors = backward_arguments(make_inputs(130, 300, 53, 3, device=device), norm)
     check(Samples.equal(5, 26), tensors, norm)
     check(Samples.equal(5, 26), tensors, norm, need_ds=False)
     shapes = []
@@ -134,13 +109,13 @@ def test_a_g_longer_than_the_scratch(device, norm, monkeypatch):
 @norms
 def test_long_samples_are_cut_and_short_ones_share_a_program(device, norm, parts, monkeypatch):
     monkeypatch.setattr(configs, "num_splits", lambda *args, **kwargs: parts)
-    check(Samples.equal(2, 100), arguments(make_inputs(200, 41, 53, 3, device=device), norm), norm)
-    check(Samples.equal(50, 3), arguments(make_inputs(150, 41, 53, 3, device=device), norm), norm)
+    check(Samples.equal(2, 100), backward_arguments(make_inputs(200, 41, 53, 3, device=device), norm), norm)
+    check(Samples.equal(50, 3), backward_arguments(make_inputs(150, 41, 53, 3, device=device), norm), norm)
 
 
 def test_five_thousand_tokens_a_sample(device):
     for samples in (Samples.equal(1, 5000), ragged(5000, 3, device=device)):
-        check(samples, arguments(make_inputs(samples.rows, 17, 19, 3, device=device), "row"), "row")
+        check(samples, backward_arguments(make_inputs(samples.rows, 17, 19, 3, device=device), "row"), "row")
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -154,7 +129,7 @@ def test_five_thousand_tokens_a_sample(device):
 )
 def test_any_shape_and_segmentation(device, lengths, N, K, R, norm, dtypes):
     samples = Samples.equal(*lengths) if isinstance(lengths, tuple) else ragged(*lengths, device=device)
-    tensors = arguments(make_inputs(samples.rows, N, K, R, *dtypes, device=device), norm)
+    tensors = backward_arguments(make_inputs(samples.rows, N, K, R, *dtypes, device=device), norm)
     check(samples, tensors, norm)
     check_norms(samples, tensors, norm)
 
@@ -170,8 +145,8 @@ def test_few_programs_for_many_short_samples():
 
 def check_norms(samples, tensors, norm, close=assert_close):
     b = tensors[3]
-    exact = sample_by_sample(samples, doubles(tensors), norm, torch.float64)
-    eager = sample_by_sample(samples, tensors, norm, torch.float32)
+    exact = sample_by_sample(doubles(*tensors), cuts_of(samples), norm, torch.float64)
+    eager = sample_by_sample(tensors, cuts_of(samples), norm, torch.float32)
     with poisoned_outputs():
         _, da, db, squares = csrc_triton.sample_squared_norms(
             *map(in_red_zone, tensors), ETA, norm, True, b.dtype, b.dtype, segments_of(samples)
@@ -193,7 +168,7 @@ def check_norms(samples, tensors, norm, close=assert_close):
 @norms
 def test_norms_without_the_gradients(device, samples, norm):
     samples = samples if samples.starts is None else Samples.ragged(samples.cu_seqlens.to(device))
-    check_norms(samples, arguments(make_inputs(samples.rows, 41, 53, 3, device=device), norm), norm)
+    check_norms(samples, backward_arguments(make_inputs(samples.rows, 41, 53, 3, device=device), norm), norm)
 
 
 @pytest.mark.parametrize("samples", [Samples.equal(45, 1), ragged(1, 0, 1, 1, 0, 1)], ids=["equal", "ragged"])
@@ -206,7 +181,7 @@ def test_norms_of_samples_of_one_row(device, samples, dtypes, norm, monkeypatch)
     original = sample_grad.outer_norms
     monkeypatch.setattr(sample_grad, "outer_norms", lambda *args: used.append(1) or original(*args))
     samples = samples if samples.starts is None else Samples.ragged(samples.cu_seqlens.to(device))
-    check_norms(samples, arguments(make_inputs(samples.rows, 70, 97, 5, *dtypes, device=device), norm), norm)
+    check_norms(samples, backward_arguments(make_inputs(samples.rows, 70, 97, 5, *dtypes, device=device), norm), norm)
     assert used
 
 
@@ -227,9 +202,9 @@ def test_rows_that_cancel_leave_a_norm_and_not_nan(device, rows):
 @norms
 def test_a_weighted_sweep_is_the_weighted_sum(device, norm):
     samples = ragged(40, 0, 3, 27, device=device)
-    tensors = arguments(make_inputs(samples.rows, 41, 53, 3, device=device), norm)
+    tensors = backward_arguments(make_inputs(samples.rows, 41, 53, 3, device=device), norm)
     weights = torch.rand(samples.count, device=device)
-    exact = sample_by_sample(samples, doubles(tensors), norm, torch.float64)
+    exact = sample_by_sample(doubles(*tensors), cuts_of(samples), norm, torch.float64)
     args = (*tensors, ETA, norm)
     dtypes = (torch.float32, torch.float32)
     with poisoned_outputs():

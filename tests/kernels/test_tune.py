@@ -6,13 +6,11 @@ import sys
 import pytest
 import torch
 
+import csrc_triton
 from allora_kernels.tools import tune as tune_module
 from allora_kernels.tools.timing import Timing
 from allora_kernels.tools.tune import tune
-
-csrc_triton = pytest.importorskip("csrc_triton")
-plans = pytest.importorskip("csrc_triton.plans")
-tuning = pytest.importorskip("csrc_triton.tuning")
+from csrc_triton import plans, tuning
 
 SHAPE = (8, 24, 16, 4)
 

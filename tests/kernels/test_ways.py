@@ -6,14 +6,13 @@ import sys
 import pytest
 import torch
 from cases import SHAPES, WIDE_RANK, dtypes, layouts, shape_id
+from comparing import assert_all_close, doubles
 from red_zones import in_red_zone, poisoned_outputs
 
 import csrc_triton
 from allora_kernels import allora_linear, reference
 from allora_kernels.testing import assert_close, make_inputs
-
-plans = pytest.importorskip("csrc_triton.plans")
-configs = pytest.importorskip("csrc_triton.configs")
+from csrc_triton import configs, plans
 
 ways = pytest.mark.parametrize("way", plans.WAYS)
 # Rows of whole 16 bytes, as descriptors need; nothing else is a multiple of a tile.
@@ -45,10 +44,6 @@ def plan_for(way, op, shape, dtypes, device):
     return found[0]
 
 
-def double(*tensors):
-    return tuple(None if t is None else t.double() for t in tensors)
-
-
 @cases("inside", "vendor", *plans.PERSISTENT)
 @dtypes
 def test_y_and_s(device, way, shape, dtypes):
@@ -57,9 +52,8 @@ def test_y_and_s(device, way, shape, dtypes):
     dtype = torch.promote_types(*dtypes)
     with poisoned_outputs():
         y, s = csrc_triton.adapted_linear(*map(in_red_zone, tensors), dtype, plan)
-    exact = reference.adapted_linear(*double(*tensors), torch.float64)
-    for name, *values in zip("ys", (y, s), reference.adapted_linear(*tensors, dtype), exact):
-        assert_close(*values, name)
+    exact = reference.adapted_linear(*doubles(*tensors), torch.float64)
+    assert_all_close("y s", (y, s), reference.adapted_linear(*tensors, dtype), exact)
 
 
 @cases("inside", "tiles", *plans.PERSISTENT)
@@ -85,7 +79,7 @@ def test_dx_by_strides(device, way, shape, dtypes):
     args = (inputs.g, inputs.weight.mT, None, ds, inputs.lora_A.mT)
     with poisoned_outputs():
         dx = csrc_triton.fused_linear(*map(in_red_zone, args), plan)
-    assert_close(dx, reference.fused_linear(*args), reference.fused_linear(*double(*args)), "dx")
+    assert_close(dx, reference.fused_linear(*args), reference.fused_linear(*doubles(*args)), "dx")
 
 
 @ways
@@ -101,9 +95,8 @@ def test_takes_any_strides(device, way, layout, dtypes):
     if plan not in plans.options(call, configs.arch_of(torch.device(device)), reached):
         pytest.skip("descriptors do not reach these strides")
     results = csrc_triton.adapted_linear(*tensors, dtype, plan)
-    exact = reference.adapted_linear(*double(*tensors), torch.float64)
-    for name, *values in zip("ys", results, reference.adapted_linear(*tensors, dtype), exact):
-        assert_close(*values, name)
+    exact = reference.adapted_linear(*doubles(*tensors), torch.float64)
+    assert_all_close("y s", results, reference.adapted_linear(*tensors, dtype), exact)
 
 
 @pytest.mark.parametrize("way", plans.PERSISTENT)
@@ -115,9 +108,8 @@ def test_a_persistent_grid_reads_rows_cut_from_wider_ones(device, way):
     wide_x[:, 8:48], wide_weight[:, 16:56] = x, weight
     cut = (wide_x[:, 8:48], wide_weight[:, 16:56], bias, lora_A, lora_B)
     results = csrc_triton.adapted_linear(*cut, dtype, plan)
-    exact = reference.adapted_linear(*double(*cut), torch.float64)
-    for name, *values in zip("ys", results, reference.adapted_linear(*cut, dtype), exact):
-        assert_close(*values, name)
+    exact = reference.adapted_linear(*doubles(*cut), torch.float64)
+    assert_all_close("y s", results, reference.adapted_linear(*cut, dtype), exact)
 
 
 def test_s_inside_is_no_pass_of_its_own(device, monkeypatch):
@@ -140,7 +132,7 @@ def test_more_tiles_than_programs(device, way):
     plan = plan_for(way, "adapted_linear", shape, (dtype, dtype), device)
     *tensors, _ = make_inputs(*shape, dtype, device=device)
     y, _ = csrc_triton.adapted_linear(*tensors, dtype, plan)
-    exact = reference.adapted_linear(*double(*tensors), torch.float64)
+    exact = reference.adapted_linear(*doubles(*tensors), torch.float64)
     assert_close(y, reference.adapted_linear(*tensors, dtype)[0], exact[0], "y")
 
 
@@ -211,7 +203,4 @@ def test_the_layer_takes_the_way_it_is_given(device, monkeypatch, way, norm):
     # S inside the GEMM is a forward pass's; dX has its dS from the sweep.
     assert taken == ([way, "tiles"] if way == "inside" else [way, way])
     eager = run(functools.partial(allora_linear, backend="eager"), inputs)
-    for name, *values in zip(
-        ("y", "dx", "da", "db"), ours, eager, run(reference.allora_linear, inputs.to(torch.float64))
-    ):
-        assert_close(*values, name)
+    assert_all_close("y dx da db", ours, eager, run(reference.allora_linear, inputs.to(torch.float64)))
