@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import MIXTURES, VOCAB, logits, mixture, photograph, pretend_to_train, randomised
+from tiny_models import MIXTURES, VOCAB, logits, mixture, photograph, pretend_to_train, randomised, tied_mixture
 from torch import nn
 
 from allora_kernels import apply_allora, load_adapter, save_adapter
@@ -211,6 +211,27 @@ def test_save_pretrained_writes_the_adapter(tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize(
+    "arguments, count",
+    [
+        ({"experts": True}, 4),
+        ({"target_parameters": ["experts.down_proj"]}, 2),
+        ({"target_parameters": ["layers.1.mlp.experts.down_proj"]}, 1),
+    ],
+)
+def test_experts_that_share_their_parameters_have_adapters_of_their_own(arguments, count, tmp_path):
+    """As those of DiffusionGemma's encoder and decoder."""
+    model = tied_mixture()
+    assert len(apply_allora(model, r=3, target_modules=[], **arguments).experts) == count
+    pretend_to_train(model)
+    save_adapter(model, tmp_path)
+    again = tied_mixture()
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    theirs = PeftModel.from_pretrained(tied_mixture(), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
+
+
 # --- refused ------------------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +302,8 @@ def test_square_experts_of_an_unknown_peft_are_refused(version, known, tmp_path)
             load_adapter(other, tmp_path)
 
 
-def test_what_target_parameters_cannot_name_alone_is_not_saved(tmp_path):
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_target_parameters_cannot_name_alone_is_not_saved(tied, tmp_path):
     """PEFT matches ends of names: a parameter whose name is the end of another's cannot be adapted without it."""
 
     class Two(nn.Module):
@@ -289,6 +311,8 @@ def test_what_target_parameters_cannot_name_alone_is_not_saved(tmp_path):
             super().__init__()
             self.mlp, self.other = mixture("Mixtral").model.layers[0].mlp, nn.Module()
             self.other.mlp = mixture("Mixtral").model.layers[0].mlp
+            if tied:
+                self.other.mlp.experts._parameters.update(self.mlp.experts._parameters)
 
     model = Two()
     apply_allora(model, r=2, target_modules=[], experts=True, exclude_modules=r"other\..*")

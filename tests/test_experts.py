@@ -3,10 +3,11 @@
 import copy
 import inspect
 import pickle
+import warnings
 
 import pytest
 import torch
-from tiny_models import MIXTURES, VOCAB, logits, mixture, photograph, pretend_to_train
+from tiny_models import MIXTURES, VOCAB, logits, mixture, photograph, pretend_to_train, shared_mixture, tied_mixture
 from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
@@ -107,6 +108,25 @@ def test_some_parameters_and_ranks_and_exclusions():
     report = apply_allora(mixture("Mixtral"), r=2, experts=True, exclude_modules=["layers.0.mlp.experts"])
     assert report.experts.keys() == {f"model.layers.1.mlp.experts.{p}" for p in ("gate_up_proj", "down_proj")}
     assert report.skipped["model.layers.0.mlp.experts"] == "in exclude_modules"
+
+
+def test_experts_shared_between_layers_go_by_each_of_their_names():
+    first = {f"model.layers.0.mlp.experts.{p}" for p in ("gate_up_proj", "down_proj")}
+    report = apply_allora(
+        shared_mixture(), r=2, target_modules=[], target_parameters=["layers.1.mlp.experts.down_proj", "gate_up_proj"]
+    )
+    assert report.adapted.keys() == first
+    report = apply_allora(shared_mixture(), r=2, experts=True, exclude_modules=["layers.1.mlp.experts.gate_up_proj"])
+    assert report.experts.keys() == {"model.layers.0.mlp.experts.down_proj"}
+
+
+def test_a_parameter_shared_between_experts_goes_by_each_of_its_names():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = apply_allora(tied_mixture(), r=2, experts=True, exclude_modules=["layers.1.mlp.experts.down_proj"])
+        assert not caught and "model.layers.0.mlp.experts.down_proj" in report.experts and len(report.experts) == 3
+        apply_allora(tied_mixture(), r=2, target_modules=["q_proj", "layers.1.mlp.experts.down_proj"])
+        assert "it is a 3-D parameter (model.layers.1.mlp.experts.down_proj)" in str(caught[0].message)
 
 
 def test_16_bit_experts_get_float32_adapters():

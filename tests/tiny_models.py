@@ -104,6 +104,21 @@ def mixture(family: str, **config) -> nn.Module:
     return model
 
 
+def tied_mixture() -> nn.Module:
+    """Each layer has a module of experts of its own, with the same parameters, as DiffusionGemma's encoder and decoder have."""
+    model = mixture("Mixtral")
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    second.gate_up_proj, second.down_proj = first.gate_up_proj, first.down_proj
+    return model
+
+
+def shared_mixture() -> nn.Module:
+    """Both layers have the same module of experts."""
+    model = mixture("Mixtral")
+    model.model.layers[1].mlp.experts = model.model.layers[0].mlp.experts
+    return model
+
+
 @torch.no_grad()
 def logits(model: nn.Module) -> torch.Tensor:
     ids = torch.arange(14).reshape(2, 7) * 5 % VOCAB

@@ -126,8 +126,11 @@ def select_stacks(
     if target_parameters is not None and experts:
         raise ValueError("experts=True adapts all experts and target_parameters names some: give one of them")
     stacks, in_saved = all_stacks(model), {module for top in saved.values() for module in top.modules()}
+    all_names = module_names(model)
     excluded = {
-        name: reason for name, s in stacks.items() if (reason := _why_excluded(name, s, exclude_modules, in_saved))
+        name: reason
+        for name, s in stacks.items()
+        if (reason := _why_excluded(all_names[s.module], s, exclude_modules, in_saved))
     }
     if experts:
         found = {name: stack for name, stack in stacks.items() if name not in excluded}
@@ -150,11 +153,12 @@ def select_stacks(
     return {name: stack for name, stack in stacks.items() if name in found}, {}
 
 
-def _why_excluded(name: str, stack: Stack, exclude_modules, in_saved: Collection[nn.Module]) -> str | None:
+def _why_excluded(owners: list[str], stack: Stack, exclude_modules, in_saved: Collection[nn.Module]) -> str | None:
+    """`owners`: the names of its module."""
     if stack.module in in_saved:
         return "trained whole (modules_to_save)"
-    owner = name.rpartition(".")[0]
-    return "in exclude_modules" if is_excluded(exclude_modules, (owner, name)) else None
+    names = [*owners, *(f"{owner}.{stack.parameter}" for owner in owners)]
+    return "in exclude_modules" if is_excluded(exclude_modules, names) else None
 
 
 def _refused(model: nn.Module) -> dict[str, str]:
@@ -177,9 +181,14 @@ def _nothing_to_adapt(model: nn.Module, skipped: Mapping[str, str]) -> str:
 
 
 def _parameters_called(model: nn.Module, target: str) -> list[str]:
-    """The parameters whose name is `target` or ends in it, as PEFT matches them."""
-    names = [clean_name(name) for name, _ in model.named_parameters()]
-    return [name for name in names if f".{name}".endswith(f".{target}")]
+    """The parameters whose name is `target` or ends in it, as PEFT matches them: each module's, tied ones too, by its first
+    name, whichever of its names it is that matches."""
+    return [
+        f"{names[0]}.{parameter}".removeprefix(".")
+        for module, names in {model: [""], **module_names(model)}.items()
+        for parameter, value in module._parameters.items()
+        if value is not None and any(f".{name}.{parameter}".endswith(f".{target}") for name in names)
+    ]
 
 
 def _near(model: nn.Module, target: str) -> str:

@@ -224,7 +224,7 @@ def missing_targets(
         return {}
     names = {name for names in module_names(model).values() for name in names}
     dotted = [f".{name}" for name in names]
-    stacked = [n for n, p in model.named_parameters() if len(whole_shape(p)) == 3]
+    stacked = [n for n, p in model.named_parameters(remove_duplicate=False) if len(whole_shape(p)) == 3]
     missing = {}
     for target in target_modules:
         if any(name.endswith(f".{target}") for name in dotted):
