@@ -146,10 +146,17 @@ def test_an_adapter_starts_as_pefts_does():
 
 
 def test_a_router_that_is_a_linear_layer_stays_frozen():
-    model = Block(linear_router=True)
+    model = Block(nn.Linear(6, 4))
     report = apply_allora(model, r=2, experts=True)
     assert "router" in report.skipped["router"] and type(model.router) is nn.Linear
     assert isinstance(model.dense, FusedALLoRALinear)
+
+
+def test_a_router_of_several_linear_layers_stays_frozen():
+    """As Zaya's, whose last layer has one output more than there are experts."""
+    model = Block(nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 5)))
+    report = apply_allora(model, r=2, experts=True)
+    assert {"router.0", "router.2"} == report.skipped.keys() and "dense" in report.adapted
 
 
 # --- what it computes --------------------------------------------------------------------------------------------------
@@ -182,10 +189,10 @@ class Config:
 
 
 class Block(nn.Module):
-    def __init__(self, linear_router=False):
+    def __init__(self, router=None):
         super().__init__()
         torch.manual_seed(0)
-        self.router = nn.Linear(6, 4) if linear_router else None
+        self.router = router
         self.dense = nn.Linear(6, 6)
         self.experts = PlainExperts(Config())
 

@@ -230,6 +230,7 @@ def beside_experts(
 
 def _routers(model: nn.Module) -> set[nn.Module]:
     """The linear layers that choose the experts of a mixture, where a model has them as such: they stay frozen."""
+    called = {"gate", "router"}
     return {
         module
         for block in model.modules()
@@ -237,6 +238,9 @@ def _routers(model: nn.Module) -> set[nn.Module]:
         if goes_through_registry(experts)
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear)
-        and module.out_features == experts.num_experts
-        and {"gate", "router"} & set(name.split("."))
+        # All of a router beside the experts; further below, what chooses among as many.
+        and (
+            name.partition(".")[0] in called
+            or (module.out_features == experts.num_experts and not called.isdisjoint(name.split(".")))
+        )
     }
