@@ -8,7 +8,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import MIXTURES, VOCAB, logits, mixture, photograph, pretend_to_train, randomised, tied_mixture
+from tiny_models import (
+    MIXTURES,
+    VOCAB,
+    logits,
+    mixture,
+    photograph,
+    pretend_to_train,
+    randomised,
+    shared_mixture,
+    tied_mixture,
+)
 from torch import nn
 from transformers import conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -323,6 +333,17 @@ def test_square_experts_of_an_unknown_peft_are_refused(version, known, tmp_path)
     else:
         with pytest.raises(ValueError, match="may be the other way round"):
             load_adapter(other, tmp_path)
+
+
+def test_experts_that_layers_share_are_warned_of(tmp_path):
+    model = shared_mixture()
+    apply_allora(model, r=3, target_modules=[], experts=True)
+    pretend_to_train(model)
+    with pytest.warns(UserWarning, match=r"under their first name only: .*layers\.0\.mlp\.experts\.gate_up_proj"):
+        save_adapter(model, tmp_path)
+    again = shared_mixture()
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -153,7 +153,8 @@ def _warn_of_losses(
     if lost:
         warnings.warn(f"trained but not saved, as modules_to_save does not name them: {some(lost)}", stacklevel=5)
     slots = module_slots(root)
-    shared = [name for name, layer in layers.items() if len(slots[layer]) > 1]
+    owners = {**layers, **{name: stack.module for name, stack in stacks.items()}}
+    shared = [name for name, owner in owners.items() if len(slots[owner]) > 1]
     if shared:
         warnings.warn(f"PEFT will adapt these shared layers under their first name only: {some(shared)}", stacklevel=5)
     if misread := misread_by_others(root, layers, stacks):
