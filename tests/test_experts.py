@@ -256,6 +256,16 @@ def test_merged_is_what_adapted_computes_and_merging_can_be_taken_back(family):
         unmerge_adapter(model)
 
 
+def test_merging_experts_that_share_their_parameters_is_warned_of():
+    model = tied_mixture()
+    model.config.tie_word_embeddings = True
+    apply_allora(model, r=3, target_modules=[], target_parameters=["layers.1.mlp.experts.down_proj"])
+    want = logits(pretend_to_train(model))
+    with pytest.warns(UserWarning, match=r"layers\.1\.mlp\.experts\.down_proj shared its weight .* set it False first"):
+        merge_adapter(model)
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-5)
+
+
 def test_unmerging_after_a_cast_is_refused():
     model = adapted()
     merge_adapter(model, keep=True)
