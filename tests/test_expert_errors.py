@@ -203,6 +203,17 @@ def test_our_entry_of_the_registry_is_for_adapted_experts_only():
         plain(input_ids=torch.arange(5)[None])
 
 
+def test_our_entry_of_the_registry_leaves_nothing_to_run_while_adapters_are_off():
+    model, ids = adapted(), torch.arange(5)[None]
+    model.set_experts_implementation("allora")
+    model(input_ids=ids)
+    set_enabled(model, False)
+    with pytest.raises(ValueError, match="leaves nothing to run while the adapters are switched off"):
+        model(input_ids=ids)
+    model.set_experts_implementation("eager")
+    model(input_ids=ids)
+
+
 def test_opacus_is_told():
     opacus = pytest.importorskip("allora_kernels.integrations.opacus", exc_type=ImportError)
     model = adapted().train()

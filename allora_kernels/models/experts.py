@@ -163,9 +163,13 @@ def _former_forward(experts: nn.Module):
     """What the config names without our adapters: another entry of the registry, or the class's own loop."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    return ALL_EXPERTS_FUNCTIONS.get_interface(
-        experts.config.former._experts_implementation, type(experts).forward.__wrapped__
-    )
+    implementation = experts.config.former._experts_implementation
+    if implementation == IMPLEMENTATION:
+        raise ValueError(
+            f"experts_implementation={IMPLEMENTATION!r} in the model's config leaves nothing to run while the adapters are "
+            "switched off: set_experts_implementation('grouped_mm'); adapted experts need no setting"
+        )
+    return ALL_EXPERTS_FUNCTIONS.get_interface(implementation, type(experts).forward.__wrapped__)
 
 
 def _register() -> None:
