@@ -214,6 +214,13 @@ def test_our_entry_of_the_registry_leaves_nothing_to_run_while_adapters_are_off(
     model(input_ids=ids)
 
 
+def test_experts_that_were_offloaded_with_their_adapters_say_so():
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(adapted(), execution_device="cpu")
+    with pytest.raises(RuntimeError, match="offloading experts with adapters is not supported"):
+        model(input_ids=torch.arange(5)[None])
+
+
 def test_opacus_is_told():
     opacus = pytest.importorskip("allora_kernels.integrations.opacus", exc_type=ImportError)
     model = adapted().train()
