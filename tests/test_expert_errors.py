@@ -117,12 +117,10 @@ def test_one_that_cannot_beside_one_that_can_is_in_the_report(make, reason):
 
 def test_models_without_such_experts():
     refused(llama(), "experts=True: the model has no experts in 3-D parameters", experts=True)
-    lists = Model(nn.ModuleList([nn.Linear(6, 6)]))
-    refused(
-        lists,
-        "the experts of experts are modules of their own, whose linear layers target_modules reaches",
-        experts=True,
-    )
+    # Switch Transformers has such a ModuleDict.
+    for several in (nn.ModuleList([nn.Linear(6, 6)]), nn.ModuleDict({"expert_0": nn.Linear(6, 6)})):
+        match = "the experts of experts are modules of their own, whose linear layers target_modules reaches"
+        refused(Model(several), match, experts=True)
     refused(transformer("ViT", "Model"), "no experts in 3-D parameters", experts=True)
 
 

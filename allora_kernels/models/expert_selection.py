@@ -174,9 +174,10 @@ def _nothing_to_adapt(model: nn.Module, skipped: Mapping[str, str]) -> str:
     if skipped:
         because = some([f"{name}: {reason}" for name, reason in skipped.items()], most=2, separator="; ")
         return f"the model's experts can get no adapters ({because})"
-    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and n.rpartition(".")[2] == "experts"]
-    if lists:
-        return f"the experts of {clean_name(lists[0])} are modules of their own, whose linear layers target_modules reaches"
+    kinds = (nn.ModuleList, nn.ModuleDict)
+    several = [n for n, m in model.named_modules() if isinstance(m, kinds) and n.rpartition(".")[2] == "experts"]
+    if several:
+        return f"the experts of {clean_name(several[0])} are modules of their own, whose linear layers target_modules reaches"
     return "the model has no experts in 3-D parameters"
 
 
