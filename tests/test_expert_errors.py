@@ -117,12 +117,10 @@ def test_one_that_cannot_beside_one_that_can_is_in_the_report(make, reason):
 
 def test_models_without_such_experts():
     refused(llama(), "experts=True: the model has no experts in 3-D parameters", experts=True)
-    lists = Model(nn.ModuleList([nn.Linear(6, 6)]))
-    refused(
-        lists,
-        "the experts of experts are modules of their own, whose linear layers target_modules reaches",
-        experts=True,
-    )
+    # Switch Transformers has such a ModuleDict.
+    for several in (nn.ModuleList([nn.Linear(6, 6)]), nn.ModuleDict({"expert_0": nn.Linear(6, 6)})):
+        match = "the experts of experts are modules of their own, whose linear layers target_modules reaches"
+        refused(Model(several), match, experts=True)
     refused(transformer("ViT", "Model"), "no experts in 3-D parameters", experts=True)
 
 
@@ -201,6 +199,24 @@ def test_our_entry_of_the_registry_is_for_adapted_experts_only():
     plain.config._experts_implementation = "allora"
     with pytest.raises(ValueError, match=r"is for experts with adapters: apply_allora\(model, experts=True\)"):
         plain(input_ids=torch.arange(5)[None])
+
+
+def test_our_entry_of_the_registry_leaves_nothing_to_run_while_adapters_are_off():
+    model, ids = adapted(), torch.arange(5)[None]
+    model.set_experts_implementation("allora")
+    model(input_ids=ids)
+    set_enabled(model, False)
+    with pytest.raises(ValueError, match="leaves nothing to run while the adapters are switched off"):
+        model(input_ids=ids)
+    model.set_experts_implementation("eager")
+    model(input_ids=ids)
+
+
+def test_experts_that_were_offloaded_with_their_adapters_say_so():
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(adapted(), execution_device="cpu")
+    with pytest.raises(RuntimeError, match="offloading experts with adapters is not supported"):
+        model(input_ids=torch.arange(5)[None])
 
 
 def test_opacus_is_told():

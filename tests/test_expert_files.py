@@ -1,5 +1,6 @@
 """Adapters of experts on disk, in PEFT's layout for `target_parameters`: both ways, with experts that differ."""
 
+import contextlib
 import json
 import warnings
 
@@ -7,8 +8,21 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import MIXTURES, VOCAB, adapted_mixture, logits, mixture, photograph, pretend_to_train, randomised
+from tiny_models import (
+    MIXTURES,
+    VOCAB,
+    adapted_mixture,
+    logits,
+    mixture,
+    photograph,
+    pretend_to_train,
+    randomised,
+    shared_mixture,
+    tied_mixture,
+)
 from torch import nn
+from transformers import conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from allora_kernels import apply_allora, load_adapter, save_adapter
 from allora_kernels.models.adapted import layers_of
@@ -51,22 +65,42 @@ def peft_model(family, parameters=("experts.gate_up_proj", "experts.down_proj"),
     return randomised(get_peft_model(mixture(family), config))
 
 
-@pytest.mark.parametrize("targets, misread", [(["q_a_proj"], False), (["gate_proj", "up_proj", "down_proj"], True)])
-@pytest.mark.parametrize("experts", [False, True])
-def test_layers_that_others_take_for_experts_are_warned_of(targets, misread, experts, tmp_path):
-    model = adapted("DeepseekV3", target_modules=targets, experts=experts)
+@pytest.fixture
+def olmoe_is_renamed(monkeypatch):
+    """As what renames Mistral-Large-4's old checkpoints matches the names of its own modules, experts too."""
+    conversion_mapping.get_checkpoint_conversion_mapping("olmoe")  # Fills what it keeps.
+    renaming = WeightRenaming(r"\.experts\.", ".mlp.experts.")
+    monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "olmoe", [renaming])
+
+
+@pytest.mark.parametrize(
+    "family, targets, experts, misread",
+    [
+        ("DeepseekV3", ["q_a_proj"], False, ()),
+        ("DeepseekV3", ["q_a_proj"], True, ()),
+        ("DeepseekV3", ["gate_proj", "up_proj", "down_proj"], False, ("0.mlp.gate_proj", "shared_experts.gate_proj")),
+        ("DeepseekV3", ["gate_proj", "up_proj", "down_proj"], True, ("0.mlp.gate_proj", "shared_experts.gate_proj")),
+        ("Laguna", ["q_proj", "0.mlp.gate_proj"], True, ()),
+        ("Laguna", ["gate_proj"], True, ("shared_experts.gate_proj",)),
+        ("Olmoe", ["q_proj"], True, ("experts.gate_up_proj", "experts.down_proj")),
+    ],
+)
+def test_what_others_take_for_parts_of_older_checkpoints_is_warned_of(
+    family, targets, experts, misread, tmp_path, olmoe_is_renamed
+):
+    model = adapted(family, target_modules=targets, experts=experts)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         save_adapter(model, tmp_path)
-    told = [str(w.message) for w in caught if "for adapters on this mixture's experts" in str(w.message)]
-    assert len(told) == misread and all("shared_experts.gate_proj" in message for message in told)
-    again = mixture("DeepseekV3")
+    told = [str(w.message) for w in caught if "had such names in older checkpoints" in str(w.message)]
+    assert len(told) == bool(misread) and all(name in message for message in told for name in misread)
+    assert not any("q_proj" in message for message in told)
+    again = mixture(family)
     load_adapter(again, tmp_path)
     assert torch.equal(logits(again), logits(model))
-    if misread:
-        with pytest.raises((AssertionError, RuntimeError, UserWarning)):
-            other = load_with_peft("DeepseekV3", tmp_path)
-            torch.testing.assert_close(logits(other), logits(model))
+    rightly = pytest.raises((AssertionError, RuntimeError, UserWarning)) if misread else contextlib.nullcontext()
+    with rightly:
+        torch.testing.assert_close(logits(load_with_peft(family, tmp_path)), logits(model), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -209,6 +243,27 @@ def test_save_pretrained_writes_the_adapter(tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize(
+    "arguments, count",
+    [
+        ({"experts": True}, 4),
+        ({"target_parameters": ["experts.down_proj"]}, 2),
+        ({"target_parameters": ["layers.1.mlp.experts.down_proj"]}, 1),
+    ],
+)
+def test_experts_that_share_their_parameters_have_adapters_of_their_own(arguments, count, tmp_path):
+    """As those of DiffusionGemma's encoder and decoder."""
+    model = tied_mixture()
+    assert len(apply_allora(model, r=3, target_modules=[], **arguments).experts) == count
+    pretend_to_train(model)
+    save_adapter(model, tmp_path)
+    again = tied_mixture()
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    theirs = PeftModel.from_pretrained(tied_mixture(), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
+
+
 # --- refused ------------------------------------------------------------------------------------------------------------
 
 
@@ -279,7 +334,19 @@ def test_square_experts_of_an_unknown_peft_are_refused(version, known, tmp_path)
             load_adapter(other, tmp_path)
 
 
-def test_what_target_parameters_cannot_name_alone_is_not_saved(tmp_path):
+def test_experts_that_layers_share_are_warned_of(tmp_path):
+    model = shared_mixture()
+    apply_allora(model, r=3, target_modules=[], experts=True)
+    pretend_to_train(model)
+    with pytest.warns(UserWarning, match=r"under their first name only: .*layers\.0\.mlp\.experts\.gate_up_proj"):
+        save_adapter(model, tmp_path)
+    again = shared_mixture()
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_target_parameters_cannot_name_alone_is_not_saved(tied, tmp_path):
     """PEFT matches ends of names: a parameter whose name is the end of another's cannot be adapted without it."""
 
     class Two(nn.Module):
@@ -287,6 +354,8 @@ def test_what_target_parameters_cannot_name_alone_is_not_saved(tmp_path):
             super().__init__()
             self.mlp, self.other = mixture("Mixtral").model.layers[0].mlp, nn.Module()
             self.other.mlp = mixture("Mixtral").model.layers[0].mlp
+            if tied:
+                self.other.mlp.experts._parameters.update(self.mlp.experts._parameters)
 
     model = Two()
     apply_allora(model, r=2, target_modules=[], experts=True, exclude_modules=r"other\..*")

@@ -3,10 +3,21 @@
 import copy
 import inspect
 import pickle
+import warnings
 
 import pytest
 import torch
-from tiny_models import MIXTURES, VOCAB, adapted_mixture, logits, mixture, photograph, pretend_to_train
+from tiny_models import (
+    MIXTURES,
+    VOCAB,
+    adapted_mixture,
+    logits,
+    mixture,
+    photograph,
+    pretend_to_train,
+    shared_mixture,
+    tied_mixture,
+)
 from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
@@ -103,6 +114,25 @@ def test_some_parameters_and_ranks_and_exclusions():
     assert report.skipped["model.layers.0.mlp.experts"] == "in exclude_modules"
 
 
+def test_experts_shared_between_layers_go_by_each_of_their_names():
+    first = {f"model.layers.0.mlp.experts.{p}" for p in ("gate_up_proj", "down_proj")}
+    report = apply_allora(
+        shared_mixture(), r=2, target_modules=[], target_parameters=["layers.1.mlp.experts.down_proj", "gate_up_proj"]
+    )
+    assert report.adapted.keys() == first
+    report = apply_allora(shared_mixture(), r=2, experts=True, exclude_modules=["layers.1.mlp.experts.gate_up_proj"])
+    assert report.experts.keys() == {"model.layers.0.mlp.experts.down_proj"}
+
+
+def test_a_parameter_shared_between_experts_goes_by_each_of_its_names():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = apply_allora(tied_mixture(), r=2, experts=True, exclude_modules=["layers.1.mlp.experts.down_proj"])
+        assert not caught and "model.layers.0.mlp.experts.down_proj" in report.experts and len(report.experts) == 3
+        apply_allora(tied_mixture(), r=2, target_modules=["q_proj", "layers.1.mlp.experts.down_proj"])
+        assert "it is a 3-D parameter (model.layers.1.mlp.experts.down_proj)" in str(caught[0].message)
+
+
 def test_16_bit_experts_get_float32_adapters():
     model = mixture("Qwen3Moe").to(torch.bfloat16)
     apply_allora(model, r=2, experts=True)
@@ -120,10 +150,17 @@ def test_an_adapter_starts_as_pefts_does():
 
 
 def test_a_router_that_is_a_linear_layer_stays_frozen():
-    model = Block(linear_router=True)
+    model = Block(nn.Linear(6, 4))
     report = apply_allora(model, r=2, experts=True)
     assert "router" in report.skipped["router"] and type(model.router) is nn.Linear
     assert isinstance(model.dense, FusedALLoRALinear)
+
+
+def test_a_router_of_several_linear_layers_stays_frozen():
+    """As Zaya's, whose last layer has one output more than there are experts."""
+    model = Block(nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 5)))
+    report = apply_allora(model, r=2, experts=True)
+    assert {"router.0", "router.2"} == report.skipped.keys() and "dense" in report.adapted
 
 
 # --- what it computes --------------------------------------------------------------------------------------------------
@@ -156,10 +193,10 @@ class Config:
 
 
 class Block(nn.Module):
-    def __init__(self, linear_router=False):
+    def __init__(self, router=None):
         super().__init__()
         torch.manual_seed(0)
-        self.router = nn.Linear(6, 4) if linear_router else None
+        self.router = router
         self.dense = nn.Linear(6, 6)
         self.experts = PlainExperts(Config())
 
@@ -221,6 +258,16 @@ def test_merged_is_what_adapted_computes_and_merging_can_be_taken_back(family):
     torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="nothing to unmerge"):
         unmerge_adapter(model)
+
+
+def test_merging_experts_that_share_their_parameters_is_warned_of():
+    model = tied_mixture()
+    model.config.tie_word_embeddings = True
+    apply_allora(model, r=3, target_modules=[], target_parameters=["layers.1.mlp.experts.down_proj"])
+    want = logits(pretend_to_train(model))
+    with pytest.warns(UserWarning, match=r"layers\.1\.mlp\.experts\.down_proj shared its weight .* set it False first"):
+        merge_adapter(model)
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-5)
 
 
 def test_unmerging_after_a_cast_is_refused():

@@ -39,6 +39,11 @@ _CONFIGS = {
         "v_head_dim": 8, "first_k_dense_replace": 1, "moe_intermediate_size": 12, "n_routed_experts": 4, "n_shared_experts": 1,
         "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
     },
+    "Laguna": {
+        **_SIZES, "num_key_value_heads": 1, "head_dim": 8, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 12,
+        "num_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2, "pad_token_id": 0,
+        "num_attention_heads_per_layer": [2, 2], "mlp_layer_types": ["dense", "sparse"],
+    },
     "ViT": {**_SIZES, "image_size": 8, "patch_size": 4},
     "Mamba": {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
     "Jamba": {
@@ -96,11 +101,26 @@ MIXTURES = {
 @torch.no_grad()
 def mixture(family: str, **config) -> nn.Module:
     """A language model with experts that differ, biases too."""
-    model = transformer(family, "ForCausalLM", **{**MIXTURES[family], **config})
+    model = transformer(family, "ForCausalLM", **{**MIXTURES.get(family, {}), **config})
     generator = torch.Generator().manual_seed(2)
     for name, p in model.named_parameters():
         if "experts" in name or "router" in name or name.endswith("gate.weight"):
             p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    return model
+
+
+def tied_mixture() -> nn.Module:
+    """Each layer has a module of experts of its own, with the same parameters, as DiffusionGemma's encoder and decoder have."""
+    model = mixture("Mixtral")
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    second.gate_up_proj, second.down_proj = first.gate_up_proj, first.down_proj
+    return model
+
+
+def shared_mixture() -> nn.Module:
+    """Both layers have the same module of experts."""
+    model = mixture("Mixtral")
+    model.model.layers[1].mlp.experts = model.model.layers[0].mlp.experts
     return model
 
 

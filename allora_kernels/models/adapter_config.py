@@ -86,7 +86,9 @@ def _exact_target(root: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]
 
 def _exact_parameters(root: nn.Module, wanted: Collection[str]) -> list[str]:
     """What makes PEFT adapt these parameters; ValueError where it would adapt others too, as it knows only ends of names."""
-    for name in map(clean_name, dict(root.named_parameters())):
+    # As PEFT looks for them: a shared module under its first name only, a tied parameter in each of its modules.
+    owned = (f"{name}.{p}" for name, module in root.named_modules() for p, _ in module.named_parameters(recurse=False))
+    for name in map(clean_name, owned):
         for end in wanted:
             if name.endswith(f".{end}") and name not in wanted:
                 raise ValueError(f"PEFT's target_parameters cannot name {end} without {name}, which has no adapter")

@@ -6,6 +6,7 @@ lora_A ``[E·r, K]`` runs over experts slowest, as ours does, but its lora_B ``[
 
 import sys
 from collections.abc import Mapping
+from types import ModuleType
 
 from torch import Tensor, nn
 
@@ -14,20 +15,45 @@ from .adapter_files import PREFIX, factor_key
 from .expert_selection import Stack
 from .experts import ExpertsAdapter
 
-_TAKEN_FOR_EXPERTS = {
+_FORMER_EXPERTS = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
 }
 """The last parts of names that PEFT 0.21 takes for those of experts as transformers 4 had them, by the kind of mixture."""
 
 
-def taken_for_experts(root: nn.Module, layers: Mapping[str, ALLoRALayer]) -> list[str]:
-    """The names of those of `layers`, adapters on linear layers, that PEFT and transformers take for adapters on experts where
-    they read them: a mixture's dense layers and shared experts are called as the experts once were."""
+def misread_by_others(root: nn.Module, layers: Mapping[str, ALLoRALayer], stacks: Mapping[str, Stack]) -> list[str]:
+    """The names of those of `layers`, `stacks` among them, whose adapters PEFT and transformers put elsewhere or nowhere when
+    they read them, as they take their names for older checkpoints': a mixture's dense layers and shared experts are called as
+    the experts once were, and what renames parameters may match names that are new already."""
     kind = getattr(getattr(root, "config", None), "model_type", None)
-    kinds = getattr(sys.modules.get("transformers.conversion_mapping"), "_MODEL_TO_CONVERSION_PATTERN", {})
-    ends = _TAKEN_FOR_EXPERTS.get("mixtral" if kind == "mixtral" else kinds.get(kind), ())
-    return [name for name, layer in layers.items() if not layer.grouped and name.rpartition(".")[2] in ends]
+    conversions = sys.modules.get("transformers.conversion_mapping")
+    kinds = getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {})
+    ends = _FORMER_EXPERTS.get("mixtral" if kind == "mixtral" else kinds.get(kind), ())
+    renamings, in_file = _renamings(root, kind, conversions), file_names(stacks)
+    return [
+        name
+        for name, layer in layers.items()
+        if (not layer.grouped and name.rpartition(".")[2] in ends) or _is_renamed(in_file.get(name, name), renamings)
+    ]
+
+
+def _renamings(root: nn.Module, kind: str | None, conversions: ModuleType | None) -> list:
+    """What PEFT renames a file's tensors by, for models of this kind."""
+    if conversions is None or not hasattr(root, "base_model_prefix"):
+        return []
+    if conversions.get_checkpoint_conversion_mapping(kind) is None:
+        return []
+    found = conversions.get_model_conversion_mapping(root)
+    return [conversion for conversion in found if isinstance(conversion, conversions.WeightRenaming)]
+
+
+def _is_renamed(name: str, renamings: list) -> bool:
+    """Whether PEFT puts the adapter on another place than `name`: a prefix that it takes away, it puts back."""
+    key = f"{name}.lora_A.default.weight"
+    for renaming in renamings:
+        key, _ = renaming.rename_source_key(key)
+    return not f"base_model.model.{name}.lora_A.weight".endswith("".join(key.rsplit(".default", 1)))
 
 
 def file_names(stacks: Mapping[str, Stack]) -> dict[str, str]:

@@ -167,9 +167,10 @@ def _nothing_to_adapt(model: nn.Module, skipped: Mapping[str, str]) -> str:
     if skipped:
         because = some([f"{name}: {reason}" for name, reason in skipped.items()], most=2, separator="; ")
         return f"the model's experts can get no adapters ({because})"
-    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and n.rpartition(".")[2] == "experts"]
-    if lists:
-        return f"the experts of {clean_name(lists[0])} are modules of their own, whose linear layers target_modules reaches"
+    kinds = (nn.ModuleList, nn.ModuleDict)
+    several = [n for n, m in model.named_modules() if isinstance(m, kinds) and n.rpartition(".")[2] == "experts"]
+    if several:
+        return f"the experts of {clean_name(several[0])} are modules of their own, whose linear layers target_modules reaches"
     return "the model has no experts in 3-D parameters"
 
 
@@ -223,6 +224,7 @@ def beside_experts(
 
 def _routers(model: nn.Module) -> set[nn.Module]:
     """The linear layers that choose the experts of a mixture, where a model has them as such: they stay frozen."""
+    called = {"gate", "router"}
     return {
         module
         for block in model.modules()
@@ -230,6 +232,9 @@ def _routers(model: nn.Module) -> set[nn.Module]:
         if goes_through_registry(experts)
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear)
-        and module.out_features == experts.num_experts
-        and {"gate", "router"} & set(name.split("."))
+        # All of a router beside the experts; further below, what chooses among as many.
+        and (
+            name.partition(".")[0] in called
+            or (module.out_features == experts.num_experts and not called.isdisjoint(name.split(".")))
+        )
     }

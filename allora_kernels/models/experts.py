@@ -118,6 +118,11 @@ def _experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Ten
     active = {name: a for name, a in adapters.items() if switching.state_of_call(a, a._state).enabled}
     if not active and not batch_invariance.enabled():
         return _former_forward(experts)(experts, hidden_states, top_k_index, top_k_weights)
+    if any(p.is_meta for adapter in active.values() for p in adapter.parameters()) and not hidden_states.is_meta:
+        raise RuntimeError(
+            "the adapters of these experts are on the meta device, as where accelerate offloaded the model after apply_allora: "
+            "offloading experts with adapters is not supported; load the model on one device"
+        )
 
     tokens, k = top_k_index.shape
     order, offsets, sinks = _rows_by_expert(active, top_k_index, experts.num_experts)
@@ -159,9 +164,13 @@ def _former_forward(experts: nn.Module):
     """What the config names without our adapters: another entry of the registry, or the class's own loop."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    return ALL_EXPERTS_FUNCTIONS.get_interface(
-        experts.config.former._experts_implementation, type(experts).forward.__wrapped__
-    )
+    implementation = experts.config.former._experts_implementation
+    if implementation == IMPLEMENTATION:
+        raise ValueError(
+            f"experts_implementation={IMPLEMENTATION!r} in the model's config leaves nothing to run while the adapters are "
+            "switched off: set_experts_implementation('grouped_mm'); adapted experts need no setting"
+        )
+    return ALL_EXPERTS_FUNCTIONS.get_interface(implementation, type(experts).forward.__wrapped__)
 
 
 def _register() -> None:

@@ -12,6 +12,7 @@ from ..layer.wrapped import WrappedALLoRALinear
 from ..layer.zero import is_cut_up
 from .adapt import leave_fast_paths, put, restore_fast_paths
 from .adapted import SAVED_WHOLE, active_adapter, adapter_layers, adapter_names
+from .expert_selection import adapted_stacks
 from .experts import (
     dtypes_before_merging,
     experts_with_adapters,
@@ -156,10 +157,13 @@ def _warn_of_ties(root: nn.Module, layers: Mapping[str, ALLoRALayer]) -> None:
     if not getattr(getattr(root, "config", None), "tie_word_embeddings", False):
         return
     owners = Counter(p for module in root.modules() for p in module._parameters.values() if p is not None)
-    if tied := [name for name, layer in layers.items() if not layer.grouped and owners[layer.weight] > 1]:
+    frozen = {name: layer.weight for name, layer in layers.items() if not layer.grouped}
+    frozen |= {name: stack.weight for name, stack in adapted_stacks(root).items()}
+    if tied := [name for name, weight in frozen.items() if owners[weight] > 1]:
         warnings.warn(
-            f"{tied[0]} shared the embeddings' weight and has one of its own now, but config.tie_word_embeddings is still "
-            "True: tie_weights() and resize_token_embeddings() would tie it again and lose the adapter; set it False first",
+            f"{tied[0]} shared its weight with another module and has one of its own now, but config.tie_word_embeddings "
+            "is still True: tie_weights() and resize_token_embeddings() would tie it again and lose the adapter; set it "
+            "False first",
             stacklevel=3,
         )
 

@@ -13,7 +13,7 @@ from ..layer.zero import whole_shape
 from .adapted import adapter_layers, adapter_parameters, chosen_adapter, layers_of, saved_modules
 from .adapter_config import config_for
 from .adapter_files import PREFIX, factor_key, write_adapter
-from .expert_files import file_names, stacks_to_file, taken_for_experts
+from .expert_files import file_names, misread_by_others, stacks_to_file
 from .expert_selection import Stack, adapted_stacks
 from .experts import ADAPTERS
 from .names import clean_name, module_slots, some, unwrap
@@ -84,7 +84,7 @@ def prepare_save(
     saved, stacks = saved_modules(root, name), adapted_stacks(root)
     config = config_for(root, layers, saved, base, name)
     tensors = _tensors_to_save(layers, stacks, saved, name, state_dict)
-    _warn_of_losses(root, layers, saved)
+    _warn_of_losses(root, layers, saved, stacks)
     return json.dumps(config, indent=2, sort_keys=True) + "\n", tensors
 
 
@@ -137,7 +137,12 @@ def _tensors_to_save(
     return {PREFIX + key: t for key, t in tensors.items()}
 
 
-def _warn_of_losses(root: nn.Module, layers: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]) -> None:
+def _warn_of_losses(
+    root: nn.Module,
+    layers: Mapping[str, ALLoRALayer],
+    saved: Mapping[str, nn.Module],
+    stacks: Mapping[str, Stack],
+) -> None:
     # What belongs to another adapter is saved with that one.
     of_others = [m for m in root.modules() if isinstance(m, ModuleOfEachAdapter)]
     kept = {p for module in (*layers.values(), *saved.values(), *of_others) for p in module.parameters()}
@@ -145,13 +150,14 @@ def _warn_of_losses(root: nn.Module, layers: Mapping[str, nn.Module], saved: Map
     if lost:
         warnings.warn(f"trained but not saved, as modules_to_save does not name them: {some(lost)}", stacklevel=5)
     slots = module_slots(root)
-    shared = [name for name, layer in layers.items() if len(slots[layer]) > 1]
+    owners = {**layers, **{name: stack.module for name, stack in stacks.items()}}
+    shared = [name for name, owner in owners.items() if len(slots[owner]) > 1]
     if shared:
         warnings.warn(f"PEFT will adapt these shared layers under their first name only: {some(shared)}", stacklevel=5)
-    if misread := taken_for_experts(root, layers):
+    if misread := misread_by_others(root, layers, stacks):
         warnings.warn(
-            f"PEFT (0.21) and transformers take adapters on {some(misread)} for adapters on this mixture's experts, and load "
-            "them wrongly: load this folder with allora_kernels.load_adapter, or leave these layers out",
+            f"PEFT (0.21) and transformers load the adapters on {some(misread)} wrongly, as other parts of this kind of model "
+            "had such names in older checkpoints: load this folder with allora_kernels.load_adapter, or leave them out",
             stacklevel=5,
         )
 
