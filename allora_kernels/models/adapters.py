@@ -14,7 +14,7 @@ from .adapt import check_adapter_name, put, ranks_of
 from .adapted import AdaptReport, adapter_layers, adapter_names, known_adapter, report, saved_modules
 from .batch_rows import BatchRows
 from .saved_whole import ModuleOfEachAdapter, copies_of
-from .selection import clean_name, module_slots, unwrap
+from .selection import check_no_wrapper, clean_name, module_slots, unwrap
 from .sharded import in_pieces
 
 
@@ -45,13 +45,16 @@ def add_adapter(
 
     Raises:
         ValueError: the model has no adapters, or has one of this name; `name` cannot be one; r, eta, norm or rank_pattern as in
-            `apply_allora`; adapters are sharded. The model is untouched then.
+            `apply_allora`; adapters are sharded; DistributedDataParallel, which would not see it, wraps the model or a part of
+            it. The model is untouched then.
         TypeError: an argument of the wrong type.
         RuntimeError: inside `adapter_rows`, `per_sample.record` or a backward pass.
     """
     check_adapter_name(name)
     check_rule(r, eta, norm)
     root, layers = _changeable(model, "add_adapter")
+    for module in model.modules():
+        check_no_wrapper(module)
     if name in (names := adapter_names(root)):
         raise ValueError(
             f"the model has an adapter {name!r} already, beside {len(names) - 1} others: choose another name"
