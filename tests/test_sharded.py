@@ -126,22 +126,23 @@ def merging_is_refused(mesh):
         fully_shard(model, mesh=mesh, reshard_after_forward=False)(X)
         return model
 
+    flat = partial(FullyShardedDataParallel, device_id=torch.device("cpu"), use_orig_params=True)
     ways = {
         "FSDP2": (partial(shard, mesh=mesh), sharded_but_for_the_adapters, held_whole),
-        "FSDP1": (partial(FullyShardedDataParallel, device_id=torch.device("cpu"), use_orig_params=True),),
+        "FSDP1": (flat,),
         "tensor parallelism": (tensor_parallel,),
     }
     for by, makers in ways.items():
         for make_sharded in makers:
             model = make_sharded(make())
             for keep in (False, True):
-                with pytest.raises(
-                    ValueError, match=f"parameters are cut up by {by}: save_adapter, load it in one pro"
-                ):
+                with pytest.raises(ValueError, match=f"are cut up by {by}: save_adapter, load it in one process"):
                     merge_adapter(model, keep=keep)
             assert len(adapter_layers(model)) == 4
     with pytest.raises(ValueError, match="the layer is cut up by FSDP2 or tensor parallelism: save the adapter"):
         model.blocks[0][0].merge()
+    with pytest.raises(ValueError, match=r"weight is frozen in ALLoRA .* FSDP1 .* shard by fully_shard \(FSDP2\)"):
+        flat(make())(X)
 
 
 def fail(rank, mesh, folder):

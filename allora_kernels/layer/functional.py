@@ -84,9 +84,15 @@ def check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor
         for name, t in (("weight", weight), ("bias", bias)):
             if t is not None and t.requires_grad:
                 transformed = torch._C._are_functorch_transforms_active()
-                due = (
-                    "differentiate by lora_A and lora_B alone" if transformed else f"call {name}.requires_grad_(False)"
-                )
+                if transformed:
+                    due = "differentiate by lora_A and lora_B alone"
+                elif t.is_leaf:
+                    due = f"call {name}.requires_grad_(False)"
+                else:
+                    due = (
+                        "freeze what it is a part of or computed from; FSDP1 makes one parameter of frozen and trained ones, "
+                        "so shard by fully_shard (FSDP2)"
+                    )
                 raise ValueError(f"{name} is frozen in ALLoRA and gets no gradient: {due}")
 
 
