@@ -244,6 +244,10 @@ def check_mistakes(_):
     narrow = parallelize_module(FusedALLoRALinear(K, world - 1, r=R), mesh, ColwiseParallel())
     with pytest.raises(ValueError, match=rf"weight \[{world - 1}, {K}\] cannot be cut along dimension 0 .*no part"):
         narrow(make_x())
+    several = FusedALLoRALinear(K, HIDDEN, r=R)
+    several.add_named_adapter("b", R, 2.0, "row")
+    with pytest.raises(ValueError, match="'default', 'b' cannot be cut by tensor parallelism: use DistributedData"):
+        parallelize_module(several, mesh, ColwiseParallel())
     with (
         pytest.raises(ValueError, match=r"per_sample.record takes no gradients of DTensors"),
         per_sample.record(nn.Sequential(layer)) as _,
