@@ -17,8 +17,10 @@ from allora_kernels import (
     adapter_rows,
     add_adapter,
     apply_allora,
+    load_adapter,
     per_sample,
     remove_adapter,
+    save_adapter,
     save_adapters_async,
     set_adapter,
 )
@@ -144,6 +146,22 @@ def check_sharded_ones_are_refused(folder):
     assert not (folder / "a").exists()
 
 
+def check_what_the_wrapper_would_not_see_is_refused(folder):
+    own = folder / f"saved-{dist.get_rank()}"
+    save_adapter(make(), own, adapter="b")
+    model = DistributedDataParallel(make())
+    names = [name for name, _ in model.named_parameters()]
+    for call in (
+        lambda: add_adapter(model, "c"),
+        lambda: add_adapter(nn.Sequential(model), "c"),
+        lambda: load_adapter(model, own, adapter="c"),
+    ):
+        with pytest.raises(ValueError, match="put adapters on the model before DistributedDataParallel wraps it"):
+            call()
+    load_adapter(model, own, adapter="b")
+    assert [name for name, _ in model.named_parameters()] == names
+
+
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
 def test_two_processes_train_what_one_does(tmp_path):
     checks = {
@@ -153,6 +171,7 @@ def test_two_processes_train_what_one_does(tmp_path):
         "clipped": check_clipped_samples,
         "not averaged": check_gradients_that_were_not_averaged_before,
         "unused": check_unused_ones_are_refused,
+        "added": check_what_the_wrapper_would_not_see_is_refused,
         "sharded": check_sharded_ones_are_refused,
     }
     run_checks(2, checks, tmp_path)

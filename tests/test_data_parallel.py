@@ -21,6 +21,8 @@ from processes import run_checks  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
+from torch.distributed.pipelining import PipelineStage  # noqa: E402
+from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from two_layers import HIDDEN, ROWS, K, N, R, batch, make_model, train  # noqa: E402
@@ -222,6 +224,41 @@ def check_what_counts_as_one_model(_):
         guard.on_train_begin(SimpleNamespace(world_size=WORLD), None, None)
 
 
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(K, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, K))
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+def make_stages():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Residual() for _ in range(2 * WORLD)))
+    apply_allora(model, r=R)
+    for stage in model:
+        nn.init.normal_(stage.inner[0].lora_B)
+    return model
+
+
+def check_pipeline(folder):
+    x, target = torch.randn(2, ROWS, 2, K, generator=torch.Generator().manual_seed(1))
+    alone, model, rank = make_stages(), make_stages(), dist.get_rank()
+    nn.functional.mse_loss(alone(x), target).backward()
+    for schedule in (ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble):
+        model.zero_grad()
+        numbers = range(rank, len(model), WORLD)
+        stages = [PipelineStage(model[i], i, len(model), torch.device("cpu")) for i in numbers]
+        run = schedule(stages, n_microbatches=4, loss_fn=nn.functional.mse_loss)
+        run.step(*([x] if rank == 0 else []), **({"target": target} if rank == WORLD - 1 else {}))
+        for i in numbers:
+            for (name, p), want in zip(model[i].named_parameters(), alone[i].parameters(), strict=True):
+                assert (p.grad is None) != p.requires_grad, name
+                if p.requires_grad:
+                    torch.testing.assert_close(p.grad, want.grad)
+
+
 def in_environment(check, port, folder):
     """As a launcher leaves it: accelerate looks there for the group."""
     os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank()), "WORLD_SIZE": str(WORLD)}
@@ -249,6 +286,7 @@ CHECKS = {
     **{f"fsdp, triton, {n}": partial(check_fsdp, "triton", n, EXACT, torch.float32) for n in KERNELS},
     "fsdp, computing in bfloat16": partial(check_fsdp, "eager", "row", BF16, torch.float32),
     "fsdp, a bfloat16 base": partial(check_fsdp, "eager", "row", EXACT, torch.bfloat16),
+    "pipeline": check_pipeline,
     "one model": check_what_counts_as_one_model,
     "fsdp, both": partial(check_fsdp, "eager", "row", BF16, torch.bfloat16),
 }

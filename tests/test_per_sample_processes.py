@@ -32,6 +32,10 @@ def replicated():
     return DistributedDataParallel(make_model())
 
 
+def held():
+    return nn.Sequential(replicated(), nn.Identity())
+
+
 def sharded(shape=(WORLD,), **settings):
     """Factors of 3 rows and of 5, which two processes cannot share evenly."""
     model = make_model()
@@ -84,6 +88,41 @@ def check(make, norms_only, tolerance, folder):
             close(ours, whole / WORLD)
 
 
+class Dropping(nn.Module):
+    """Of two layers it leaves `drop` out."""
+
+    def __init__(self, drop):
+        super().__init__()
+        self.drop = drop
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(FusedALLoRALinear(7, 7, r=2) for _ in range(2))
+        for layer in self.layers:
+            nn.init.normal_(layer.lora_B)
+
+    def forward(self, x):
+        for i, layer in enumerate(self.layers):
+            x = x if i == self.drop else layer(x)
+        return x
+
+
+def check_other_layers_in_each_process(folder):
+    rank, x = dist.get_rank(), make_data()[:, 0]
+    want = {}
+    for drop in range(WORLD):
+        alone = Dropping(drop)
+        with per_sample.record(alone):
+            alone(x[drop * B : (drop + 1) * B]).square().sum().backward()
+        per_sample.clip_(alone, 1.0)
+        want |= {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
+    model = DistributedDataParallel(Dropping(rank), find_unused_parameters=True)
+    with per_sample.record(model), model.no_sync():
+        model(x[rank * B : (rank + 1) * B]).square().sum().backward()
+    per_sample.clip_(model, 1.0)
+    assert len(want) == 4
+    for name, grad in want.items():
+        torch.testing.assert_close(model.module.get_parameter(name).grad, grad / WORLD)
+
+
 def check_gradients_kept_back(folder):
     model, x = sharded(), make_data()
     for _ in range(2):
@@ -113,10 +152,12 @@ BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float
 def test_two_processes(tmp_path, norms_only):
     ways = {
         "DistributedDataParallel": (replicated, 1e-5),
+        "DistributedDataParallel in a module": (held, 1e-5),
         "FSDP2": (sharded, 1e-5),
         "FSDP2, parameters kept whole": (kept_whole, 1e-5),
         "FSDP2, replicas": (functools.partial(sharded, shape=(WORLD, 1)), 1e-5),
         "FSDP2, bf16": (functools.partial(sharded, mp_policy=BF16), 0.05),
     }
     checks = {name: functools.partial(check, make, norms_only, tolerance) for name, (make, tolerance) in ways.items()}
-    run_checks(WORLD, checks | {"kept back": check_gradients_kept_back}, tmp_path)
+    checks |= {"kept back": check_gradients_kept_back, "other layers": check_other_layers_in_each_process}
+    run_checks(WORLD, checks, tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from allora_kernels import adapter_layers, apply_allora, disable_adapters, load_adapter, save_adapter
+from allora_kernels import adapter_layers, apply_allora, disable_adapters, load_adapter, merge_adapter, save_adapter
 
 if not dist.is_available():
     pytest.skip("this torch has no distributed package", allow_module_level=True)
 from processes import spawn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
@@ -98,6 +100,7 @@ def save_and_load(rank, world, folder):
     hybrid = shard(make(trained=False), init_device_mesh("cpu", (world, 1), mesh_dim_names=("replicate", "shard")))
     load_adapter(hybrid, folder / "one")
     save_adapter(hybrid, folder / "hybrid")
+    merging_is_refused(mesh)
     fail(rank, mesh, folder)
 
 
@@ -109,6 +112,37 @@ def load(rank, world, folder):
     save_adapter(model, folder / f"again-{world}")
     load_adapter(model, folder / "one")
     save_adapter(model, folder / f"one-{world}")
+
+
+def merging_is_refused(mesh):
+    def tensor_parallel(model):
+        return parallelize_module(model, mesh, {"blocks.0.0": ColwiseParallel()})
+
+    def sharded_but_for_the_adapters(model):
+        adapters = {p for layer in adapter_layers(model).values() for p in (layer.lora_A, layer.lora_B)}
+        return fully_shard(model, mesh=mesh, ignored_params=adapters)
+
+    def held_whole(model):
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)(X)
+        return model
+
+    flat = partial(FullyShardedDataParallel, device_id=torch.device("cpu"), use_orig_params=True)
+    ways = {
+        "FSDP2": (partial(shard, mesh=mesh), sharded_but_for_the_adapters, held_whole),
+        "FSDP1": (flat,),
+        "tensor parallelism": (tensor_parallel,),
+    }
+    for by, makers in ways.items():
+        for make_sharded in makers:
+            model = make_sharded(make())
+            for keep in (False, True):
+                with pytest.raises(ValueError, match=f"are cut up by {by}: save_adapter, load it in one process"):
+                    merge_adapter(model, keep=keep)
+            assert len(adapter_layers(model)) == 4
+    with pytest.raises(ValueError, match="the layer is cut up by FSDP2 or tensor parallelism: save the adapter"):
+        model.blocks[0][0].merge()
+    with pytest.raises(ValueError, match=r"weight is frozen in ALLoRA .* FSDP1 .* shard by fully_shard \(FSDP2\)"):
+        flat(make())(X)
 
 
 def fail(rank, mesh, folder):

@@ -138,6 +138,15 @@ def spread(layer, mesh, placements):
         setattr(layer, name, nn.Parameter(t, requires_grad=p.requires_grad))
 
 
+def check_a_bias_that_is_cut_otherwise(_):
+    """As torch's ColwiseParallel leaves the layers of GPT-2, whose weights it cuts over K."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = make_model("row")
+    for layer in (model[0], model[2]):
+        spread(layer, mesh, {"weight": [Shard(1)], "lora_A": [Shard(1)], "bias": [Shard(0)]})
+    assert_same(step(model, distribute_tensor(make_x(), mesh, [Replicate()])), step(make_model("row"), make_x()))
+
+
 def check_a_mesh_of_two_dimensions(backend, norm, _):
     with pytest.MonkeyPatch.context() as patch:
         use("eager", patch)
@@ -227,6 +236,10 @@ def check_mistakes(_):
     narrow = parallelize_module(FusedALLoRALinear(K, world - 1, r=R), mesh, ColwiseParallel())
     with pytest.raises(ValueError, match=rf"weight \[{world - 1}, {K}\] cannot be cut along dimension 0 .*no part"):
         narrow(make_x())
+    several = FusedALLoRALinear(K, HIDDEN, r=R)
+    several.add_named_adapter("b", R, 2.0, "row")
+    with pytest.raises(ValueError, match="'default', 'b' cannot be cut by tensor parallelism: use DistributedData"):
+        parallelize_module(several, mesh, ColwiseParallel())
     with (
         pytest.raises(ValueError, match=r"per_sample.record takes no gradients of DTensors"),
         per_sample.record(nn.Sequential(layer)) as _,
@@ -243,6 +256,7 @@ COLUMNS = {"row": [], "matrix": [R * R], "factor": [], "entry": [], "token": [R 
 ROWWISE = {"row": [R * R], "matrix": [R * R], "factor": [R], "entry": [], "token": [], None: []}
 TWO = {
     "mistakes": check_mistakes,
+    "a bias cut otherwise": check_a_bias_that_is_cut_otherwise,
     **{f"{b}, compiled": partial(check_compiled, b) for b in BACKENDS if SINCE_TORCH_2_13},
     **{f"{b}, autocast={a}": partial(check_16_bit_base, b, a) for b in BACKENDS for a in (False, True)},
     **{f"crosses rowwise, {n}": partial(check_what_crosses, n, True, [ROWS * R, *c]) for n, c in ROWWISE.items()},

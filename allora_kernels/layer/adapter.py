@@ -189,6 +189,15 @@ class ALLoRALayer(nn.Module):
         else:
             super().__setattr__(name, value)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # So torch's ColwiseParallel calls it for all that `named_parameters` finds.
+        if name.startswith("adapters."):
+            raise ValueError(
+                f"a layer with adapters {', '.join(map(repr, self.adapter_names))} cannot be cut by tensor parallelism: use "
+                "DistributedDataParallel, or one adapter"
+            )
+        super().register_parameter(name, param)
+
     @property
     def adapter_name(self) -> str:
         """The name of the active adapter."""

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -83,9 +84,15 @@ def check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor
         for name, t in (("weight", weight), ("bias", bias)):
             if t is not None and t.requires_grad:
                 transformed = torch._C._are_functorch_transforms_active()
-                due = (
-                    "differentiate by lora_A and lora_B alone" if transformed else f"call {name}.requires_grad_(False)"
-                )
+                if transformed:
+                    due = "differentiate by lora_A and lora_B alone"
+                elif t.is_leaf:
+                    due = f"call {name}.requires_grad_(False)"
+                else:
+                    due = (
+                        "freeze what it is a part of or computed from; FSDP1 makes one parameter of frozen and trained ones, "
+                        "so shard by fully_shard (FSDP2)"
+                    )
                 raise ValueError(f"{name} is frozen in ALLoRA and gets no gradient: {due}")
 
 
@@ -192,8 +199,17 @@ def apply_function(x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, s
 
 def as_exported(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
     """The factors, under torch.export without a gradient: an exported program has lost the rule, and would train as plain
-    LoRA."""
-    return (lora_A.detach(), lora_B.detach()) if torch.compiler.is_exporting() else (lora_A, lora_B)
+    LoRA. Warns where they would be trained: no node of such a program that other programs can read would raise."""
+    if not torch.compiler.is_exporting():
+        return lora_A, lora_B
+    trained = torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad)
+    if trained and not torch.compiler.is_dynamo_compiling():
+        warnings.warn(
+            "torch.export leaves out ALLoRA's rule, so what it exports gives the adapters no gradient: train the model itself, "
+            "in a pipeline by PipelineStage and not by pipeline(); for inference, export under torch.no_grad()",
+            stacklevel=2,
+        )
+    return lora_A.detach(), lora_B.detach()
 
 
 def no_autocast(kind: str) -> contextlib.AbstractContextManager:

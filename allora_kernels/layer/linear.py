@@ -7,7 +7,7 @@ from . import backend as _backend
 from . import bases, batch_invariance, functional
 from .adapter import AdaptedLinear, check_adapter_dtype
 from .explanation import Explanation, explain, explain_disabled
-from .sharding import local_shape
+from .sharding import is_sharded, local_shape
 from .zero import is_cut_up, whole_shape
 
 
@@ -149,14 +149,14 @@ class FusedALLoRALinear(AdaptedLinear, nn.Linear):
         For inference and export. Do not train on it: in bf16 the sum rounds small later updates away.
 
         Raises:
-            ValueError: the layer is disabled, so that the sum would not be what it computes, or cut up by DeepSpeed's ZeRO-3.
+            ValueError: the layer is disabled, so that the sum would not be what it computes, or cut up by FSDP2, tensor
+                parallelism or DeepSpeed's ZeRO-3.
         """
         if not self.enabled:
             raise ValueError("the layer is disabled, so W + BA is not what it computes: enable it before merging")
-        if is_cut_up(self.weight):
-            raise ValueError(
-                "the weight is cut up by DeepSpeed's ZeRO-3: save the adapter, and merge it in one process"
-            )
+        if is_cut_up(self.weight) or any(map(is_sharded, self.parameters())):
+            by = "DeepSpeed's ZeRO-3" if is_cut_up(self.weight) else "FSDP2 or tensor parallelism"
+            raise ValueError(f"the layer is cut up by {by}: save the adapter, and merge it in one process")
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         product = self.lora_B.to(wide) @ self.lora_A.to(wide)
         linear = nn.Linear(

@@ -107,7 +107,9 @@ class Sharding:
         # dX is left as parts of a sum, which several layers on one x add up before it crosses.
         yield x.to_local(grad_placements=self._along_mesh(total, last, x_rows))
         yield weight.to_local()
-        yield None if bias is None or not self._adds_bias() else _part(bias, cut_bias, cut_bias)
+        # In every process, because a bias that is cut otherwise is gathered from all.
+        bias = None if bias is None else _part(bias, cut_bias, cut_bias)
+        yield bias if self._adds_bias() else None
         yield _part(lora_A, self._along_mesh(whole, Shard(1), every), self._along_mesh(total, Shard(1), row_sums))
         yield _part(lora_B, self._along_mesh(Shard(0), whole, every), self._along_mesh(Shard(0), whole, row_sums))
 

@@ -16,6 +16,7 @@ from .adapted import AdaptReport, adapter_names, known_adapter, layers_or_raise,
 from .batch_rows import BatchRows
 from .names import clean_name, module_slots, unwrap
 from .saved_whole import ModuleOfEachAdapter, copies_of
+from .selection import check_no_wrapper
 from .sharded import in_pieces
 
 
@@ -46,13 +47,16 @@ def add_adapter(
 
     Raises:
         ValueError: the model has no adapters, or has one of this name; `name` cannot be one; r, eta, norm or rank_pattern as in
-            `apply_allora`; adapters are sharded. The model is untouched then.
+            `apply_allora`; adapters are sharded; DistributedDataParallel, which would not see it, wraps the model or a part of
+            it. The model is untouched then.
         TypeError: an argument of the wrong type.
         RuntimeError: inside `adapter_rows`, `per_sample.record` or a backward pass.
     """
     check_adapter_name(name)
     check_rule(r, eta, norm)
     root, layers = _changeable(model, "add_adapter")
+    for module in model.modules():
+        check_no_wrapper(module)
     if name in (names := adapter_names(root)):
         raise ValueError(
             f"the model has an adapter {name!r} already, beside {len(names) - 1} others: choose another name"

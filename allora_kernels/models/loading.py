@@ -49,7 +49,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str | No
         FileNotFoundError: the folder or one of its files does not exist.
         ValueError: the adapter is a pickle (only safetensors are read) or broken; the config describes another kind of
             layer (DoRA, trained biases, ...); names, shapes or dtypes do not fit the model; the model cannot be
-            adapted; it has several adapters and `adapter` does not say which. The model is untouched then.
+            adapted; it has several adapters and `adapter` does not say which; `adapter` is new and `add_adapter` refuses it.
+            The model is untouched then.
     """
     root, folder = unwrap(model), Path(path)
     config = read_config(folder)
@@ -93,7 +94,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str | No
         attach(root, layers, ranks, config.eta, config.norm, saved, stacks=stacks, adapter_name=into)
     elif added:
         pattern = {f"^{re.escape(name)}": config.rank(name) for name in layers}
-        add_adapter(root, into, config.r, config.eta, config.norm, rank_pattern=pattern)
+        add_adapter(model, into, config.r, config.eta, config.norm, rank_pattern=pattern)
         saved = saved_modules(root, into)
     for name, layer in layers_of(root).items():
         own, found = layer.adapter(into), by_stack[name] if layer.grouped else factors[name]

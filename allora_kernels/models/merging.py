@@ -9,7 +9,6 @@ from torch import nn
 
 from ..layer.adapter import ALLoRALayer
 from ..layer.wrapped import WrappedALLoRALinear
-from ..layer.zero import is_cut_up
 from .adapt import leave_fast_paths, put, restore_fast_paths
 from .adapted import SAVED_WHOLE, active_adapter, adapter_layers, adapter_names
 from .expert_selection import adapted_stacks
@@ -24,6 +23,7 @@ from .experts import (
 from .names import module_slots, unwrap
 from .saved_whole import ModuleOfEachAdapter
 from .saving import save_adapters_alone, save_models_again
+from .sharded import cut_up_by
 
 _BEFORE_MERGING = "_allora_before_merging"
 """Attribute of a merged layer: the adapted one and its weight's dtype in a tuple, which keeps it out of the model's modules. Of
@@ -51,8 +51,8 @@ def merge_adapter(model: nn.Module, *, keep: bool = False) -> nn.Module:
 
     Raises:
         ValueError: the model has no adapters, several of them without `keep`, a disabled one or one on a quantized layer; it is
-            in `adapter_rows`, cut up by DeepSpeed's ZeRO-3, or is itself a `FusedALLoRALinear` (use its `merge()`). The model
-            is untouched then.
+            in `adapter_rows`, cut up by FSDP, tensor parallelism or DeepSpeed's ZeRO-3, or is itself a `FusedALLoRALinear` (use
+            its `merge()`). The model is untouched then.
     """
     root = unwrap(model)
     layers = adapter_layers(root)
@@ -65,9 +65,9 @@ def merge_adapter(model: nn.Module, *, keep: bool = False) -> nn.Module:
     if wrapped := [(name, layer) for name, layer in layers.items() if isinstance(layer, WrappedALLoRALinear)]:
         name, layer = wrapped[0]
         raise ValueError(f"{name}: {layer.why_it_cannot_merge}")
-    if any(map(is_cut_up, root.parameters())):
+    if by := cut_up_by(model):
         raise ValueError(
-            "the model's parameters are cut up by DeepSpeed's ZeRO-3: save_adapter, load it in one process, and merge there"
+            f"the model's parameters are cut up by {by}: save_adapter, load it in one process, and merge there"
         )
     if disabled := [name for name, layer in layers.items() if not layer.enabled]:
         raise ValueError(

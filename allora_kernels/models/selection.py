@@ -38,11 +38,16 @@ def check_unadapted(model: nn.Module) -> nn.Module:
             )
         if "BaseTunerLayer" in kinds:
             raise ValueError(f"the model already has PEFT adapters (at {name}): merge_and_unload() them first")
-        if kinds & {"DistributedDataParallel", "FullyShardedDataParallel"}:
-            raise ValueError(f"put adapters on the model before {type(module).__name__} wraps it, so that it sees them")
+        check_no_wrapper(module)
         if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
             raise ValueError(f"{name} is not initialised yet: call the model on a batch first")
     return model
+
+
+def check_no_wrapper(module: nn.Module) -> None:
+    """ValueError where `module` itself is a wrapper that does not see adapters which are put into it."""
+    if {cls.__name__ for cls in type(module).__mro__} & {"DistributedDataParallel", "FullyShardedDataParallel"}:
+        raise ValueError(f"put adapters on the model before {type(module).__name__} wraps it, so that it sees them")
 
 
 def find_saved(

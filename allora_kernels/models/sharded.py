@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layer.sharding import is_sharded
 from ..layer.zero import filled, is_cut_up
@@ -16,6 +16,18 @@ T = TypeVar("T")
 def in_pieces(t: Tensor) -> bool:
     """Whether this process has a part of `t` only."""
     return is_sharded(t) or is_cut_up(t)
+
+
+def cut_up_by(model: nn.Module) -> str | None:
+    """What spreads the parameters of `model` over several processes, in words; None where each process has them all. Also where
+    FSDP holds them whole for now."""
+    if any(map(is_cut_up, model.parameters())):
+        return "DeepSpeed's ZeRO-3"
+    # Asking for the classes would import FSDP for all.
+    kinds = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    if "FSDPModule" in kinds or "FullyShardedDataParallel" in kinds:
+        return "FSDP2" if "FSDPModule" in kinds else "FSDP1"
+    return "tensor parallelism" if any(map(is_sharded, model.parameters())) else None
 
 
 def whole_on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

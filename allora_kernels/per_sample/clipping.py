@@ -113,7 +113,12 @@ def clip_(model: nn.Module, max_norm: float) -> Tensor:
 
     ``g_i`` is the recorded gradient of sample i over all adapters, with the loss's own factor (1/b where it is a mean).
     No second backward pass. Replaces what ``grad`` held. In DistributedDataParallel and under FSDP2 the clipped sums are
-    averaged over the processes, as they average gradients.
+    averaged over the processes, as they average gradients; every process must call it then.
+
+    Args:
+        model: what was recorded. Give it the DistributedDataParallel, or a module that holds one, and not what it wraps, which
+            does not know of the other processes.
+        max_norm: finite and > 0.
 
     Raises:
         ValueError: `max_norm` is not > 0; or a parameter has a gradient that was not recorded, which would stay unclipped.
@@ -129,8 +134,8 @@ def clip_(model: nn.Module, max_norm: float) -> Tensor:
             "DeepSpeed's ZeRO has taken the gradients as the backward pass found them, so its step would not see them clipped: "
             "train in DistributedDataParallel or under FSDP2"
         )
-    replicated = _replicated_adapters(model)
-    known = written.union(p for p in replicated if p.requires_grad)
+    replicas = _replicas(model)
+    known = written.union(p for parameters in replicas.values() for p in parameters if p.requires_grad)
     loose = [name for name, p in model.named_parameters() if p.grad is not None and p not in known]
     if loose:
         raise ValueError(
@@ -154,12 +159,14 @@ def clip_(model: nn.Module, max_norm: float) -> Tensor:
         for p in grad_samples(adapter):
             w = own.to(p.device, torch.promote_types(torch.float32, p.grad_sample.dtype))
             _set_grad(p, _steps(p.grad_sample).weighted_sum(p.grad_sample, w, p.dtype))
-    for p in _with_gradient_anywhere(model, replicated):
-        if p not in written:
-            # Of this process's samples it has none: what is there DDP brought from others.
-            _set_grad(p, torch.zeros_like(p))
-        torch.distributed.all_reduce(p.grad, group=model.process_group)
-        p.grad /= model.process_group.size()
+    for replica, parameters in replicas.items():
+        group = replica.process_group
+        for p in _with_gradient_anywhere(parameters, group):
+            if p not in written:
+                # Of this process's samples it has none: what is there DDP brought from others.
+                _set_grad(p, torch.zeros_like(p))
+            torch.distributed.all_reduce(p.grad, group=group)
+            p.grad /= group.size()
     return sample_norms
 
 
@@ -170,21 +177,24 @@ def _recorded_factors(adapter: nn.Module, kept: Kept) -> list[nn.Parameter]:
     return [p for p, there in zip((adapter.lora_A, adapter.lora_B), kept.calls[0].factors) if there]
 
 
-def _replicated_adapters(model: nn.Module) -> list[nn.Parameter]:
-    """The adapters' parameters that DistributedDataParallel holds in each process, in one order for all."""
-    if not isinstance(model, nn.parallel.DistributedDataParallel):
+def _replicas(model: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
+    """Each DistributedDataParallel in `model`: the adapters' parameters that it holds in each process, in one order for all."""
+    found = {}
+    for replica in model.modules():
+        if isinstance(replica, nn.parallel.DistributedDataParallel):
+            layers = [module for module in replica.modules() if isinstance(module, ALLoRALayer)]
+            owners = [layer.adapter(name) for layer in layers for name in layer.adapter_names]
+            found[replica] = [p for owner in owners for p in (owner.lora_A, owner.lora_B)]
+    return found
+
+
+def _with_gradient_anywhere(parameters: list[nn.Parameter], group) -> list[nn.Parameter]:
+    """Those of `parameters` that have a gradient in any process of `group`, which may have run other layers or named other
+    adapters each."""
+    if not parameters:
         return []
-    owners = [layer.adapter(name) for layer in adapted_layers(model) for name in layer.adapter_names]
-    return [p for owner in owners for p in (owner.lora_A, owner.lora_B)]
-
-
-def _with_gradient_anywhere(model: nn.Module, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Those of `parameters` that have a gradient in any process. Samples may name other adapters in each process: where layers
-    have several this asks them all, and waits."""
-    there = torch.tensor([float(p.grad is not None) for p in parameters])
-    if parameters and any(len(layer.adapter_names) > 1 for layer in adapted_layers(model)):
-        there = there.to(parameters[0].device)
-        torch.distributed.all_reduce(there, group=model.process_group)
+    there = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    torch.distributed.all_reduce(there, group=group)
     return [p for p, found in zip(parameters, there.tolist()) if found]
 
 
