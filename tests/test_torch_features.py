@@ -6,13 +6,22 @@ import subprocess
 import sys
 import textwrap
 
+import foreign_layers as foreign
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
+from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
-from allora_kernels import FusedALLoRALinear, allora_linear, apply_allora, merge_adapter, reference
+from allora_kernels import (
+    Adapter,
+    FusedALLoRALinear,
+    allora_linear,
+    apply_allora,
+    merge_adapter,
+    multi_adapter_linear,
+    reference,
+)
 from allora_kernels.layer.backend import TRITON_INSTALLED
 
 K, HIDDEN, N, R = 12, 20, 9, 3
@@ -157,6 +166,49 @@ def test_a_compiled_model_under_autocast_and_checkpointing(backend, compiles):
     assert compiles() == 1
     for ours, expected in zip(trained(model).values(), trained(plain).values()):
         torch.testing.assert_close(ours.grad, expected.grad, rtol=0.02, atol=1e-3)
+
+
+# --- transforms of torch.func, compiled ----------------------------------------------------------------------------------
+
+
+def _fused():
+    layer = make_model()[0]
+    return lambda x, p: functional_call(layer, p, (x,)), layer
+
+
+def _wrapped():
+    layer = foreign.wrapped(norm="row")[0]
+    return lambda x, p: functional_call(layer, p, (x,)), layer
+
+
+def _one_of_several():
+    layer = make_model()[0]
+    rows = torch.zeros(1, dtype=torch.int32)
+
+    def call(x, p):
+        return multi_adapter_linear(x, layer.weight, layer.bias, [Adapter(p["lora_A"], p["lora_B"])], rows)
+
+    return call, layer
+
+
+@pytest.mark.parametrize(
+    ("made", "batched"), [(_fused, False), (_fused, True), (_wrapped, True), (_one_of_several, True)]
+)
+def test_a_compiled_transform_keeps_the_rule_or_is_refused(made, batched):
+    """torch.compile differentiates what a Function computes, where it traces a transform."""
+    call, layer = made()
+    factors = {name: getattr(layer, name).detach() for name in ("lora_A", "lora_B")}
+    gradient = grad(lambda p, x: call(x[None], p).square().sum())
+    gradient = vmap(gradient, in_dims=(None, 0)) if batched else gradient
+    x = torch.randn(3, layer.in_features) if batched else torch.randn(layer.in_features)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda p, x: gradient(p, x), backend="aot_eager")
+    torch.testing.assert_close(compiled(factors, x), gradient(factors, x))
+    torch._dynamo.reset()
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match=r"cannot be compiled: torch\.compile would lose their rule"
+    ):
+        torch.compile(lambda p, x: gradient(p, x), backend="aot_eager", fullgraph=True)(factors, x)
 
 
 # --- torch.export and its relatives -----------------------------------------------------------------------------------
