@@ -245,8 +245,11 @@ def test_jit_trace_and_forward_mode_are_refused():
     model = make_model()
     with pytest.raises(RuntimeError, match="or merge_adapter"):
         torch.jit.trace(model, X)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script: .*, or merge_adapter"):
+        torch.jit.script(model)
     merge_adapter(model)
     torch.testing.assert_close(torch.jit.trace(model, X)(X), model(X))
+    torch.testing.assert_close(torch.jit.script(model)(X), model(X))
     with pytest.raises(NotImplementedError, match="to use it with forward mode AD"):
         torch.func.jvp(make_model(), (X,), (X,))
 
