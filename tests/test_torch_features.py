@@ -10,6 +10,7 @@ import foreign_layers as foreign
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -366,6 +367,11 @@ def test_a_model_made_on_meta_takes_a_state(backend):
     model.load_state_dict(source.state_dict(), assign=True)
     assert not any(p.is_meta for p in model.parameters())
     assert_same(gradients(model), gradients(source), rtol=0, atol=0)
+
+
+def test_a_fake_model_is_refused():
+    with FakeTensorMode(), pytest.raises(ValueError, match="or fake, of a FakeTensorMode"):
+        apply_allora(nn.Sequential(nn.Linear(K, N)), r=R)
 
 
 @pytest.mark.parametrize("tied", ["one layer twice", "one weight in two layers", "one adapter in two layers"])
