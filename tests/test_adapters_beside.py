@@ -219,8 +219,13 @@ def test_explain_says_which_adapter():
 def test_a_compiled_model_takes_mixed_batches():
     model = several(lambda: Net(plainly), {"a": {"r": 2}, "b": {"r": 3}})
     compiled = torch.compile(model, backend="eager")
-    x = torch.randn(3, 4, 5)
-    for names in (["a", "b", None], ["b", None, "a"]):
+    for names, tokens in (
+        (["a", "b", None], 4),
+        (["b", None, "a"], 4),
+        (["a", "b", None], 6),
+        (["b", "a", "a", "b"], 7),
+    ):
+        x = torch.randn(len(names), tokens, 5)
         with adapter_rows(compiled, names):
             y = compiled(x)
         with adapter_rows(model, names):

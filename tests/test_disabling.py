@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -340,8 +341,6 @@ def test_nested_reentrant_checkpoints_are_run_again_in_the_state_that_is_set_or_
 
 @pytest.mark.parametrize("wrap", ["non-reentrant", "reentrant"])
 def test_a_backward_pass_that_failed_does_not_confuse_the_next(wrap):
-    """It is refused until the model has been called, and then right."""
-
     def fail(_):
         raise KeyError("in the middle")
 
@@ -355,12 +354,78 @@ def test_a_backward_pass_that_failed_does_not_confuse_the_next(wrap):
     hooked.register_hook(fail)
     with pytest.raises(KeyError):
         model(hooked).sum().backward()
-    with pytest.raises(RuntimeError, match="after one that failed"):
-        pending.backward(retain_graph=True)
-    model(x)
     x.grad = None
     pending.backward()
     torch.testing.assert_close(x.grad, expected)
+
+
+def in_thread(run):
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(run).result()
+
+
+def step(model, x):
+    x = x.detach().requires_grad_()
+    model(x).square().sum().backward()
+    return [x.grad, *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("wrap", ["non-reentrant", "reentrant"])
+def test_what_another_thread_switched_says_nothing_of_a_threads_own_passes(wrap):
+    """The numbers of nodes are each thread's own."""
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
+    grads = []
+    for call in (lambda run: run(), in_thread):
+        model = Net(WRAPS[wrap])
+        for _ in range(20):
+            step(model, x)
+        set_enabled(model, False)
+        model.zero_grad()
+        grads.append(call(lambda: step(model, x)))  # noqa: B023
+    for a, b in zip(*grads):
+        assert (a is None and b is None) or torch.allclose(a, b, atol=1e-6)
+    assert len([g for g in grads[1] if g is not None]) == 3
+
+
+def test_a_pass_of_one_of_several_threads_is_refused_where_states_differ():
+    model = Net(WRAPS["reentrant"])
+    x = torch.randn(4, 5, requires_grad=True)
+    with disable_adapters(model):
+        pending = model(x).sum()
+    in_thread(pending.backward)
+
+    with disable_adapters(model):
+        pending = model(x).sum()
+
+    def other():
+        model(x)
+        with pytest.raises(RuntimeError, match="2 threads call one model whose adapters were switched"):
+            in_thread(pending.backward)
+
+    in_thread(other)
+
+
+@pytest.mark.parametrize("wrap", ["non-reentrant", "reentrant"])
+def test_a_call_in_another_thread_does_not_disturb_a_backward_pass(wrap):
+    """In the middle of it, as a thread that computes something else may."""
+    other = Net()
+    grads = []
+    for disturb in (lambda run: None, in_thread):
+        block = Switching()
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+        def disturbed(x, block=block, disturb=disturb):
+            with disable_adapters(block):
+                disturb(lambda: other(torch.ones(1, 5)))
+                x = block.layer(x)
+            return block(x)
+
+        y = checkpoint(disturbed, x, use_reentrant=wrap == "reentrant")
+        with disable_adapters(block):
+            y.square().sum().backward()
+        grads.append([x.grad, block.layer.lora_A.grad, block.layer.lora_B.grad])
+    for a, b in zip(*grads):
+        assert torch.equal(a, b)
 
 
 def test_a_state_that_is_forgotten_is_an_error():

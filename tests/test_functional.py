@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from allora_kernels import allora_linear, reference
 from allora_kernels.layer import backend, functional
@@ -80,12 +81,39 @@ def test_scaling_under_a_record_is_refused(inputs):
         functional.apply(*inputs[:5], 2.0, None, sink=lambda *args: None, scaling=2.0)
 
 
-def test_a_second_derivative_is_refused(inputs):
+@pytest.mark.parametrize("loss", [torch.sum, lambda y: y.square().sum()], ids=["linear", "square"])
+@pytest.mark.parametrize("norm", ["row", None])
+@pytest.mark.parametrize("by", [0, 1, 2], ids=["x", "lora_A", "lora_B"])
+def test_a_second_derivative_is_refused(inputs, loss, norm, by):
+    """Also where the gradient that comes in does not require grad itself: a gradient penalty would be left out in silence."""
     x, weight, bias, lora_A, lora_B, _ = inputs
-    y = allora_linear(x.requires_grad_(), weight, bias, lora_A.requires_grad_(), lora_B)
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+    leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
+
+    def f(x, lora_A, lora_B):
+        return loss(allora_linear(x, weight, bias, lora_A, lora_B, norm=norm))
+
+    (first,) = torch.autograd.grad(f(*leaves), leaves[by], create_graph=True)
+    with pytest.raises(RuntimeError, match="a rescaled gradient has no derivative"):
+        first.square().sum().backward()
+    plain = [t.detach() for t in leaves]
+    gradient = torch.func.grad(f, by)
+    assert not gradient(*plain).requires_grad
+    torch.testing.assert_close(gradient(*plain), first)
+    with pytest.raises(RuntimeError, match="a rescaled gradient has no derivative"):
+        torch.func.grad(lambda *leaves: gradient(*leaves).square().sum(), 1)(*plain)
+
+
+def test_a_checkpointed_layer_is_differentiated_with_create_graph(inputs):
+    """Where what was saved is given out once."""
+    x, weight, bias, lora_A, lora_B, _ = inputs
+    leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
+
+    def f(x, lora_A, lora_B):
+        return allora_linear(x, weight, bias, lora_A, lora_B).square().sum()
+
+    want = torch.autograd.grad(f(*leaves), leaves)
+    y = checkpoint(f, *leaves, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(y, leaves, create_graph=True), want)
 
 
 @norms

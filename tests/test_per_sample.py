@@ -578,9 +578,10 @@ def test_a_training_step_reads_nothing_back(norms_only, monkeypatch):
                 call.samples.spread(torch.ones(3))
 
 
-def test_a_compiled_model_is_not_recorded_wrongly():
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_compiled_model_is_not_recorded_wrongly(fullgraph):
     model, x = Net(), torch.randn(4, 11)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
     compiled(x).sum().backward()
     model.zero_grad()
     with pytest.raises(Exception, match="compiled model cannot be recorded"), per_sample.record(model):

@@ -7,14 +7,24 @@ import sys
 import textwrap
 import warnings
 
+import foreign_layers as foreign
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
+from torch._subclasses import FakeTensorMode
+from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 from two_layers import HIDDEN, K, N, R, assert_same, make_model, trained
 
-from allora_kernels import FusedALLoRALinear, allora_linear, merge_adapter, reference
+from allora_kernels import (
+    Adapter,
+    FusedALLoRALinear,
+    allora_linear,
+    apply_allora,
+    merge_adapter,
+    multi_adapter_linear,
+    reference,
+)
 
 X = torch.randn(6, K, generator=torch.Generator().manual_seed(1))
 
@@ -129,6 +139,49 @@ def test_a_compiled_model_under_autocast_and_checkpointing(backend, compiles):
         torch.testing.assert_close(ours.grad, expected.grad, rtol=0.02, atol=1e-3)
 
 
+# --- transforms of torch.func, compiled ----------------------------------------------------------------------------------
+
+
+def _fused():
+    layer = make_model()[0]
+    return lambda x, p: functional_call(layer, p, (x,)), layer
+
+
+def _wrapped():
+    layer = foreign.wrapped(norm="row")[0]
+    return lambda x, p: functional_call(layer, p, (x,)), layer
+
+
+def _one_of_several():
+    layer = make_model()[0]
+    rows = torch.zeros(1, dtype=torch.int32)
+
+    def call(x, p):
+        return multi_adapter_linear(x, layer.weight, layer.bias, [Adapter(p["lora_A"], p["lora_B"])], rows)
+
+    return call, layer
+
+
+@pytest.mark.parametrize(
+    ("made", "batched"), [(_fused, False), (_fused, True), (_wrapped, True), (_one_of_several, True)]
+)
+def test_a_compiled_transform_keeps_the_rule_or_is_refused(made, batched):
+    """torch.compile differentiates what a Function computes, where it traces a transform."""
+    call, layer = made()
+    factors = {name: getattr(layer, name).detach() for name in ("lora_A", "lora_B")}
+    gradient = grad(lambda p, x: call(x[None], p).square().sum())
+    gradient = vmap(gradient, in_dims=(None, 0)) if batched else gradient
+    x = torch.randn(3, layer.in_features) if batched else torch.randn(layer.in_features)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda p, x: gradient(p, x), backend="aot_eager")
+    torch.testing.assert_close(compiled(factors, x), gradient(factors, x))
+    torch._dynamo.reset()
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match=r"cannot be compiled: torch\.compile would lose their rule"
+    ):
+        torch.compile(lambda p, x: gradient(p, x), backend="aot_eager", fullgraph=True)(factors, x)
+
+
 # --- torch.export and its relatives -----------------------------------------------------------------------------------
 
 
@@ -165,8 +218,11 @@ def test_jit_trace_and_forward_mode_are_refused():
     model = make_model()
     with pytest.raises(RuntimeError, match="or merge_adapter"):
         torch.jit.trace(model, X)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script: .*, or merge_adapter"):
+        torch.jit.script(model)
     merge_adapter(model)
     torch.testing.assert_close(torch.jit.trace(model, X)(X), model(X))
+    torch.testing.assert_close(torch.jit.script(model)(X), model(X))
     with pytest.raises(NotImplementedError, match="to use it with forward mode AD"):
         torch.func.jvp(make_model(), (X,), (X,))
 
@@ -283,6 +339,11 @@ def test_a_model_made_on_meta_takes_a_state(backend):
     model.load_state_dict(source.state_dict(), assign=True)
     assert not any(p.is_meta for p in model.parameters())
     assert_same(gradients(model), gradients(source), rtol=0, atol=0)
+
+
+def test_a_fake_model_is_refused():
+    with FakeTensorMode(), pytest.raises(ValueError, match="or fake, of a FakeTensorMode"):
+        apply_allora(nn.Sequential(nn.Linear(K, N)), r=R)
 
 
 @pytest.mark.parametrize("tied", ["one layer twice", "one weight in two layers", "one adapter in two layers"])

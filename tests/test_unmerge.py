@@ -36,6 +36,33 @@ def test_it_puts_back_every_bit(build, dtype):
     assert torch.equal(logits(model), merged)
 
 
+def test_a_layer_that_was_compiled_by_itself_calls_what_takes_its_place():
+    """torch.compile(layer) holds on to the layer that it was given."""
+    x = torch.randn(3, 4)
+    torch._dynamo.reset()
+    base = nn.Linear(4, 5)
+    plain, model = nn.Sequential(base), nn.Sequential(torch.compile(copy.deepcopy(base), backend="aot_eager"))
+    torch.testing.assert_close(model(x), plain(x))
+    results = []
+    for net in (plain, model):
+        apply_allora(net, r=2)
+        (layer,) = adapter_layers(net).values()
+        with torch.no_grad():
+            layer.lora_A.fill_(0.5), layer.lora_B.fill_(0.3)
+        y = net(x)
+        y.square().sum().backward()
+        results.append([y, layer.lora_A.grad, layer.lora_B.grad])
+        merge_adapter(net, keep=True)
+        torch.testing.assert_close(net(x), y)
+        merged = getattr(net[0], "_orig_mod", net[0])
+        nn.init.zeros_(merged.weight)
+        torch.testing.assert_close(net(x), merged.bias.expand(3, 5))
+        unmerge_adapter(net)
+        torch.testing.assert_close(net(x), y)
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
 def test_training_goes_on():
     model = adapted(Net, modules_to_save=["head"])
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

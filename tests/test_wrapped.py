@@ -210,12 +210,14 @@ def test_an_optimizer_in_the_backward_pass_does_not_change_the_gradient_of_x(own
     torch.testing.assert_close(x.grad, want)
 
 
-def test_it_has_no_second_derivative():
+@pytest.mark.parametrize("loss", [torch.sum, lambda y: y.square().sum()], ids=["linear", "square"])
+@pytest.mark.parametrize("by", ["x", "lora_A", "lora_B"])
+def test_it_has_no_second_derivative(own, loss, by):
     layer, inputs = wrapped()
-    x = inputs.x.requires_grad_()
-    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+    tensors = {"x": inputs.x.requires_grad_(), "lora_A": layer.lora_A, "lora_B": layer.lora_B}
+    (first,) = torch.autograd.grad(loss(layer(tensors["x"])), tensors[by], create_graph=True)
+    with pytest.raises(RuntimeError, match="a rescaled gradient has no derivative"):
+        first.square().sum().backward()
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (2, 0), (1,), (2, 3, 4)])

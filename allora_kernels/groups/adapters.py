@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..layer import functional
 from ..layer.backend import steps as steps_of_a_layer
 from ..layer.dequantizing import PackedWeight
+from ..layer.derivatives import break_graph_in_transform, once_differentiable
 from ..reference import WEIGHT_NORMS
 from .linear import steps_of
 from .packing import Layout, Rule, check_indices
@@ -88,17 +88,15 @@ class _MultiAdapterLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g, _):
-        if g is None:
-            return (None,) * len(ctx.needs_input_grad)
+    def backward(ctx, saved, g):
         with functional.no_autocast(g.device.type):
-            dx, grads = _gradients(ctx, g)
+            dx, grads = _gradients(ctx, saved, g)
         return dx, *(None,) * 8, *grads
 
 
-def _gradients(ctx, g: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+def _gradients(ctx, saved: tuple[Tensor | None, ...], g: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
     """dX, and dA and dB of each adapter in turn, as far as they are needed."""
-    weight, x, s, order, ends, *factors = ctx.saved_tensors
+    weight, x, s, order, ends, *factors = saved
     dtype, layout, backend, shares, packed = ctx.settings
     needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[9:]
     steps = steps_of(backend)
@@ -252,6 +250,7 @@ def apply(
     name = functional.choose_backend(x, widest, backend)
     order, ends = rows_of(layout)
     rows = rows.reshape(-1, x.shape[-1])
+    break_graph_in_transform()
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (rows, *factors))
     # Without a gradient torch.compile hands `apply`'s arguments on shifted by one.
     run = _MultiAdapterLinear.apply if trains else _MultiAdapterLinear.forward

@@ -162,6 +162,11 @@ class ALLoRALayer(nn.Module):
         """Initialise the adapter as PEFT does: A Kaiming-uniform(a=√5), B zero. The layer then equals its frozen one."""
         _initialise(self.lora_A, self.lora_B)
 
+    def __prepare_scriptable__(self):
+        raise RuntimeError(
+            "an adapted layer cannot be compiled by torch.jit.script: use torch.export.export, or merge_adapter(model) first"
+        )
+
     # --- the state of a call ---
 
     @property

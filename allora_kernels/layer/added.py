@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backend as _backend
+from .derivatives import break_graph_in_transform, once_differentiable, underivable
 from .functional import adapter_gradients, as_exported, autocast_dtype, compute_dtype, no_autocast
 
 
@@ -58,7 +58,6 @@ class _Input(torch.autograd.Function):
         return x.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dx):
         handover, own = ctx.settings
         low_rank = handover.take()
@@ -66,8 +65,11 @@ class _Input(torch.autograd.Function):
             raise RuntimeError("the backward pass of the wrapped layer gave no gradient of its input")
         if low_rank is not None:
             backend, ds, lora_A = low_rank
-            with no_autocast(dx.device.type):
+            with torch.no_grad(), no_autocast(dx.device.type):
                 dx = _add_low_rank(backend, dx, own, ds, lora_A.mT)
+            if torch.is_grad_enabled():
+                # dS and lora_A are copies, of what was differentiable.
+                (dx,) = underivable((dx,), (dx.new_empty(0).requires_grad_(),))
         return dx, None, None
 
 
@@ -98,17 +100,15 @@ class _Add(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g, _):
-        if g is None:
-            return (None,) * 11
+    def backward(ctx, saved, g):
         with no_autocast(g.device.type):
-            dx, da, db = _Add._gradients(ctx, g.reshape(-1, g.shape[-1]))
+            dx, da, db = _Add._gradients(ctx, saved, g.reshape(-1, g.shape[-1]))
         return g if ctx.needs_input_grad[0] else None, dx, da, db, *(None,) * 7
 
     @staticmethod
-    def _gradients(ctx, g):
+    def _gradients(ctx, saved, g):
         _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
-        lora_A, lora_B, x, s = ctx.saved_tensors
+        lora_A, lora_B, x, s = saved
         dtype, x_dtype, eta, norm, backend, sink, handover = ctx.settings
         steps, need_ds = _backend.steps(backend), needs_x or handover is not None
         step = steps.adapter_grads if sink is None else functools.partial(sink, backend)
@@ -148,6 +148,7 @@ def add_adapter(
         RuntimeError: x requires grad and the layer's output does not, so its gradient would be lost. From the backward pass:
             the layer gave no gradient of its input.
     """
+    break_graph_in_transform()
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     wants_dx = torch.is_grad_enabled() and x.requires_grad and not transformed
     handover = _Handover() if wants_dx else None

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..reference import NORMS, WEIGHT_NORMS
 from . import backend as _backend
 from . import batch_invariance
+from .derivatives import break_graph_in_transform, once_differentiable
 from .sharding import Sharding, is_sharded
 
 MAX_RANK = 256
@@ -100,8 +100,6 @@ class _ALLoRALinear(torch.autograd.Function):
     """``y = x Wᵀ + bias + S Bᵀ``. Saves x, S, the parameters themselves and, where it was found on the way, C; what is not y
     is an output only so that it can be saved. Each step is called by name on the chosen backend's module, so this is the one
     place that orders them. `weight` is a Tensor, or a `PackedWeight` that is made dense once for each pass.
-
-    Differentiable once: a rescaled gradient is the gradient of no function, so it has no derivative to give.
     """
 
     generate_vmap_rule = True
@@ -127,24 +125,17 @@ class _ALLoRALinear(torch.autograd.Function):
         ctx.settings = (dtype, eta, norm, backend, sink, packed if needs_x else None)
 
     @staticmethod
-    def backward(ctx, g, *_):
-        # The wrapper costs a call some microseconds.
-        backward = _ALLoRALinear._backward
-        return once_differentiable(backward)(ctx, g) if torch.is_grad_enabled() else backward(ctx, g)
-
-    @staticmethod
-    def _backward(ctx, g):
-        if g is None:
-            return (None,) * 11
+    @once_differentiable
+    def backward(ctx, saved, g):
         # The steps choose their dtypes themselves; a backward pass inside autocast must not change them.
         with no_autocast(g.device.type):
-            dx, da, db = _ALLoRALinear._gradients(ctx, g)
+            dx, da, db = _ALLoRALinear._gradients(ctx, saved, g)
         return dx, None, None, da, db, *(None,) * 6
 
     @staticmethod
-    def _gradients(ctx, g):
+    def _gradients(ctx, saved, g):
         needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
-        weight, lora_A, lora_B, x, s, c = ctx.saved_tensors
+        weight, lora_A, lora_B, x, s, c = saved
         dtype, eta, norm, backend, sink, packed = ctx.settings
         steps = _steps(backend)
         if needs_x and needs_a and needs_b and sink is None and isinstance(backend, str):
@@ -184,6 +175,7 @@ def _steps(backend: Any) -> Any:
 
 def apply_function(x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, sink) -> Tensor:
     """y: `_ALLoRALinear` of these arguments."""
+    break_graph_in_transform()
     lora_A, lora_B = as_exported(lora_A, lora_B)
     args = (x, weight, bias, lora_A, lora_B, dtype, eta, norm, backend, sink)
     transformed = torch._C._are_functorch_transforms_active()

@@ -1,5 +1,6 @@
 """Whether a backward pass runs, and which: autograd's graph tasks, that may be nested in one another."""
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -11,25 +12,31 @@ def in_backward() -> bool:
 
 
 class GraphTasks:
-    """The graph tasks that were entered and have not ended, the outermost first; and those that ended in an error, of which
-    torch says nothing, until `open` is cleared."""
+    """The graph tasks that were entered and have not ended, the outermost first."""
 
     def __init__(self) -> None:
         self.open: list[int] = []
 
     def enter(self, at_the_end: Callable[[], None]) -> bool:
-        """Note the running graph task, with what to call when it and all others have ended; True if it runs inside another one,
-        or one before it ended in an error."""
+        """Note the running graph task, with what to call when it and all others have ended without an error; True if it runs
+        inside another one."""
         task = torch._C._current_graph_task_id()
         if task not in self.open:
             self.open.append(task)
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._leave(task, at_the_end))
+
+            # Called in whatever thread ends the task, and let go of where it ends in an error.
+            def leave() -> None:
+                if self._leave(task):
+                    at_the_end()
+
+            weakref.finalize(leave, self._leave, task).atexit = False
+            torch.autograd.Variable._execution_engine.queue_callback(leave)
         return self.open[0] != task
 
-    def _leave(self, task: int, at_the_end: Callable[[], None]) -> None:
+    def _leave(self, task: int) -> bool:
+        """Whether it was open, and none is now."""
         if task not in self.open:
-            return
+            return False
         # Tasks inside it are over, too.
         del self.open[self.open.index(task) :]
-        if not self.open:
-            at_the_end()
+        return not self.open

@@ -1,10 +1,11 @@
 """What a layer's call computes with (whether its adapter takes part, which one, whose rows): the state that is set, or in a
 call that checkpointing runs again, the state that the first run had. States are compared by ``==``.
 
-A call that a backward pass runs again is asked for by a node of the first run's graph. Nodes are numbered as they are made, so
-the node's number against the numbers at which the layer was switched tells the state then.
+A call that a backward pass runs again is asked for by a node of the first run's graph. Each thread numbers its nodes as it
+makes them, so the node's number against those at which its thread switched the layer tells the state then.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -19,23 +20,48 @@ State = TypeVar("State")
 
 _KEPT = 64
 
-# By layer, the latest switches: (number of the first node after it, what held before). Not on the layer, because the numbers
-# mean nothing in a copy or in another process.
-_switches: WeakKeyDictionary[nn.Module, deque[tuple[int, Any]]] = WeakKeyDictionary()
-# By layer, the state that a switch inside a backward pass gave it, and the innermost graph task then.
-_inside: WeakKeyDictionary[nn.Module, tuple[int, Any]] = WeakKeyDictionary()
-# By layer, the state found last for a call run again.
-_found: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-# Those that called a layer since the last call outside; and whether a layer was switched in them.
-_tasks = GraphTasks()
-_switched_in_task = False
+
+class _Thread:
+    """What a thread's backward passes do to layers."""
+
+    def __init__(self) -> None:
+        # By layer, the state that a switch inside a backward pass gave it, and the innermost graph task then.
+        self.inside: WeakKeyDictionary[nn.Module, tuple[int, Any]] = WeakKeyDictionary()
+        # By layer, the state found last for a call run again.
+        self.found: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+        # Those that called a layer; and whether one was switched in them.
+        self.tasks = GraphTasks()
+        self.switched = False
 
 
-def _enter_task() -> bool:
-    global _switched_in_task
-    if not _tasks.open:
-        _switched_in_task = False
-    return _tasks.enter(_inside.clear)
+class _Running(threading.local):
+    # The threads of autograd's devices, which call layers in backward passes alone, share one: a graph task may run in several
+    # of them, and none of them says whose task it is.
+    thread = _Thread()
+
+
+_running = _Running()
+_OF_DEVICES = _running.thread
+
+# By layer, the latest switches by each thread that called it since it was switched first: (number of the thread's first node
+# after it, what held before). Not on the layer, because the numbers mean nothing in a copy or in another process.
+_switches: WeakKeyDictionary[nn.Module, WeakKeyDictionary[_Thread, deque[tuple[int, Any]]]] = WeakKeyDictionary()
+
+
+def _outside() -> _Thread:
+    """The running thread, which runs no backward pass now."""
+    if _running.thread is _OF_DEVICES:
+        _running.thread = _Thread()
+    return _running.thread
+
+
+def _enter_task(thread: _Thread) -> bool:
+    """Note the running graph task; True if it runs inside another one."""
+    if not thread.tasks.open:
+        # Of tasks that ended in an error.
+        thread.inside.clear()
+        thread.switched = False
+    return thread.tasks.enter(thread.inside.clear)
 
 
 def change(layer: nn.Module, **fields) -> None:
@@ -46,26 +72,27 @@ def change(layer: nn.Module, **fields) -> None:
 
 
 def _note_switch(layer: nn.Module, before: State, after: State) -> None:
-    global _switched_in_task
     if in_backward():
         # Part of what is run again, which replays it: it counts for the calls after it there and for nothing else.
-        _enter_task()
-        _switched_in_task = True
-        _inside[layer] = (torch._C._current_graph_task_id(), after)
+        thread = _running.thread
+        _enter_task(thread)
+        thread.switched = True
+        thread.inside[layer] = (torch._C._current_graph_task_id(), after)
     elif before != after:
-        _switches.setdefault(layer, deque(maxlen=_KEPT)).append((torch.autograd._get_sequence_nr(), before))
+        by_thread = _switches.setdefault(layer, WeakKeyDictionary())
+        by_thread.setdefault(_outside(), deque(maxlen=_KEPT)).append((torch.autograd._get_sequence_nr(), before))
 
 
 def rewrite_past(layer: nn.Module, change: Callable[[State], State]) -> None:
     """Let the states that `layer` had before be what `change` makes of them."""
-    past = _switches.get(layer, ())
-    for i, (first, before) in enumerate(past):
-        past[i] = first, change(before)
+    for past in _switches.get(layer, {}).values():
+        for i, (first, before) in enumerate(past):
+            past[i] = first, change(before)
 
 
 def switch(layer: nn.Module, **fields) -> tuple:
     """Set these fields of `layer`'s state; what `switch_back` takes."""
-    before = ({name: getattr(layer._state, name) for name in fields}, _inside.get(layer))
+    before = ({name: getattr(layer._state, name) for name in fields}, _running.thread.inside.get(layer))
     change(layer, **fields)
     return before
 
@@ -75,10 +102,10 @@ def switch_back(layer: nn.Module, before: tuple) -> None:
     fields, inside = before
     change(layer, **fields)
     if inside is not None:
-        _inside[layer] = inside
+        _running.thread.inside[layer] = inside
     else:
         # What is run again from here on has the state of its first run, which need not be the one set now.
-        _inside.pop(layer, None)
+        _running.thread.inside.pop(layer, None)
 
 
 def state_of_call(layer: nn.Module, now: State) -> State:
@@ -90,33 +117,45 @@ def state_of_call(layer: nn.Module, now: State) -> State:
     if torch.compiler.is_compiling():
         return now
     if not in_backward():
-        if _tasks.open:
-            _tasks.open.clear()
-            _inside.clear()
+        thread = _outside()
+        if layer in _switches:
+            _switches[layer].setdefault(thread, deque(maxlen=_KEPT))
         return now
-    if layer not in _switches and layer not in _inside:
+    thread = _running.thread
+    if layer not in _switches and layer not in thread.inside:
         return now
-    nested = _enter_task()
-    task, state = _inside.get(layer, (-1, now))
+    nested = _enter_task(thread)
+    task, state = thread.inside.get(layer, (-1, now))
     if task != torch._C._current_graph_task_id():
-        state = _state_then(layer, torch._C._current_autograd_node()._sequence_nr(), now)
+        state = _state_then(layer, thread, torch._C._current_autograd_node()._sequence_nr(), now)
     # Inside another task the node was made when the outer checkpoint was run again, and its number says nothing; but that run
-    # has just called each layer of the inner one. After a task that failed it is the other way round. Both must agree.
-    if nested and (_switched_in_task or state != _found.get(layer, now)):
+    # has just called each layer of the inner one. Both must agree.
+    if nested and (thread.switched or state != thread.found.get(layer, now)):
         raise RuntimeError(
             "adapters were switched between a forward pass and this backward pass, and which state they had in what is run "
-            "again cannot be told, inside another backward pass (of re-entrant checkpoints inside one another: pass "
-            "use_reentrant=False) or after one that failed (call the model first)"
+            "again cannot be told inside another backward pass (of re-entrant checkpoints inside one another: pass "
+            "use_reentrant=False)"
         )
-    _found[layer] = state
+    thread.found[layer] = state
     return state
 
 
-def _state_then(layer: nn.Module, number: int, now: State) -> State:
-    switches = _switches.get(layer, ())
-    if len(switches) == _KEPT and number < switches[0][0]:
+def _state_then(layer: nn.Module, thread: _Thread, number: int, now: State) -> State:
+    by_thread = _switches.get(layer, {})
+    # A thread that calls the layer runs its own passes again. A device's may run any thread's.
+    pasts = [by_thread[thread]] if thread in by_thread else list(by_thread.values())
+    states = []
+    for past in pasts:
+        if len(past) == _KEPT and number < past[0][0]:
+            raise RuntimeError(
+                f"a checkpointed forward pass is run again after {_KEPT} or more switches of its adapters: which state it had "
+                "is forgotten; call backward earlier"
+            )
+        states.append(next((before for first, before in past if number < first), now))
+    if any(state != states[0] for state in states):
         raise RuntimeError(
-            f"a checkpointed forward pass is run again after {_KEPT} or more switches of its adapters: which state it had is "
-            "forgotten; call backward earlier"
+            f"{len(states)} threads call one model whose adapters were switched between a forward pass and this backward pass, "
+            "and which of them made what is run again cannot be told: call backward before you switch, in the thread of the "
+            "forward pass"
         )
-    return next((before for first, before in switches if number < first), now)
+    return states[0] if states else now

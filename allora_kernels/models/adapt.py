@@ -154,6 +154,9 @@ def put(slots: list[tuple[nn.Module, str]], module: nn.Module) -> None:
     """Hang `module` at every (parent, attribute) of `slots`."""
     for parent, attribute in slots:
         setattr(parent, attribute, module)
+        if attribute == "_orig_mod":
+            # torch.compile(layer) goes on calling what it was given.
+            parent._initialize()
 
 
 def attach(

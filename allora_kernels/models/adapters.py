@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import nn
 from torch.nn.parallel import DataParallel
 
@@ -172,7 +173,9 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         )
     modules = layers | {clean_name(n): m for n, m in root.named_modules() if isinstance(m, ModuleOfEachAdapter)}
     rows = BatchRows(names, modules)
-    hook = root.register_forward_pre_hook(BlockHook(rows.note_inputs), with_kwargs=True)
+    # Dynamo cannot trace it where the shapes of the inputs change.
+    note_inputs = BlockHook(torch.compiler.disable(rows.note_inputs))
+    hook = root.register_forward_pre_hook(note_inputs, with_kwargs=True)
     outer = next(iter(modules.values()))._state.rows
     before = [(module, switching.switch(module, rows=rows)) for module in modules.values()]
     if outer is not None:

@@ -191,7 +191,7 @@ def obstacle(module: nn.Module, slots: Mapping[nn.Module, list[tuple[nn.Module, 
     if weight is not None and weight.dtype not in ADAPTABLE_DTYPES:
         return f"{kind} with a {str(weight.dtype).removeprefix('torch.')} weight (quantized)"
     if type(weight) is not nn.Parameter:
-        return f"{kind} whose weight is no plain nn.Parameter (quantized, sharded or parametrized)"
+        return f"{kind} whose weight is no plain nn.Parameter (quantized, sharded, parametrized, or fake, of a FakeTensorMode)"
     if reason := _reader_of_weight(slots[module]) or _kept_in_list(module, slots[module]):
         return reason
     if hasattr(module, "_hf_hook"):

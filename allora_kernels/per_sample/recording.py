@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from ..layer import backend as _backend
 from ..layer.batches import Batch, batch_of, may_turn, uses_the_batch
@@ -284,5 +285,6 @@ def _is_accumulated() -> bool:
 
 
 def _refuse_compiled() -> None:
-    if torch.compiler.is_compiling():
+    # After a graph break Dynamo calls what it could not trace, and compiles its parts.
+    if torch.compiler.is_compiling() or get_eval_frame_callback():
         raise RuntimeError("a compiled model cannot be recorded: record the module that was given to torch.compile")
