@@ -71,7 +71,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     known = list(dict.fromkeys([*PROVIDERS, *model.VARIANTS, *itertools.chain(*of_steps)]))
     parser.add_argument("--providers", nargs="+", choices=known, help="only these (the floor always)")
     parser.add_argument(
-        "--missing", action="store_true", help="skip what the file has from this commit, unchanged, and these versions"
+        "--missing",
+        action="store_true",
+        help="skip what the file has from this commit, not known to be changed, and these versions",
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing after this long (default 9)")
     parser.add_argument("--rounds", type=int, default=30, help="rounds of a layer's timing (default 30)")

@@ -1,5 +1,7 @@
 """What the pages of the report are made of."""
 
+from .results import VERSIONS
+
 
 def _row(*cells: object) -> str:
     return f"| {' | '.join(map(str, cells))} |"
@@ -26,9 +28,7 @@ def provenance(data: dict, *sections: str) -> str:
         changed = {True: ", with uncommitted changes", None: ", uncommitted changes not known"}.get(
             run.get("changed_files"), ""
         )
-        versions = ", ".join(
-            f"{name} {run.get(name)}" for name in ("driver", "torch", "triton", "transformers", "peft", "opacus")
-        )
+        versions = ", ".join(f"{name} {run.get(name)}" for name in ("driver", *VERSIONS))
         source = f"{run['device']}, {versions}, commit {str(run.get('commit'))[:10]}{changed}"
         dates.setdefault(source, []).append(run["date"])
     return "\n".join(

@@ -149,7 +149,7 @@ class Results:
         return [r for r in reversed(self.data["records"]) if r["section"] == section and r["case"] == case]
 
     def _same_source(self, record: dict) -> bool:
-        """Whether a record is of this run's commit and versions, and neither of them had uncommitted changes."""
+        """Whether a record is of this run's commit and versions, and neither is known to have had uncommitted changes."""
         other = self.data["runs"][record["run"]]
         return (
             self.run.get("commit") is not None

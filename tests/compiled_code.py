@@ -31,16 +31,30 @@ def check(f):
 
 def main():
     """Print what each check raises, or null, as JSON."""
-    # Each in a process of its own, as some change what others would find; forked, so that the imports are paid for once.
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        print(json.dumps(dict(zip(CHECKS, pool.map(_problem_of, CHECKS, chunksize=1)))))
+    print(json.dumps({name: _problem_of(name) for name in CHECKS}))
 
 
 def _problem_of(name):
+    """In a process of its own, as some checks change what others would find; forked, so that the imports are paid for once."""
+    forked = multiprocessing.get_context("fork")
+    said, says = forked.Pipe(duplex=False)
+    process = forked.Process(target=_say_problem, args=(name, says))
+    process.start()
+    says.close()
+    try:
+        return said.recv()
+    except EOFError:
+        process.join()
+        return f"the process ended with {process.exitcode}"
+
+
+def _say_problem(name, says):
     try:
         CHECKS[name]()
     except Exception:
-        return traceback.format_exc()
+        says.send(traceback.format_exc())
+    else:
+        says.send(None)
 
 
 def code_of(launched, arch="sm_90"):

@@ -298,6 +298,11 @@ def test_a_factors_key_says_its_layer_and_which_it_is():
         assert split_key(key) is None
 
 
+def test_each_of_pefts_other_layers_is_known_as_one():
+    weights = {"use_dora", "use_qalora", "use_bdlora", "lora_bias", "kasa_config", "monteclora_config"}
+    assert {*weights, "arrow_config", "alora_invocation_tokens"} == set(OTHER_LAYERS)
+
+
 BAD_CONFIGS = {
     "peft_type": ({"peft_type": "IA3"}, "peft_type must be 'LORA', got 'IA3'"),
     "no peft_type": ({"peft_type": "REMOVED"}, "peft_type must be 'LORA', got None"),

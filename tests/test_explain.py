@@ -130,5 +130,5 @@ def test_from_the_command_line_no_weight_is_read(tmp_path):
 def test_the_command_names_the_rules_as_it_takes_them():
     from allora_kernels.tools import cli
 
-    with pytest.raises(ValueError, match="--norm must be one of row, matrix, factor, entry, token, none, got 'foo'"):
+    with pytest.raises(ValueError, match="norm must be one of row, matrix, factor, entry, token, none, got 'foo'"):
         cli.explain("no-model", norm="foo")

@@ -10,7 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from allora_kernels import adapter_layers, apply_allora, disable_adapters, load_adapter, merge_adapter, save_adapter
+from allora_kernels import (
+    adapter_layers,
+    add_adapter,
+    apply_allora,
+    disable_adapters,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+)
 
 if not dist.is_available():
     pytest.skip("this torch has no distributed package", allow_module_level=True)
@@ -100,6 +108,7 @@ def save_and_load(rank, world, folder):
     hybrid = shard(make(trained=False), init_device_mesh("cpu", (world, 1), mesh_dim_names=("replicate", "shard")))
     load_adapter(hybrid, folder / "one")
     save_adapter(hybrid, folder / "hybrid")
+    held_whole_after_an_evaluation(rank, mesh, folder)
     merging_is_refused(mesh)
     fail(rank, mesh, folder)
 
@@ -112,6 +121,25 @@ def load(rank, world, folder):
     save_adapter(model, folder / f"again-{world}")
     load_adapter(model, folder / "one")
     save_adapter(model, folder / f"one-{world}")
+
+
+def held_whole_after_an_evaluation(rank, mesh, folder):
+    model = fully_shard(make(trained=False), mesh=mesh)
+
+    def evaluate():
+        with torch.no_grad():
+            return model(X)
+
+    evaluate()
+    load_adapter(model, folder / "adapter-0")
+    loaded = evaluate()
+    model(X).square().mean().backward()
+    assert torch.equal(evaluate(), loaded)
+    save_adapter(model, folder / f"held-{rank}")
+    assert contents(folder / "held-0") == contents(folder / "adapter-0") and not (folder / "held-1").exists()
+    evaluate()
+    with pytest.raises(ValueError, match="is sharded, and add_adapter knows of whole adapters only"):
+        add_adapter(model, "b")
 
 
 def merging_is_refused(mesh):
@@ -141,7 +169,7 @@ def merging_is_refused(mesh):
             assert len(adapter_layers(model)) == 4
     with pytest.raises(ValueError, match="the layer is cut up by FSDP2 or tensor parallelism: save the adapter"):
         model.blocks[0][0].merge()
-    with pytest.raises(ValueError, match=r"weight is frozen in ALLoRA .* FSDP1 .* shard by fully_shard \(FSDP2\)"):
+    with pytest.raises(ValueError, match=r"weight is frozen in ALLoRA .* FSDP1, .* shard by fully_shard \(FSDP2\)"):
         flat(make())(X)
 
 

@@ -238,8 +238,10 @@ def check_mistakes(_):
         narrow(make_x())
     several = FusedALLoRALinear(K, HIDDEN, r=R)
     several.add_named_adapter("b", R, 2.0, "row")
-    with pytest.raises(ValueError, match="'default', 'b' cannot be cut by tensor parallelism: use DistributedData"):
-        parallelize_module(several, mesh, ColwiseParallel())
+    for style in (ColwiseParallel(), RowwiseParallel(), RowwiseALLoRA()):
+        with pytest.raises(ValueError, match="'default', 'b' cannot be cut by tensor parallelism: use DistributedData"):
+            parallelize_module(several, mesh, style)
+        several(torch.ones(1, K))
     with (
         pytest.raises(ValueError, match=r"per_sample.record takes no gradients of DTensors"),
         per_sample.record(nn.Sequential(layer)) as _,

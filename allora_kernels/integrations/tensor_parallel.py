@@ -28,6 +28,7 @@ class RowwiseALLoRA(RowwiseParallel):
                 f"RowwiseALLoRA is for FusedALLoRALinear, got {type(module).__name__}: for a plain layer use torch's "
                 "RowwiseParallel; the weight of a quantized layer cannot be cut"
             )
+        module.check_one_adapter()
         lora_A = distribute_tensor(module.lora_A, device_mesh, [Shard(1)], src_data_rank=self.src_data_rank)
         module.lora_A = nn.Parameter(lora_A, requires_grad=module.lora_A.requires_grad)
         return super()._apply(module, device_mesh)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import switching
+from .sharding import is_sharded
 from .zero import whole_shape
 
 DEFAULT_ADAPTER = "default"
@@ -195,13 +196,18 @@ class ALLoRALayer(nn.Module):
             super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        # So torch's ColwiseParallel calls it for all that `named_parameters` finds.
-        if name.startswith("adapters."):
+        # So torch's ways of tensor parallelism put the parts in place, the weight's first.
+        if is_sharded(param):
+            self.check_one_adapter()
+        super().register_parameter(name, param)
+
+    def check_one_adapter(self) -> None:
+        """ValueError where there are several, which tensor parallelism does not cut."""
+        if len(self.adapter_names) > 1:
             raise ValueError(
                 f"a layer with adapters {', '.join(map(repr, self.adapter_names))} cannot be cut by tensor parallelism: use "
                 "DistributedDataParallel, or one adapter"
             )
-        super().register_parameter(name, param)
 
     @property
     def adapter_name(self) -> str:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ def batch_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Batch
     if not tokens:
         return Batch(_shapes(_tensors((args, kwargs))))
     others = {name: value for name, value in named.items() if name not in tokens}
-    beside = frozenset(t.shape[0] for t in _tensors(others))
+    beside = frozenset(_size(t, 0) for t in _tensors(others))
     return Batch(_shapes(tokens.values()), beside, _images(module, tokens.get("input_ids"), others))
 
 
@@ -86,7 +87,12 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _shapes(tensors: Iterable[Tensor]) -> frozenset[tuple[int, int | None]]:
-    return frozenset((t.shape[0], t.shape[1] if t.dim() > 1 else None) for t in tensors)
+    return frozenset((_size(t, 0), _size(t, 1) if t.dim() > 1 else None) for t in tensors)
+
+
+def _size(t: Tensor, dim: int) -> int:
+    # A number also where torch.compile would have a symbol, which no set can hold.
+    return operator.index(t.shape[dim])
 
 
 @functools.cache

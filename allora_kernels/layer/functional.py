@@ -90,8 +90,8 @@ def check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor
                     due = f"call {name}.requires_grad_(False)"
                 else:
                     due = (
-                        "freeze what it is a part of or computed from; FSDP1 makes one parameter of frozen and trained ones, "
-                        "so shard by fully_shard (FSDP2)"
+                        "freeze what it is computed from; under FSDP1, which joins frozen and trained parameters, shard by "
+                        "fully_shard (FSDP2)"
                     )
                 raise ValueError(f"{name} is frozen in ALLoRA and gets no gradient: {due}")
 
@@ -197,8 +197,8 @@ def as_exported(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
     trained = torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad)
     if trained and not torch.compiler.is_dynamo_compiling():
         warnings.warn(
-            "torch.export leaves out ALLoRA's rule, so what it exports gives the adapters no gradient: train the model itself, "
-            "in a pipeline by PipelineStage and not by pipeline(); for inference, export under torch.no_grad()",
+            "torch.export gives the adapters no gradient, as it would leave out ALLoRA's rule: train the model itself, in a "
+            "pipeline by PipelineStage and not by pipeline(); for inference, export under torch.no_grad()",
             stacklevel=2,
         )
     return lora_A.detach(), lora_B.detach()

@@ -34,6 +34,18 @@ def is_sharded(t: Tensor | None) -> bool:
     return t is not None and type(t) not in _PLAIN and hasattr(t, "device_mesh")
 
 
+def by_fsdp2(module: nn.Module) -> bool:
+    """Whether `fully_shard` cut up parameters of `module`."""
+    # Asking for the class would import FSDP2 for all.
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
+def reshard(model: nn.Module) -> None:
+    """Put the parts back in the place of parameters that FSDP2 still holds whole after a pass. No communication."""
+    for module in filter(by_fsdp2, model.modules()):
+        module.reshard()
+
+
 def local_shape(t: Tensor) -> torch.Size:
     """The shape of the part of `t` that this process has."""
     return t.to_local().shape if is_sharded(t) else t.shape

@@ -83,11 +83,11 @@ def _note_switch(layer: nn.Module, before: State, after: State) -> None:
         by_thread.setdefault(_outside(), deque(maxlen=_KEPT)).append((torch.autograd._get_sequence_nr(), before))
 
 
-def rewrite_past(layer: nn.Module, change: Callable[[State], State]) -> None:
-    """Let the states that `layer` had before be what `change` makes of them."""
+def rewrite_past(layer: nn.Module, rewritten: Callable[[State], State]) -> None:
+    """Let the states that `layer` had before be what `rewritten` makes of them."""
     for past in _switches.get(layer, {}).values():
         for i, (first, before) in enumerate(past):
-            past[i] = first, change(before)
+            past[i] = first, rewritten(before)
 
 
 def switch(layer: nn.Module, **fields) -> tuple:

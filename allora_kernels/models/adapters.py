@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import nn
 from torch.nn.parallel import DataParallel
 
@@ -12,6 +11,7 @@ from ..layer.adapter import ALLoRALayer, computed_factor
 from ..layer.block_hook import BlockHook
 from ..layer.functional import check_rule
 from ..layer.graph_tasks import in_backward
+from ..layer.sharding import reshard
 from .adapt import check_adapter_name, put, ranks_of
 from .adapted import AdaptReport, adapter_names, known_adapter, layers_or_raise, report, saved_modules
 from .batch_rows import BatchRows
@@ -173,8 +173,7 @@ def adapter_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         )
     modules = layers | {clean_name(n): m for n, m in root.named_modules() if isinstance(m, ModuleOfEachAdapter)}
     rows = BatchRows(names, modules)
-    # Dynamo cannot trace it where the shapes of the inputs change.
-    note_inputs = BlockHook(torch.compiler.disable(rows.note_inputs))
+    note_inputs = BlockHook(rows.note_inputs)
     hook = root.register_forward_pre_hook(note_inputs, with_kwargs=True)
     outer = next(iter(modules.values()))._state.rows
     before = [(module, switching.switch(module, rows=rows)) for module in modules.values()]
@@ -196,6 +195,7 @@ def _changeable(model: nn.Module, call: str, inside: bool = False) -> tuple[nn.M
     if isinstance(model, DataParallel):
         raise ValueError(f"{call} does not see the copies that nn.DataParallel makes: use DistributedDataParallel")
     root = unwrap(model)
+    reshard(root)
     layers = {clean_name(name): layer for name, layer in layers_or_raise(root).items()}
     adapter_names(root)
     for name, layer in layers.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from ..layer.sharding import reshard
 from .adapted import adapter_names, known_adapter
 from .adapter_files import write_adapter
 from .names import unwrap
@@ -101,6 +102,7 @@ def save_adapters_async(
         known_adapter(root, name)
         if (other := places.setdefault(Path(os.path.abspath(folder)), name)) != name:
             raise ValueError(f"adapters {other!r} and {name!r} cannot both be saved into {folder}: a folder holds one")
+    reshard(root)
     prepared = [
         (name, Path(folder), *prepare_save(root, Path(folder), name, base_model_name_or_path))
         for name, folder in folders.items()

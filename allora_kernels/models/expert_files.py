@@ -53,7 +53,7 @@ def _is_renamed(name: str, renamings: list) -> bool:
     key = f"{name}.lora_A.default.weight"
     for renaming in renamings:
         key, _ = renaming.rename_source_key(key)
-    return not f"base_model.model.{name}.lora_A.weight".endswith("".join(key.rsplit(".default", 1)))
+    return not (PREFIX + factor_key(name, "lora_A")).endswith("".join(key.rsplit(".default", 1)))
 
 
 def file_names(stacks: Mapping[str, Stack]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..layer.adapter import DEFAULT_ADAPTER, ALLoRALayer, computed_factor
 from ..layer.linear import is_conv1d
+from ..layer.sharding import reshard
 from ..layer.zero import whole_shape
 from .adapt import attach, check_adapter_name
 from .adapted import AdaptReport, adapter_names, chosen_adapter, layers_of, report, saved_modules
@@ -88,6 +89,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, adapter: str | No
     if problems:
         raise ValueError(f"{folder} does not fit the model: {some(problems, separator='; ')}")
 
+    # What is written into parameters that FSDP2 holds whole for now is lost.
+    reshard(root)
     if fresh:
         into = adapter or DEFAULT_ADAPTER
         ranks = {name: config.rank(name) for name in (*layers, *stacks)}

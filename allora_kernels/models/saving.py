@@ -18,7 +18,7 @@ from .expert_selection import Stack, adapted_stacks
 from .experts import ADAPTERS
 from .names import clean_name, module_slots, some, unwrap
 from .saved_whole import ModuleOfEachAdapter
-from .sharded import in_pieces, together, whole_on_cpu, writes_files
+from .sharded import any_in_pieces, together, whole_on_cpu, writes_files
 
 
 def save_adapter(
@@ -53,7 +53,7 @@ def save_adapter(
         OSError: the folder cannot be written.
     """
     root, folder = unwrap(model), Path(path)
-    sharded = state_dict is None and any(map(in_pieces, _parameters(root)))
+    sharded = state_dict is None and any_in_pieces(root, _parameters)
     in_step = together if sharded else lambda act: act()
     config, tensors = in_step(lambda: prepare_save(root, folder, adapter, base_model_name_or_path, state_dict))
     whole = values_in_file(root, tensors)
@@ -208,7 +208,7 @@ class _SavePretrained:
                 stacklevel=2,
             )
             return
-        if is_main_process or (state_dict is None and any(map(in_pieces, _parameters(self.model)))):
+        if is_main_process or (state_dict is None and any_in_pieces(self.model, _parameters)):
             save_adapter(self.model, save_directory, state_dict=state_dict)
 
 

@@ -1,13 +1,13 @@
 """Tensors that several processes hold a part of each (FSDP2, tensor parallelism, ZeRO-3): gathered to save, cut up to load."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..layer.sharding import is_sharded
+from ..layer.sharding import by_fsdp2, is_sharded, reshard
 from ..layer.zero import filled, is_cut_up
 
 T = TypeVar("T")
@@ -18,15 +18,22 @@ def in_pieces(t: Tensor) -> bool:
     return is_sharded(t) or is_cut_up(t)
 
 
+def any_in_pieces(model: nn.Module, parameters: Callable[[nn.Module], Iterable[Tensor]]) -> bool:
+    """Whether this process has a part only of any of these parameters of `model`. What FSDP2 holds whole after a pass without a
+    backward pass is cut up again first: what is written into that is lost, and each process would take it for its own."""
+    reshard(model)
+    return any(map(in_pieces, parameters(model)))
+
+
 def cut_up_by(model: nn.Module) -> str | None:
-    """What spreads the parameters of `model` over several processes, in words; None where each process has them all. Also where
-    FSDP holds them whole for now."""
+    """What spreads the parameters of `model` over several processes, in words; None where each process has them all. FSDP is
+    named also while it holds them whole."""
     if any(map(is_cut_up, model.parameters())):
         return "DeepSpeed's ZeRO-3"
-    # Asking for the classes would import FSDP for all.
-    kinds = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
-    if "FSDPModule" in kinds or "FullyShardedDataParallel" in kinds:
-        return "FSDP2" if "FSDPModule" in kinds else "FSDP1"
+    if any(map(by_fsdp2, model.modules())):
+        return "FSDP2"
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        return "FSDP1"
     return "tensor parallelism" if any(map(is_sharded, model.parameters())) else None
 
 

@@ -7,14 +7,6 @@ from torch import Tensor, nn
 from ..layer.sharding import is_sharded
 
 
-def reshard(model: nn.Module) -> None:
-    """Put the parts back in the place of parameters that FSDP2 still holds whole after a pass."""
-    for module in model.modules():
-        # What FSDPModule adds to a module; asking for the class would import FSDP2 for all.
-        if hasattr(module, "set_requires_gradient_sync") and hasattr(module, "reshard"):
-            module.reshard()
-
-
 def gradients(adapters: Iterable[nn.Module]) -> dict[nn.Parameter, tuple[Tensor | None, int]]:
     """The gradient of each factor of `adapters` that is sharded and trained, and how often it was written."""
     factors = (p for adapter in adapters for p in (adapter.lora_A, adapter.lora_B))

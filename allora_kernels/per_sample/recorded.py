@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..layer.adapter import ALLoRALayer
 from ..layer.batches import batch_norms
 from ..layer.block_hook import BlockHook
-from .fsdp import check_reduced, gradients, reshard
+from ..layer.sharding import reshard
+from .fsdp import check_reduced, gradients
 from .kept import Block, Kept, records
 from .recording import Recording
 

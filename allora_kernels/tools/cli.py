@@ -7,7 +7,6 @@ command line runs.
 
 import functools
 import inspect
-import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from ..layer.functional import check_rule
-from ..reference import NORMS
 from ..training.config import FinetuneConfig, without_none
+from ..training.machine import rank
 from .doctor import default_device, diagnose
 from .runs_file import read_runs
 from .settings_file import read_settings
@@ -117,15 +116,11 @@ def explain(
     """Show what would be adapted in a model, and which kernels would run each layer on this device."""
     from .model_plan import explain_model
 
-    rules = [rule or "none" for rule in NORMS]
-    if norm not in rules:
-        raise ValueError(f"--norm must be one of {', '.join(rules)}, got {norm!r}")
+    rule = without_none({"norm": norm})["norm"]
     targets = "all-linear" if list(target_modules) == ["all-linear"] else list(target_modules)
     weights = None if dtype is None else _dtype(dtype)
     _quiet_transformers()
-    explain_model(
-        _console(), model, rows, r, None if norm == "none" else norm, targets, weights, default_device(), experts
-    )
+    explain_model(_console(), model, rows, r, rule, targets, weights, default_device(), experts)
     return 0
 
 
@@ -307,7 +302,7 @@ def _console():
     from rich.console import Console
 
     # Of several processes under torchrun the first one speaks. Names and paths may have brackets, and no text has markup.
-    return Console(quiet=os.environ.get("RANK", "0") != "0", markup=False)
+    return Console(quiet=rank() != 0, markup=False)
 
 
 def _leave_processes() -> None:

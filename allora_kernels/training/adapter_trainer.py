@@ -12,7 +12,7 @@ from ..models.adapted import adapter_layers, adapter_names, adapter_parameters
 from ..models.loading import load_adapter
 from ..models.names import unwrap
 from ..models.saving import save_adapter
-from ..models.sharded import in_pieces
+from ..models.sharded import any_in_pieces
 from .parallel import RequireParallel, prepare_anew
 
 
@@ -88,7 +88,7 @@ class AdapterCheckpoints:
 
     def save_adapters(self, output_dir: str, state_dict: dict[str, Tensor] | None = None) -> None:
         """The adapters alone, from the process that writes, or all where they are sharded."""
-        sharded = state_dict is None and any(map(in_pieces, adapter_parameters(self.model)))
+        sharded = state_dict is None and any_in_pieces(self.model, adapter_parameters)
         if self.args.should_save or sharded:
             save_adapter(
                 self.model,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated
 
 from ..layer.functional import check_rule
+from ..reference import NORMS
 
 TASKS = ("classification", "causal-lm")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -120,7 +121,10 @@ class FinetuneConfig:
 
 
 def without_none(settings: dict) -> dict:
-    """Settings as a command line or a file has them, where ``none`` is a word."""
+    """Settings as a command line or a file has them, where ``none`` is a word; ValueError where norm is another than theirs."""
+    norm, words = settings.get("norm"), [rule or "none" for rule in NORMS]
+    if isinstance(norm, str) and norm not in words:
+        raise ValueError(f"norm must be one of {', '.join(words)}, got {norm!r}")
     return settings | {name: None for name in ("norm", "quantize") if settings.get(name) == "none"}
 
 

@@ -231,7 +231,7 @@ class FinetuneTrainer(AdapterTrainer):
         self.save_adapters(output_dir, state_dict)
 
 
-# --- during and after -----------------------------------------------------------------------------------------------
+# --- during training ------------------------------------------------------------------------------------------------
 
 
 class _SaveAsAsked(TrainerCallback):

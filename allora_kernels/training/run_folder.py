@@ -1,4 +1,4 @@
-"""The folder of a run: whether a run can begin or go on in it, where what is, and what metrics.json says."""
+"""The folder of a run: whether a run can begin or go on in it, where things lie, and what metrics.json says."""
 
 import copy
 import json
