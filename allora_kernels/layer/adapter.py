@@ -190,13 +190,17 @@ class ALLoRALayer(nn.Module):
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in FACTORS and "adapters" in self.__dict__.get("_modules", ()):
+        if "adapters" not in self.__dict__.get("_modules", ()):
+            super().__setattr__(name, value)
+        elif name in FACTORS:
             setattr(self.adapters[self.adapter_name], name, value)
+        elif isinstance(value, nn.Parameter) and name in self._parameters:
+            # As FSDP2 puts its parts in place: not by `register_parameter`, as torch's ways of tensor parallelism do.
+            self._parameters[name] = value
         else:
             super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        # So torch's ways of tensor parallelism put the parts in place, the weight's first.
         if is_sharded(param):
             self.check_one_adapter()
         super().register_parameter(name, param)
