@@ -20,6 +20,7 @@ from tiny_models import (
 )
 from torch import nn
 from transformers.integrations.moe import use_experts_implementation
+from two_layers import assert_same
 
 from allora_kernels import (
     FusedALLoRALinear,
@@ -51,12 +52,6 @@ def gradients(model):
     model.zero_grad()
     loss_of(model).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(found, expected, **tolerances):
-    assert found.keys() == expected.keys()
-    for name, t in expected.items():
-        torch.testing.assert_close(found[name], t, **tolerances, msg=lambda m, name=name: f"{name}: {m}")
 
 
 # --- what is adapted ---------------------------------------------------------------------------------------------------

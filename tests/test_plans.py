@@ -357,3 +357,16 @@ def test_a_way_that_no_gpu_has_run_is_offered_to_who_asks_alone(dtypes, op, rank
     assert not [plan for plan in plans.options(call, "sm_90", plans.WIDE, True) if plan.way in plans.UNTRIED_WAYS]
     if offered:
         assert all("first column" in str(plan) for plan in found(untried=True))
+
+
+def test_dx_is_planned_as_the_product_that_it_is(monkeypatch):
+    monkeypatch.setattr(configs, "arch_of", lambda device: "sm_90")
+    half = torch.bfloat16
+    of_layer = plans.LayerCall(512, 4096, 1024, 16, "row", half, half)
+    assert of_layer.dx == plans.Call("layer_grads", 512, 1024, 4096, 16, half, half)
+    dx, turned = (
+        plans._pick(plans.Call("layer_grads", 512, n, k, 16, half, half), "sm_90", plans.EVERYTHING, None)
+        for n, k in ((1024, 4096), (4096, 1024))
+    )
+    assert dx != turned
+    assert str(dx) in csrc_triton.plan_steps(of_layer, torch.device("cpu"))["fused_linear (dx)"]
